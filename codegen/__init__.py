@@ -1,0 +1,1 @@
+"""With what a model runs: op vocabulary, targets, Triton kernels, specialisation."""

@@ -1,0 +1,42 @@
+"""What a target is: how to compile for it, and how fast it moves bytes and multiplies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine to compile for. `bandwidth` in bytes/s, `flops` in FLOP/s (bf16, dense), both measured where we could."""
+
+    name: str
+    backend: str  # "cpu", "cuda" or "hip"
+    arch: str | int  # what triton's GPUTarget takes; "" on the CPU
+    warp_size: int
+    bandwidth: float
+    flops: float
+    launch_seconds: float  # cost of one more kernel inside a replayed graph
+
+    @property
+    def balance(self) -> float:
+        """FLOP per byte at which the two ceilings meet."""
+        return self.flops / self.bandwidth
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("cpu", "cpu", "", 1, 2.0e10, 1.0e11, 5.0e-6),
+        Target("sm_80", "cuda", 80, 32, 1.9e12, 2.5e14, 1.5e-6),
+        Target("sm_90", "cuda", 90, 32, 4.27e12, 7.36e14, 1.3e-6),
+        Target("sm_100", "cuda", 100, 32, 7.0e12, 1.6e15, 1.3e-6),
+        Target("gfx942", "hip", "gfx942", 64, 4.3e12, 6.0e14, 2.0e-6),
+    )
+}
+
+
+def target(name: str) -> Target:
+    """Look a target up by name; ValueError names the accepted ones."""
+    if name not in TARGETS:
+        raise ValueError(f"unknown target {name!r}; accepted: {', '.join(TARGETS)}")
+    return TARGETS[name]

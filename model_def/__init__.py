@@ -1,0 +1,1 @@
+"""What is computed: plain PyTorch that reads like the paper."""

@@ -1,0 +1,1 @@
+"""How a model is improved: FX graph in, FX graph out. One pass, one file."""

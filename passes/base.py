@@ -1,0 +1,164 @@
+"""What a pass is, what it returns, and the few graph helpers that all passes share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from codegen.targets import Target
+
+
+class Role(str, Enum):
+    """What an input of a block's graph is; the driver tells, no pass guesses it from a name."""
+
+    ACTIVATION = "activation"
+    WEIGHT = "weight"
+    CACHE = "cache"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate that a pass looked at and left alone."""
+
+    node: str
+    reason: str
+    source: str = ""  # "file:line" of the model line the node came from
+
+
+@dataclass
+class Outcome:
+    """What one pass did to one graph."""
+
+    matches: list[str] = field(default_factory=list)  # one line of prose each
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, node: fx.Node, reason: str) -> None:
+        self.refusals.append(Refusal(node.name, reason, source_line(node)))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes at which costs are compared: batch B, query positions S, context T."""
+
+    batch: int
+    queries: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know besides the graph."""
+
+    phase: str  # "prefill" or "decode"
+    target: Target
+    workload: Workload
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses are frozen dataclasses whose fields are their options."""
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        """Change the graph in place and say what was done and what was left."""
+        raise TypeError(f"{type(self).__name__} does not define run")
+
+    @classmethod
+    def name(cls) -> str:
+        """Command-line name: FuseSwiglu → fuse-swiglu."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def source_line(node: fx.Node) -> str:
+    """'file:line' of the innermost model frame in the node's stack trace, or ''."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
+
+
+def value_of(argument: Any) -> Any:
+    """The fake value of an argument: nodes become their meta['val'], everything else stays."""
+    return fx.node.map_arg(argument, lambda node: node.meta["val"])
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The FakeTensorMode that the graph's values live in."""
+    for node in graph.nodes:
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    raise ValueError("the graph has no fake values; was it captured by dsv3_compile.capture?")
+
+
+def call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    *args: Any,
+    like: fx.Node | None = None,
+    **kwargs: Any,
+) -> fx.Node:
+    """Insert a call at the graph's insertion point, with its fake value computed at once.
+
+    `like` is the node whose source line and module the new node inherits.
+    """
+    node = graph.call_function(target, args, kwargs)
+    with fake_mode_of(graph):
+        node.meta["val"] = target(*value_of(args), **value_of(kwargs))
+    if like is not None:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+    return node
+
+
+def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """Let every user of `old` read `new` instead; `old` is erased by the next dead-code sweep."""
+    old.replace_all_uses_with(new)
+
+
+def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder" and role in (None, n.meta["role"])]
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """Is it a call of one of these ops? Overload packets match any of their overloads."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    return any(node.target is t or (packet is not None and packet is t) for t in targets)
+
+
+def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
+    """Calls of the given ops, in topological order, safe against changes while iterating."""
+    return (node for node in list(graph.nodes) if is_call(node, *targets))
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def same_size(left: Any, right: Any) -> bool:
+    """Are two sizes (int or SymInt) equal for every value of the symbols?"""
+    left = getattr(getattr(left, "node", None), "expr", left)
+    right = getattr(getattr(right, "node", None), "expr", right)
+    return bool(left == right)
+
+
+def sweep(graph_module: fx.GraphModule) -> None:
+    """Remove dead code, check the graph, regenerate its Python."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    chosen = set(nodes)
+    return [node for node in graph.nodes if node in chosen]
