@@ -1,0 +1,34 @@
+"""dsv3-compile: a compiler for models built from Multi-head Latent Attention and DeepSeekMoE.
+
+    artifact = dsv3_compile.compile("path/to/checkpoint", target="cpu", output="artifact/")
+    model = dsv3_compile.load("artifact/")
+    report = dsv3_compile.inspect("artifact/")
+
+Importing the package is cheap; torch is loaded by the first call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv3_compile.inspection import inspect
+    from dsv3_compile.driver import compile
+    from dsv3_compile.runtime import load
+
+_HOMES = {
+    "compile": ("dsv3_compile.driver", "compile"),
+    "load": ("dsv3_compile.runtime", "load"),
+    "inspect": ("dsv3_compile.inspection", "inspect"),
+}
+
+__all__ = ["compile", "inspect", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

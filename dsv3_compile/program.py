@@ -1,0 +1,206 @@
+"""A compiled program: the distinct blocks as graphs, and the schedule that binds weights to them.
+
+    Program
+      blocks    ("moe", "decode") → BlockGraph       one per distinct block and phase
+      schedule  Occurrence("moe", layer 5, sources)  one per layer, plus embed and head
+
+A block's graph takes its weights as inputs. What such an input holds is told by its placeholder: with
+`meta["bind"]` (a recipe: a graph with one output whose placeholders are original weight names) it is what the
+recipe computes, without it is the checkpoint tensor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from codegen.targets import Target
+from passes.base import Role, placeholders
+
+PHASES = ("prefill", "decode")
+
+Source = str | tuple[str, ...]
+"""Checkpoint name of a weight; several names are stacked along a new first axis (experts)."""
+
+Reader = Callable[[str], Tensor]
+"""Reads one checkpoint tensor by name, dequantised if it was stored in FP8."""
+
+
+@dataclass
+class BlockGraph:
+    """One block in one phase: placeholders carry `meta["role"]`, every node carries `meta["val"]`."""
+
+    name: str
+    phase: str
+    module: fx.GraphModule
+
+    def inputs(self, role: Role | None = None) -> list[fx.Node]:
+        """Placeholders in calling order, of one role or all."""
+        return placeholders(self.module.graph, role)
+
+    def outputs(self) -> tuple[fx.Node, ...]:
+        (result,) = self.module.graph.output_node().args
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One step of the schedule: which block runs, as which layer, on which checkpoint tensors."""
+
+    block: str
+    layer: int | None  # None for embed and head
+    sources: Mapping[str, Source]  # original weight placeholder → checkpoint name(s)
+
+    @property
+    def prefix(self) -> str:
+        return self.block if self.layer is None else f"layers.{self.layer}"
+
+    def key(self, weight: str) -> str:
+        """Name of a bound tensor in the artifact: `layers.5.gate_up`."""
+        return f"{self.prefix}.{weight}"
+
+
+@dataclass
+class Program:
+    """Everything that is needed to write an artifact, except the weights."""
+
+    config: Any
+    dtype: torch.dtype
+    target: Target
+    blocks: dict[tuple[str, str], BlockGraph]
+    schedule: tuple[Occurrence, ...]
+    records: dict[tuple[str, str], list[Any]] = field(default_factory=dict)  # passes.pipeline.PassRecord
+
+    def phases(self, block: str) -> list[BlockGraph]:
+        """The graphs of one block, one per phase, in the order of PHASES."""
+        return [self.blocks[block, phase] for phase in PHASES if (block, phase) in self.blocks]
+
+    def weights(self, block: str) -> dict[str, fx.Node]:
+        """Weight placeholders of a block over all its phases, each name once."""
+        return {node.name: node for graph in self.phases(block) for node in graph.inputs(Role.WEIGHT)}
+
+
+def recipe_of(weight: fx.Node) -> fx.GraphModule | None:
+    """The recipe that computes a weight input, or None when it is the checkpoint tensor of its name."""
+    return weight.meta.get("bind")
+
+
+def weight_inputs(weight: fx.Node) -> list[str]:
+    """Original weight placeholders that a weight input is made from."""
+    recipe = recipe_of(weight)
+    return [weight.name] if recipe is None else [str(node.target) for node in placeholders_of(recipe)]
+
+
+def placeholders_of(recipe: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in recipe.graph.nodes if node.op == "placeholder"]
+
+
+def content_key(weight: fx.Node) -> str:
+    """Equal for two weight inputs exactly when their recipes are the same text up to local names."""
+    recipe = recipe_of(weight)
+    if recipe is None:
+        return weight.name
+    numbers: dict[fx.Node, str] = {}
+    lines = []
+    for index, node in enumerate(recipe.graph.nodes):
+        if node.op == "placeholder":
+            numbers[node] = str(node.target)
+            continue
+        numbers[node] = f"%{index}"
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Name(numbers[n]))
+        lines.append(f"{numbers[node]} = {node.op} {node.target} {args} {kwargs}")
+    return "\n".join(lines)
+
+
+class _Name(str):
+    """A string that prints without quotes, so that a reference cannot be confused with a literal."""
+
+    __repr__ = str.__str__
+
+
+def share_weights(graphs: list[BlockGraph]) -> None:
+    """Give weight inputs of equal content one name over the phases of a block, and unequal ones different names.
+
+    The runtime then holds each bound tensor once, whichever phases read it.
+    """
+    names: dict[str, str] = {}  # content → name
+    for graph in graphs:
+        weights = graph.inputs(Role.WEIGHT)
+        for weight in weights:
+            content = content_key(weight)
+            if content not in names:
+                taken = weight.name in names.values()
+                names[content] = f"{weight.name}_{graph.phase}" if taken else weight.name
+        _rename(graph, {weight: names[content_key(weight)] for weight in weights})
+
+
+def _rename(graph: BlockGraph, names: dict[fx.Node, str]) -> None:
+    wanted = set(names.values())
+    for node in graph.module.graph.nodes:
+        if node not in names and node.name in wanted:
+            node._rename(f"{node.name}_local")
+    for node, name in names.items():
+        node.name = node.target = name
+    graph.module.recompile()
+
+
+def bind(program: Program, read: Reader) -> Iterator[tuple[str, Tensor]]:
+    """Yield every bound tensor as (key, tensor), one at a time, in schedule order.
+
+    `read` is asked for checkpoint tensors by name; a tensor is read again for every recipe that needs it, so
+    memory stays at the largest recipe. Raises ValueError naming the checkpoint tensor whose shape differs from
+    what the block was captured with.
+    """
+    weights = {step.block: program.weights(step.block) for step in program.schedule}
+    originals = {block: _original_shapes(nodes) for block, nodes in weights.items()}
+    for step in program.schedule:
+        for name, node in weights[step.block].items():
+            tensor = bind_one(node, lambda original, step=step: _load(step, original, originals, read))
+            yield step.key(name), tensor
+
+
+def bind_one(weight: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
+    """The value of one weight input, given a function that loads original weights by placeholder name."""
+    value = weight.meta["val"]
+    recipe = recipe_of(weight)
+    arguments = [load(name) for name in weight_inputs(weight)]
+    with torch.no_grad():
+        tensor = arguments[0] if recipe is None else recipe(*arguments)
+    if isinstance(tensor, (tuple, list)):
+        (tensor,) = tensor
+    return tensor.to(value.dtype).contiguous()
+
+
+def _original_shapes(weights: dict[str, fx.Node]) -> dict[str, Any]:
+    """Fake values of the original weights behind the weight inputs of a block, by placeholder name."""
+    shapes = {}
+    for name, node in weights.items():
+        recipe = recipe_of(node)
+        for original in [node] if recipe is None else placeholders_of(recipe):
+            shapes[name if recipe is None else str(original.target)] = original.meta["val"]
+    return shapes
+
+
+def _load(step: Occurrence, original: str, originals: dict[str, dict[str, Any]], read: Reader) -> Tensor:
+    source = step.sources[original]
+    value = originals[step.block][original]
+    names = (source,) if isinstance(source, str) else source
+    expected = tuple(value.shape) if isinstance(source, str) else tuple(value.shape[1:])
+    if isinstance(source, str):
+        return _read(read, source, expected).to(value.dtype)
+    # Filled slice by slice: a list of all experts beside their stack would double the memory.
+    stacked = torch.empty(tuple(value.shape), dtype=value.dtype)
+    for index, name in enumerate(names):
+        stacked[index] = _read(read, name, expected)
+    return stacked
+
+
+def _read(read: Reader, name: str, expected: tuple[int, ...]) -> Tensor:
+    tensor = read(name)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"checkpoint tensor {name} has shape {list(tensor.shape)}; expected {list(expected)}")
+    return tensor
