@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv3_compile.inspection import inspect
     from dsv3_compile.driver import compile
+    from dsv3_compile.inspection import inspect
     from dsv3_compile.runtime import load
 
 _HOMES = {

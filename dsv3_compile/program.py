@@ -123,7 +123,7 @@ class _Name(str):
 
 
 def share_weights(graphs: list[BlockGraph]) -> None:
-    """Give weight inputs of equal content one name over the phases of a block, and unequal ones different names.
+    """Give weight inputs of equal content one name over the phases, unequal ones different names.
 
     The runtime then holds each bound tensor once, whichever phases read it.
     """
@@ -152,8 +152,8 @@ def bind(program: Program, read: Reader) -> Iterator[tuple[str, Tensor]]:
     """Yield every bound tensor as (key, tensor), one at a time, in schedule order.
 
     `read` is asked for checkpoint tensors by name; a tensor is read again for every recipe that needs it, so
-    memory stays at the largest recipe. Raises ValueError naming the checkpoint tensor whose shape differs from
-    what the block was captured with.
+    memory stays at the largest recipe. Raises ValueError naming the checkpoint tensor whose shape differs
+    from what the block was captured with.
     """
     weights = {step.block: program.weights(step.block) for step in program.schedule}
     originals = {block: _original_shapes(nodes) for block, nodes in weights.items()}
@@ -202,5 +202,5 @@ def _load(step: Occurrence, original: str, originals: dict[str, dict[str, Any]],
 def _read(read: Reader, name: str, expected: tuple[int, ...]) -> Tensor:
     tensor = read(name)
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"checkpoint tensor {name} has shape {list(tensor.shape)}; expected {list(expected)}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)} in the checkpoint; expected {list(expected)}")
     return tensor
