@@ -1,0 +1,75 @@
+"""Running the chosen experts only: sort the (token, expert) pairs, grouped products, weighted un-sort."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codegen.ops.norm import swiglu
+from codegen.ops.registry import composite, compute_dtype, opaque
+
+
+def _order_and_offsets(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    return indices.new_empty(indices.shape[0] * indices.shape[1]), indices.new_empty(experts, dtype=torch.int32)
+
+
+@opaque("sort_pairs(Tensor indices, int experts) -> (Tensor order, Tensor offsets)", fake=_order_and_offsets)
+def sort_pairs(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 below `experts` → (order [M] int64, offsets [E] int32), M = N·K.
+
+    order: pair numbers n·K + k, stably sorted by expert. offsets: the end of each expert's run in it.
+    """
+    flat = indices.flatten()
+    offsets = torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
+    return flat.argsort(stable=True), offsets
+
+
+def _rows_out(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[1]))
+
+
+@opaque("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor", fake=_rows_out)
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [M, D], weight [E, O, D], offsets [E] int32 → [M, O]: rows of expert e's run times weight[e]ᵀ."""
+    out, start = x.new_empty((x.shape[0], weight.shape[1])), 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            torch.mm(x[start:end], weight[expert].T, out=out[start:end])
+        start = end
+    return out
+
+
+@composite("combine_pairs(Tensor y, Tensor order, Tensor weights) -> Tensor")
+def combine_pairs(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """y [M, O] in sorted order, order [M], weights [N, K] → [N, O]: Σ_k weights[n, k] · y of pair n·K + k."""
+    pairs = torch.empty_like(y).index_copy(0, order, y).unflatten(0, weights.shape)
+    wide = compute_dtype(y)
+    return (pairs.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(y.dtype)
+
+
+def _like_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], down.shape[1]))
+
+
+@opaque(
+    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor", fake=_like_tokens
+)
+def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
+
+    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k]. Products accumulate in at least fp32
+    and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts nobody chose are not read.
+    """
+    top_k, wide = indices.shape[1], compute_dtype(x)
+    order, offsets = sort_pairs(indices, gate_up.shape[0])
+    pair_weights = weights.flatten()[order].to(wide).unsqueeze(-1)
+    token_of_pair = order // top_k
+    out, start = torch.zeros((x.shape[0], down.shape[1]), dtype=wide, device=x.device), 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            tokens = token_of_pair[start:end]
+            y = F.linear(swiglu(F.linear(x[tokens], gate_up[expert])), down[expert])
+            out.index_add_(0, tokens, y.to(wide) * pair_weights[start:end])
+        start = end
+    return out.to(x.dtype)

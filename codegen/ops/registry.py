@@ -1,0 +1,53 @@
+"""How an op of the vocabulary is defined: a schema, a torch reference and, where it is opaque, a fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+NAMESPACE = "dsv3"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+Implementation = TypeVar("Implementation", bound=Callable[..., Any])
+
+COMPOSITE: list[str] = []  # ops that compilers trace through
+OPAQUE: list[str] = []  # ops that compilers call
+
+
+def composite(schema: str) -> Callable[[Implementation], Implementation]:
+    """Define an op whose reference is traced through, by Inductor and by autograd."""
+
+    def register(reference: Implementation) -> Implementation:
+        name = _LIBRARY.define(schema, tags=_TAGS)
+        _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        COMPOSITE.append(schema.split("(")[0])
+        return reference
+
+    return register
+
+
+def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Implementation], Implementation]:
+    """Define an op that stays one call. `fake` makes empty outputs of the right shape and dtype, sizes symbolic.
+
+    The reference serves every device until a kernel for that device is registered over it.
+    """
+
+    def register(reference: Implementation) -> Implementation:
+        # A Library rather than torch.library.custom_op: the latter costs tens of microseconds a call, which is as
+        # much as one expert of a small model takes.
+        name = _LIBRARY.define(schema, tags=_TAGS)
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        short = schema.split("(")[0]
+        torch.library.register_fake(f"{NAMESPACE}::{short}", fake, lib=_LIBRARY)
+        OPAQUE.append(short)
+        return reference
+
+    return register
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which an op computes: float32 for everything narrower, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)

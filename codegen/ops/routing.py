@@ -1,0 +1,59 @@
+"""Choosing experts: scores, selection bias, group limit, top-k, weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codegen.ops.registry import composite, compute_dtype
+
+
+def _first_k(values: Tensor, k: int) -> Tensor:
+    """Indices of the k largest along the last axis, in falling order; the lowest index wins ties, unlike topk."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+@composite(
+    "route(Tensor logits, Tensor? bias, str scoring, int top_k, int groups, int top_groups, str group_score, "
+    "float masked, bool normalise, float epsilon, float scale) -> (Tensor indices, Tensor weights)"
+)
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    scoring: str,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    masked: float,
+    normalise: bool,
+    epsilon: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32, or fp64 of fp64 logits).
+
+    scores = sigmoid or softmax of the logits. Selection looks at scores + bias: the `top_groups` of `groups` equal
+    runs of experts with the largest group score ("max", or "top2": sum of the two largest) keep theirs, the others
+    are set to `masked`; the `top_k` largest are chosen, in falling order, the lowest index on ties. Weights are the
+    scores without bias, divided by (their sum + `epsilon`) if `normalise`, times `scale`.
+    DeepSeek-V2 report (max, masked 0) and DeepSeek-V3 report (top2, masked -inf), section 2.1 of each.
+    """
+    if scoring not in ("sigmoid", "softmax"):
+        raise ValueError(f"route: scoring is {scoring!r}; accepted: 'sigmoid', 'softmax'")
+    if group_score not in ("max", "top2"):
+        raise ValueError(f"route: group_score is {group_score!r}; accepted: 'max', 'top2'")
+    wide = logits.to(compute_dtype(logits))
+    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
+    choice = scores if bias is None else scores + bias.to(wide.dtype)
+    if top_groups < groups:
+        grouped = choice.unflatten(-1, (groups, -1))
+        best = 1 if group_score == "max" else min(2, grouped.shape[-1])
+        group_values = grouped.topk(best, -1).values.sum(-1)
+        kept = torch.zeros_like(group_values, dtype=torch.bool)
+        kept = kept.scatter(-1, _first_k(group_values, top_groups), True)
+        choice = grouped.masked_fill(~kept.unsqueeze(-1), masked).flatten(-2)
+    indices = _first_k(choice, top_k)
+    weights = scores.gather(-1, indices)
+    if normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
+    return indices, weights * scale
