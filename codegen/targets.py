@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """A machine to compile for. `bandwidth` in bytes/s, `flops` in FLOP/s (bf16, dense), both measured where we could."""
+    """A machine to compile for. `bandwidth` in bytes/s, `flops` in FLOP/s (bf16, dense); measured where we could."""
 
     name: str
     backend: str  # "cpu", "cuda" or "hip"

@@ -1,7 +1,7 @@
 """The op vocabulary between passes and kernels; importing it defines `torch.ops.dsv3.*`.
 
-Axis letters in shapes follow docs/architecture.md. Every op computes in `promote(x.dtype, float32)`, so that float64
-stays float64, and returns the dtype of its first argument unless its docstring says otherwise.
+Axis letters in shapes follow docs/architecture.md. Every op computes in `promote(x.dtype, float32)`, so that
+float64 stays float64, and returns the dtype of its first argument unless its docstring says otherwise.
 """
 
 from codegen.ops import attention, cache, experts, norm, rotary, routing

@@ -18,17 +18,18 @@ def _latent_output(
 
 
 @opaque(
-    "mla_attention(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor rope_key, Tensor positions, float scale) "
-    "-> Tensor",
+    "mla_attention(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor rope_key, Tensor positions, "
+    "float scale) -> Tensor",
     fake=_latent_output,
 )
 def mla_attention(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float
 ) -> Tensor:
-    """q_latent [B, S, H, C], q_rope [B, S, H, R], latent [B, T, C], rope_key [B, T, R], positions [B, S] int64.
+    """q_latent [B, S, H, C], q_rope [B, S, H, R], latent [B, T, C], rope_key [B, T, R], positions [B, S].
 
-    softmax over t ≤ positions[b, s] of scale · (q_latent · latent[b, t] + q_rope · rope_key[b, t]), times latent
-    → [B, S, H, C]. One latent row is key and value of every head. Cache rows behind the last position are not read.
+    softmax over t ≤ positions[b, s] of scale · (q_latent · latent[b, t] + q_rope · rope_key[b, t]), times
+    latent → [B, S, H, C]. One latent row is key and value of every head. positions are int64; cache rows
+    behind the last one are not read.
     """
     heads, wide = q_latent.shape[2], compute_dtype(q_latent)
     length = int(positions.max()) + 1
@@ -44,7 +45,9 @@ def _value_output(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: flo
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@opaque("attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor", fake=_value_output)
+@opaque(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor", fake=_value_output
+)
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
     """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] int64 → [B, S, H, V].
 
@@ -53,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) 
     """
     length, value_width = int(positions.max()) + 1, v.shape[3]
     k, v = k[:, :length], v[:, :length]
-    # torch's fused kernels want one head width for keys and values; zero columns change neither scores nor sums.
+    # torch's fused kernels want one head width for keys and values; zero columns change no score and no sum.
     width = max(q.shape[3], value_width)
     q, k, v = (F.pad(x, (0, width - x.shape[3])).transpose(1, 2) for x in (q, k, v))
     visible = torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)

@@ -9,7 +9,9 @@ from codegen.ops.norm import rms_norm
 from codegen.ops.registry import composite, opaque
 from codegen.ops.rotary import rotary
 
-_ARGUMENTS = "Tensor kv, Tensor weight, Tensor cos, Tensor sin, Tensor positions, {latent}, {rope_key}, float eps, "
+_ARGUMENTS = (
+    "Tensor kv, Tensor weight, Tensor cos, Tensor sin, Tensor positions, {latent}, {rope_key}, float eps, "
+)
 
 
 def _rows(
@@ -37,10 +39,11 @@ def write_cache(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """kv [B, S, C+R], weight [C], cos and sin [B, S, F], positions [B, S] int64, latent [B, T, C], rope_key [B, T, R].
+    """kv [B, S, C+R], weight [C], cos and sin [B, S, F], positions [B, S] int64, latent [B, T, C],
+    rope_key [B, T, R].
 
-    Returns copies of both caches in which row positions[b, s] holds the RMSNorm of the first C columns of kv[b, s] and
-    the rotation of its last R. The caches keep their dtype.
+    Returns copies of both caches in which row positions[b, s] holds the RMSNorm of the first C columns of
+    kv[b, s] and the rotation of its last R. The caches keep their dtype.
     """
     latent_row, rope_row = _rows(kv, weight, cos, sin, eps, interleaved)
     row = torch.arange(kv.shape[0], device=kv.device).unsqueeze(-1)

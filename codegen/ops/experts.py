@@ -11,7 +11,8 @@ from codegen.ops.registry import composite, compute_dtype, opaque
 
 
 def _order_and_offsets(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    return indices.new_empty(indices.shape[0] * indices.shape[1]), indices.new_empty(experts, dtype=torch.int32)
+    pairs = indices.shape[0] * indices.shape[1]
+    return indices.new_empty(pairs), indices.new_empty(experts, dtype=torch.int32)
 
 
 @opaque("sort_pairs(Tensor indices, int experts) -> (Tensor order, Tensor offsets)", fake=_order_and_offsets)
@@ -53,13 +54,15 @@ def _like_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, d
 
 
 @opaque(
-    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor", fake=_like_tokens
+    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
+    fake=_like_tokens,
 )
 def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
-    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k]. Products accumulate in at least fp32
-    and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts nobody chose are not read.
+    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k]. Products accumulate in at
+    least fp32 and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts that
+    nobody chose are not read.
     """
     top_k, wide = indices.shape[1], compute_dtype(x)
     order, offsets = sort_pairs(indices, gate_up.shape[0])

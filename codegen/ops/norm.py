@@ -19,7 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @composite("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual [.., D], weight [D] → (rms_norm(sum), sum), both [.., D]; sum = x + residual in the dtype of x."""
+    """x, residual [.., D], weight [D] → (rms_norm(sum), sum), both [.., D]; sum = x + residual,
+    in the dtype of x."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 

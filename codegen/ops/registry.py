@@ -30,14 +30,14 @@ def composite(schema: str) -> Callable[[Implementation], Implementation]:
 
 
 def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Implementation], Implementation]:
-    """Define an op that stays one call. `fake` makes empty outputs of the right shape and dtype, sizes symbolic.
+    """Define an op that stays one call. `fake` makes empty outputs of the right shape and dtype.
 
     The reference serves every device until a kernel for that device is registered over it.
     """
 
     def register(reference: Implementation) -> Implementation:
-        # A Library rather than torch.library.custom_op: the latter costs tens of microseconds a call, which is as
-        # much as one expert of a small model takes.
+        # Not torch.library.custom_op: it costs tens of microseconds a call, which is
+        # as much as one expert of a small model takes.
         name = _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         short = schema.split("(")[0]

@@ -12,7 +12,7 @@ from codegen.ops.registry import composite, compute_dtype
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [B, S, H, R], cos and sin [B, S, F], F = R/2 → [B, S, H, R].
 
-    Pair i is rotated by angle i: pairs are (2i, 2i + 1) when `interleaved`, else (i, i + F). The layout stays.
+    Pair i is rotated by angle i: pairs are (2i, 2i + 1) if `interleaved`, else (i, i + F). The layout stays.
     """
     wide = x.to(compute_dtype(x))
     cos, sin = (angle.to(wide.dtype).unsqueeze(-2) for angle in (cos, sin))

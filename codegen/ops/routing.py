@@ -9,7 +9,7 @@ from codegen.ops.registry import composite, compute_dtype
 
 
 def _first_k(values: Tensor, k: int) -> Tensor:
-    """Indices of the k largest along the last axis, in falling order; the lowest index wins ties, unlike topk."""
+    """Indices of the k largest of the last axis, falling; the lowest index wins ties, unlike topk."""
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -32,10 +32,11 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32, or fp64 of fp64 logits).
 
-    scores = sigmoid or softmax of the logits. Selection looks at scores + bias: the `top_groups` of `groups` equal
-    runs of experts with the largest group score ("max", or "top2": sum of the two largest) keep theirs, the others
-    are set to `masked`; the `top_k` largest are chosen, in falling order, the lowest index on ties. Weights are the
-    scores without bias, divided by (their sum + `epsilon`) if `normalise`, times `scale`.
+    scores = sigmoid or softmax of the logits. Selection looks at scores + bias: the `top_groups` of `groups`
+    equal runs of experts with the largest group score ("max", or "top2": sum of the two largest) keep theirs,
+    the others are set to `masked`; the `top_k` largest are chosen, in falling order, the lowest index on
+    ties. Weights are the scores without bias, divided by (their sum + `epsilon`) if `normalise`, times
+    `scale`.
     DeepSeek-V2 report (max, masked 0) and DeepSeek-V3 report (top2, masked -inf), section 2.1 of each.
     """
     if scoring not in ("sigmoid", "softmax"):

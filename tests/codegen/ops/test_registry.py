@@ -1,0 +1,109 @@
+"""The vocabulary as compilers see it: fakes, symbolic shapes, export, torch.compile, AOTInductor."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from codegen import ops
+
+dsv3 = torch.ops.dsv3
+
+
+class EveryOp(nn.Module):
+    """Calls the whole vocabulary once; the latent and the rope key are mutated inputs."""
+
+    def forward(self, x, w_kv, cos, sin, positions, latent, rope_key, weight, w_router, gate_up, down, bias):
+        normed, total = dsv3.add_rms_norm(x, x, weight, 1e-6)
+        kv = dsv3.rms_norm(total, weight, 1e-6) @ w_kv
+        pure_latent, _ = dsv3.write_cache(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
+        dsv3.write_cache_(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
+        q = normed.unflatten(-1, (4, -1))
+        q_rope = dsv3.rotary(q[..., :8], cos, sin, True)
+        absorbed = dsv3.mla_attention(q[..., :16], q_rope, latent, rope_key, positions, 0.2)
+        keys = normed.unflatten(-1, (2, -1))
+        expanded = dsv3.attention(q[..., :12], keys[..., :12], keys, positions, 0.3)
+        tokens = normed.flatten(0, 1)
+        logits = tokens @ w_router
+        indices, weights = dsv3.route(logits, bias, "sigmoid", 3, 4, 2, "top2", -math.inf, True, 1e-20, 2.5)
+        fused = dsv3.routed_swiglu(tokens, indices, weights, gate_up, down)
+        order, offsets = dsv3.sort_pairs(indices, 8)
+        hidden = dsv3.swiglu(dsv3.grouped_linear(tokens[order // 3], gate_up, offsets))
+        steps = dsv3.combine_pairs(dsv3.grouped_linear(hidden, down, offsets), order, weights)
+        return pure_latent, absorbed, expanded, fused, steps
+
+
+def draw(batch, queries, context, dtype=torch.float32):
+    def normal(*shape):
+        return 0.3 * torch.randn(*shape, dtype=dtype)
+
+    positions = torch.arange(queries).repeat(batch, 1)
+    shapes = ((64,), (64, 8), (8, 32, 64), (8, 64, 16), (8,))
+    return (
+        normal(batch, queries, 64),
+        normal(64, 24),
+        normal(batch, queries, 4),
+        normal(batch, queries, 4),
+        positions,
+        normal(batch, context, 16),
+        normal(batch, context, 8),
+        *(normal(*shape) for shape in shapes),
+    )
+
+
+def same_results(compiled, sizes):
+    arguments = draw(*sizes)
+    own, other = ([a.clone() for a in arguments] for _ in range(2))
+    expected, found = EveryOp()(*own), compiled(*other)
+    torch.testing.assert_close(tuple(found), expected)
+    torch.testing.assert_close(other[5:7], own[5:7])
+
+
+@pytest.fixture(scope="module")
+def exported():
+    batch, queries, context = (torch.export.Dim(n, min=1, max=1 << 16) for n in "BST")
+    tokens = {0: batch, 1: queries}
+    cache = {0: batch, 1: context}
+    shapes = (tokens, None, tokens, tokens, tokens, cache, cache, *(None,) * 5)
+    return torch.export.export(EveryOp(), draw(2, 5, 9), dynamic_shapes=shapes).run_decompositions({})
+
+
+def test_export_keeps_every_op_whole_and_all_sizes_free(exported):
+    called = {str(n.target).split(".")[1] for n in exported.graph.nodes if str(n.target).startswith("dsv3.")}
+    assert called == set(ops.COMPOSITE + ops.OPAQUE) - {"write_cache_"}  # that one is functionalised
+    same_results(exported.module(), (1, 3, 7))
+
+
+def test_torch_compile_with_dynamic_shapes():
+    compiled = torch.compile(EveryOp(), dynamic=True)
+    same_results(compiled, (2, 5, 9))
+    same_results(compiled, (3, 2, 4))
+
+
+def test_ahead_of_time_inductor_writes_the_cache_in_place(exported, tmp_path):
+    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "every.pt2"))
+    same_results(torch._inductor.aoti_load_package(package), (1, 4, 6))
+
+
+def test_float64_stays_float64():
+    outputs = EveryOp()(*draw(2, 3, 4, torch.float64))
+    assert {out.dtype for out in outputs} == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ops.OPAQUE)
+def test_opaque_ops_pass_torch_checks(name):
+    x, w_kv, cos, sin, positions, latent, rope_key, weight, _, gate_up, down, _ = draw(2, 3, 5)
+    tokens, q = x.flatten(0, 1), x.unflatten(-1, (4, -1))
+    indices = torch.stack([torch.randperm(8)[:3] for _ in range(6)])
+    offsets = torch.tensor([0, 1, 1, 2, 3, 6, 6, 6], dtype=torch.int32)
+    keys = torch.randn(2, 5, 2, 16)
+    arguments = {
+        "write_cache_": (x @ w_kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True),
+        "mla_attention": (q, q[..., :8], latent, rope_key, positions, 0.2),
+        "attention": (q, keys, keys[..., :12], positions, 0.3),
+        "sort_pairs": (indices, 8),
+        "grouped_linear": (tokens, gate_up, offsets),
+        "routed_swiglu": (tokens, indices, torch.rand(6, 3), gate_up, down),
+    }[name]
+    torch.library.opcheck(getattr(dsv3, name).default, arguments)
