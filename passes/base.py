@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from dataclasses import replace as replace_fields
 from enum import Enum
 from typing import Any
 
@@ -38,6 +39,7 @@ class Outcome:
 
     matches: list[str] = field(default_factory=list)  # one line of prose each
     refusals: list[Refusal] = field(default_factory=list)
+    decision: dict[str, Any] = field(default_factory=dict)  # options that would repeat the choices made here
 
     def refuse(self, node: fx.Node, reason: str) -> None:
         self.refusals.append(Refusal(node.name, reason, source_line(node)))
@@ -68,6 +70,10 @@ class Pass:
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         """Change the graph in place and say what was done and what was left."""
         raise TypeError(f"{type(self).__name__} does not define run")
+
+    def decided(self, outcome: Outcome) -> Pass:
+        """This pass with the choices of an earlier run pinned."""
+        return replace_fields(self, **outcome.decision)
 
     @classmethod
     def name(cls) -> str:

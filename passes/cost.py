@@ -1,0 +1,279 @@
+"""What a graph costs: FLOPs, bytes, launches and weight storage, symbolic in B, S and T.
+
+FLOPs are those of the products (two per multiply-accumulate), counted as torch.utils.flop_counter counts them.
+Bytes are what one run must move: every product and fused op reads its operands and writes its result; chains of
+elementwise ops count as one kernel, which reads and writes only at its ends; views are free; a cache write moves the
+rows it writes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from codegen.targets import Target
+from passes.base import Role, Workload, is_call, placeholders
+
+aten = torch.ops.aten
+
+B, S, T = sympy.symbols("B S T", positive=True, integer=True)
+SizeOf = Callable[[Any], Any]  # a dim (int or SymInt) → number or sympy expression
+
+VIEWS = (
+    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze,
+    aten.permute, aten.transpose, aten.t, aten.expand, aten.slice, aten.split_with_sizes, aten.split, aten.chunk,
+    aten.select, aten.unbind, aten.alias, aten.detach, aten.sym_size, operator.getitem, operator.mul, operator.add,
+)  # fmt: skip
+NOT_ELEMENTWISE = (
+    aten.einsum, aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.scaled_dot_product_attention,
+    aten.softmax, aten._softmax, aten.topk, aten.sort, aten.scatter, aten.index_put, aten.index, aten.embedding,
+    aten.gather, aten.sum, aten.mean, aten.amax, aten.rms_norm, aten.index_add, aten.cat, aten.stack,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals of a graph; numbers, or sympy expressions in B, S and T."""
+
+    flops: Any
+    bytes: Any
+    launches: int
+    weight_bytes: int
+    cache_bytes_per_token: int
+
+    def at(self, workload: Workload) -> Cost:
+        """The same totals as numbers for given sizes."""
+        sizes = {B: workload.batch, S: workload.queries, T: workload.context}
+        flops, moved = (int(sympy.sympify(e).subs(sizes)) for e in (self.flops, self.bytes))
+        return Cost(flops, moved, self.launches, self.weight_bytes, self.cache_bytes_per_token)
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """FLOPs and bytes of one node, and whether it starts a kernel of its own."""
+
+    flops: Any = 0
+    bytes: Any = 0
+    launches: int = 0
+
+    def seconds(self, target: Target) -> float:
+        """Roofline time: the larger of arithmetic and traffic, plus the launch."""
+        return (
+            max(self.flops / target.flops, self.bytes / target.bandwidth)
+            + self.launches * target.launch_seconds
+        )
+
+
+def cost(graph: fx.Graph) -> Cost:
+    """Symbolic totals of a graph."""
+    size = symbolic_sizes(graph)
+    each = node_costs(graph, size).values()
+    caches = [n.meta["val"] for n in placeholders(graph, Role.CACHE)]
+    return Cost(
+        sympy.expand(sum((c.flops for c in each), sympy.Integer(0))),
+        sympy.expand(sum((c.bytes for c in each), sympy.Integer(0))),
+        sum(c.launches for c in each),
+        sum(int(_bytes(n.meta["val"], int)) for n in placeholders(graph, Role.WEIGHT)),
+        sum(prod(v.shape[2:]) * v.element_size() for v in caches),
+    )
+
+
+def symbol_names(graph: fx.Graph) -> dict[Any, sympy.Symbol]:
+    """Which of the graph's own symbols are B, S and T: read off the dims of its activations and caches."""
+    names: dict[Any, sympy.Symbol] = {}
+    for role, second in ((Role.CACHE, T), (Role.ACTIVATION, S)):
+        for node in placeholders(graph, role):
+            for dim, name in zip(node.meta["val"].shape[:2], (B, second), strict=False):
+                if not isinstance(dim, int):
+                    names.setdefault(dim.node.expr, name)
+    return names
+
+
+def symbolic_sizes(graph: fx.Graph) -> SizeOf:
+    names = symbol_names(graph)
+    return lambda dim: sympy.Integer(dim) if isinstance(dim, int) else sympy.sympify(_expr(dim)).subs(names)
+
+
+def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
+    """Sizes as integers for one workload; remembers what it has seen, for it is asked thousands of times."""
+    sizes = {B: workload.batch, S: workload.queries, T: workload.context}
+    values = {symbol: sizes[name] for symbol, name in symbol_names(graph).items()}
+    seen: dict[Any, int] = {}
+
+    def size(dim: Any) -> int:
+        if isinstance(dim, int):
+            return dim
+        expr = _expr(dim)
+        if expr not in seen:
+            seen[expr] = int(sympy.sympify(expr).subs(values))
+        return seen[expr]
+
+    return size
+
+
+def _expr(dim: Any) -> Any:
+    return dim.node.expr if hasattr(dim, "node") else dim
+
+
+def node_costs(graph: fx.Graph, size: SizeOf) -> dict[fx.Node, NodeCost]:
+    return {node: node_cost(node, size) for node in graph.nodes if node.op == "call_function"}
+
+
+def is_view(node: fx.Node) -> bool:
+    return is_call(node, *VIEWS) or not isinstance(node.meta.get("val"), (FakeTensor, tuple, list))
+
+
+def is_elementwise(node: Any) -> bool:
+    """Would a code generator fuse this node with its elementwise neighbours?"""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or is_view(node):
+        return False
+    return not is_call(node, *NOT_ELEMENTWISE) and "dsv3" not in str(node.target)
+
+
+def node_cost(node: fx.Node, size: SizeOf) -> NodeCost:
+    """Cost of one node; views and the inside of elementwise chains are free."""
+    if is_view(node):
+        return NodeCost()
+    value = node.meta["val"]
+    if is_elementwise(node):
+        reads = sum(_bytes(n.meta["val"], size) for n in _sources(node) if not is_elementwise(n))
+        outside = any(not is_elementwise(user) for user in _readers(node))
+        first = not any(is_elementwise(n) for n in _sources(node))
+        return NodeCost(0, reads + (_bytes(value, size) if outside else 0), int(first))
+    moved = sum(_bytes(n.meta["val"], size) for n in node.all_input_nodes) + _bytes(value, size)
+    special = SPECIAL.get(_op_name(node))
+    if special is not None:
+        flops, moved = special(node, size, moved)
+        return NodeCost(flops, moved, 1)
+    return NodeCost(_product_flops(node, size), moved, 1)
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """Inputs, seen through views."""
+    found = []
+    for source in node.all_input_nodes:
+        while source.op == "call_function" and is_view(source) and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if isinstance(source.meta.get("val"), FakeTensor):
+            found.append(source)
+    return list(dict.fromkeys(found))
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for user in node.users:
+        found.extend(_readers(user) if user.op == "call_function" and is_view(user) else [user])
+    return found
+
+
+def _bytes(value: Any, size: SizeOf) -> Any:
+    if isinstance(value, (tuple, list)):
+        return sum(_bytes(v, size) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    return prod((size(d) for d in _distinct(value)), start=1) * value.element_size()
+
+
+def _distinct(value: torch.Tensor) -> list[Any]:
+    """Dims of the memory behind a tensor: a broadcast dim (stride 0) is stored once."""
+    return [
+        d
+        for d, stride in zip(value.shape, value.stride(), strict=True)
+        if not (isinstance(stride, int) and stride == 0)
+    ]
+
+
+def _op_name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet) if packet is not None else str(node.target)
+
+
+def _shape(node: Any, size: SizeOf) -> list[Any]:
+    return [size(d) for d in node.meta["val"].shape]
+
+
+def _product_flops(node: fx.Node, size: SizeOf) -> Any:
+    if is_call(node, aten.einsum):
+        equation, operands = node.args[0], node.args[1]
+        letters = equation.replace(" ", "").split("->")[0].split(",")
+        sizes = {
+            c: s
+            for text, o in zip(letters, operands, strict=True)
+            for c, s in zip(text, _shape(o, size), strict=True)
+        }
+        return 2 * prod(sizes.values()) if len(operands) > 1 else 0
+    if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul):
+        return 2 * prod(_shape(node, size)) * _shape(node.args[0], size)[-1]
+    if is_call(node, aten.addmm):
+        return 2 * prod(_shape(node, size)) * _shape(node.args[1], size)[-1]
+    return 0
+
+
+# ---- ops whose traffic is not simply inputs plus outputs --------------------------------------------------------
+
+
+def _mla_attention(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    b, s, h, c = _shape(node.args[0], size)
+    _, t, r = _shape(node.args[3], size)
+    return 2 * b * s * h * t * (2 * c + r), moved
+
+
+def _attention(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    b, s, h, a = _shape(node.args[0], size)
+    _, t, _, v = _shape(node.args[2], size)
+    return 2 * b * s * h * t * (a + v), moved
+
+
+def _write_cache(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    rows = _bytes(node.args[0].meta["val"], size)
+    return 0, 2 * rows
+
+
+def _index_put(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    return 0, 2 * _bytes(node.args[2].meta["val"], size)
+
+
+def _embedding(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    return 0, 2 * _bytes(node.meta["val"], size)
+
+
+def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    tokens, hidden = _shape(node.args[0], size)
+    selected = _shape(node.args[1], size)[1]
+    experts, double, _ = _shape(node.args[3], size)
+    width = double / 2
+    weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
+    active = _active(experts, selected, tokens)
+    return 6 * tokens * selected * hidden * width, moved - weights + weights * active / experts
+
+
+def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    pairs, hidden = _shape(node.args[0], size)
+    experts, out, _ = _shape(node.args[1], size)
+    weights = _bytes(node.args[1].meta["val"], size)
+    return 2 * pairs * hidden * out, moved - weights + weights * _active(experts, 1, pairs) / experts
+
+
+def _active(experts: Any, selected: Any, tokens: Any) -> Any:
+    """Expected number of experts in use when every token picks `selected` different ones evenly."""
+    return experts * (1 - (1 - sympy.sympify(selected) / experts) ** tokens)
+
+
+SPECIAL: dict[str, Callable[[fx.Node, SizeOf, Any], tuple[Any, Any]]] = {
+    "dsv3.mla_attention": _mla_attention,
+    "dsv3.attention": _attention,
+    "dsv3.write_cache": _write_cache,
+    "dsv3.write_cache_": _write_cache,
+    "dsv3.routed_swiglu": _routed_swiglu,
+    "dsv3.grouped_linear": _grouped_linear,
+    "aten.index_put": _index_put,
+    "aten.embedding": _embedding,
+}
