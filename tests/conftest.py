@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """`golden(text, name)` asserts that `text` equals tests/golden/<name>; --accept writes the file instead."""
+    """`golden(text, name)` asserts that text equals tests/golden/<name>; --accept writes the file instead."""
 
     def compare(text: str, name: str) -> None:
         path = GOLDEN / name
