@@ -28,11 +28,12 @@ def write(cache: Tensor, rows: Tensor, positions_BS: Tensor) -> Tensor:
     return cache.index_put((batch, positions_BS), rows)
 
 
-def softmax_up_to(positions_BS: Tensor, scores_BHST: Tensor) -> Tensor:
-    """Softmax over the cached positions t ≤ positions[b, s], at least in float32."""
+def softmax_up_to(positions_BS: Tensor, scores_BHST: Tensor, scale: float) -> Tensor:
+    """Softmax of scale · scores over the cached positions t ≤ positions[b, s], in float32 or wider."""
     wide = torch.promote_types(scores_BHST.dtype, torch.float32)
     visible_BST = torch.arange(scores_BHST.shape[-1], device=positions_BS.device) <= positions_BS[:, :, None]
-    return scores_BHST.to(wide).masked_fill(~visible_BST[:, None], -math.inf).softmax(-1)
+    scores_BHST, dtype = scores_BHST.to(wide) * scale, scores_BHST.dtype
+    return scores_BHST.masked_fill(~visible_BST[:, None], -math.inf).softmax(-1).to(dtype)
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -73,24 +74,21 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """→ attended [B, S, D] and the two caches with this step's rows."""
         spec = self.spec
-        q_nope_BSHP, q_rope_BSHR = self.queries(x_BSD).split(
-            [spec.qk_nope_head_dim, spec.qk_rope_head_dim], -1
-        )
+        nope, rope = spec.qk_nope_head_dim, spec.qk_rope_head_dim
+        q_nope_BSHP, q_rope_BSHR = self.queries(x_BSD).split([nope, rope], -1)
         q_rope_BSHR = rotate(q_rope_BSHR, cos_BSF[:, :, None], sin_BSF[:, :, None], spec.interleaved)
 
-        down_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split(
-            [spec.kv_lora_rank, spec.qk_rope_head_dim], -1
-        )
+        down_BSC, key_BSR = self.kv_a_proj_with_mqa(x_BSD).split([spec.kv_lora_rank, rope], -1)
         latent_BTC = write(latent_BTC, self.kv_a_layernorm(down_BSC), positions_BS)
         rope_key_BTR = write(rope_key_BTR, rotate(key_BSR, cos_BSF, sin_BSF, spec.interleaved), positions_BS)
 
         kv_BTHX = self.kv_b_proj(latent_BTC).unflatten(-1, (spec.heads, -1))
-        k_nope_BTHP, v_BTHV = kv_BTHX.split([spec.qk_nope_head_dim, spec.v_head_dim], -1)
+        k_nope_BTHP, v_BTHV = kv_BTHX.split([nope, spec.v_head_dim], -1)
 
         q_BSHX = torch.cat([q_nope_BSHP, q_rope_BSHR], -1)
         k_BTHX = torch.cat([k_nope_BTHP, rope_key_BTR[:, :, None].expand(-1, -1, spec.heads, -1)], -1)
-        scores_BHST = torch.einsum("bshx,bthx->bhst", q_BSHX, k_BTHX) * spec.scale
-        shares_BHST = softmax_up_to(positions_BS, scores_BHST).to(x_BSD.dtype)
+        scores_BHST = torch.einsum("bshx,bthx->bhst", q_BSHX, k_BTHX)
+        shares_BHST = softmax_up_to(positions_BS, scores_BHST, spec.scale)
         out_BSHV = torch.einsum("bhst,bthv->bshv", shares_BHST, v_BTHV)
         return self.o_proj(out_BSHV.flatten(-2)), latent_BTC, rope_key_BTR
 
@@ -125,7 +123,7 @@ class GroupedQueryAttention(nn.Module):
 
         k_BTHA = keys_BTGA.repeat_interleave(spec.heads // spec.kv_heads, 2)
         v_BTHA = values_BTGA.repeat_interleave(spec.heads // spec.kv_heads, 2)
-        scores_BHST = torch.einsum("bsha,btha->bhst", q_BSHA, k_BTHA) * spec.scale
-        shares_BHST = softmax_up_to(positions_BS, scores_BHST).to(x_BSD.dtype)
+        scores_BHST = torch.einsum("bsha,btha->bhst", q_BSHA, k_BTHA)
+        shares_BHST = softmax_up_to(positions_BS, scores_BHST, spec.scale)
         out_BSHA = torch.einsum("bhst,btha->bsha", shares_BHST, v_BTHA)
         return self.o_proj(out_BSHA.flatten(-2)), keys_BTGA, values_BTGA

@@ -280,9 +280,7 @@ def _quantization(given: Any) -> BlockQuantization:
         raise ConfigError(f"quantization_config.quant_method is {method!r}; accepted: 'fp8'")
     block = given.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
-        raise ConfigError(
-            f"quantization_config.weight_block_size is {block!r}; accepted: two positive integers"
-        )
+        raise ConfigError(f"quantization_config.weight_block_size is {block!r}; accepted: two sizes")
     return BlockQuantization((block[0], block[1]), given.get("scale_fmt"))
 
 

@@ -81,9 +81,8 @@ class Layer(nn.Module):
 
         MLA: latent [B, T, C] and rope_key [B, T, R]; GQA: keys and values [B, T, G, A].
         """
-        normed_BSD = self.input_layernorm(x_BSD)
         attended_BSD, first, second = self.self_attn(
-            normed_BSD, cos_BSF, sin_BSF, positions_BS, first, second
+            self.input_layernorm(x_BSD), cos_BSF, sin_BSF, positions_BS, first, second
         )
         x_BSD = x_BSD + attended_BSD
         x_BSD = x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))

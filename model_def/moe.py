@@ -38,9 +38,12 @@ def route(spec: RoutingSpec, logits_NE: Tensor, bias_E: Tensor | None) -> tuple[
     choice_NE = scores_NE if bias_E is None else scores_NE + bias_E
     if spec.groups > 1:
         choice_NGX = choice_NE.unflatten(-1, (spec.groups, -1))
-        best = choice_NGX.topk(2 if spec.group_score == "top2" else 1, -1).values
-        _, chosen = best.sum(-1).topk(spec.top_groups, -1)
-        kept_NG = torch.zeros_like(best[..., 0]).scatter(-1, chosen, 1.0) > 0
+        if spec.group_score == "top2":
+            group_NG = choice_NGX.topk(2, -1).values.sum(-1)
+        else:
+            group_NG = choice_NGX.amax(-1)
+        chosen = group_NG.topk(spec.top_groups, -1).indices
+        kept_NG = torch.zeros_like(group_NG).scatter(-1, chosen, 1.0) > 0
         choice_NE = choice_NGX.masked_fill(~kept_NG[..., None], spec.masked).flatten(-2)
     indices_NK = choice_NE.topk(spec.top_k, -1).indices
     weights_NK = scores_NE.gather(-1, indices_NK)
@@ -55,9 +58,8 @@ class Router(nn.Module):
     def __init__(self, spec: RoutingSpec, hidden: int, dtype: torch.dtype, device: torch.device | str | None):
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(
-            torch.randn(spec.experts, hidden, dtype=dtype, device=device) * hidden**-0.5
-        )
+        weight_ED = torch.randn(spec.experts, hidden, dtype=dtype, device=device) * hidden**-0.5
+        self.weight = nn.Parameter(weight_ED)
         # fp32 whatever the model's dtype: rounding the sum of score and bias to bf16 changes the selection
         wide = torch.promote_types(dtype, torch.float32)
         bias_E = torch.zeros(spec.experts, dtype=wide, device=device) if spec.bias else None
@@ -79,9 +81,8 @@ class Experts(nn.Module):
         super().__init__()
 
         def stacked(outputs: int, inputs: int) -> nn.Parameter:
-            return nn.Parameter(
-                torch.randn(experts, outputs, inputs, dtype=dtype, device=device) * inputs**-0.5
-            )
+            weight = torch.randn(experts, outputs, inputs, dtype=dtype, device=device) * inputs**-0.5
+            return nn.Parameter(weight)
 
         self.gate_proj = stacked(width, hidden)
         self.up_proj = stacked(width, hidden)

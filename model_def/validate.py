@@ -133,9 +133,8 @@ def _check_mla(config: ModelConfig) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         require(getattr(config, name) is not None, f"{name} is missing, which attention 'mla' needs")
     ranks = config.kv_lora_rank if isinstance(config.kv_lora_rank, tuple) else (config.kv_lora_rank,)
-    require(
-        all(r is not None and r > 0 for r in ranks), f"kv_lora_rank is {config.kv_lora_rank}; accepted: > 0"
-    )
+    positive = all(rank is not None and rank > 0 for rank in ranks)
+    require(positive, f"kv_lora_rank is {config.kv_lora_rank}; accepted: positive numbers")
     require(
         not isinstance(config.kv_lora_rank, tuple) or len(ranks) == config.num_hidden_layers,
         f"kv_lora_rank has {len(ranks)} entries; accepted: one number, or one per layer "
@@ -156,7 +155,8 @@ def _check_experts(config: ModelConfig) -> None:
     allowed = top_groups * (experts // groups)
     require(
         top_k <= allowed,
-        f"num_experts_per_tok is {top_k}; accepted: at most {allowed}, the experts of topk_group {top_groups} groups",
+        f"num_experts_per_tok is {top_k}; accepted: at most {allowed}, as many experts as topk_group "
+        f"{top_groups} groups hold",
     )
     require(
         config.topk_method != "noaux_tc" or top_groups == groups or experts // groups >= 2,
