@@ -23,8 +23,8 @@ from passes.base import Role, placeholders
 
 PHASES = ("prefill", "decode")
 
-Source = str | tuple[str, ...]
-"""Checkpoint name of a weight; several names are stacked along a new first axis (experts)."""
+Source = tuple[str, ...]
+"""Checkpoint names behind a weight; where the weight has one more axis, they are stacked along it (experts)."""
 
 Reader = Callable[[str], Tensor]
 """Reads one checkpoint tensor by name, dequantised if it was stored in FP8."""
@@ -53,7 +53,7 @@ class Occurrence:
 
     block: str
     layer: int | None  # None for embed and head
-    sources: Mapping[str, Source]  # original weight placeholder → checkpoint name(s)
+    sources: Mapping[str, Source]  # original weight placeholder → checkpoint names
 
     @property
     def prefix(self) -> str:
@@ -186,21 +186,21 @@ def _original_shapes(weights: dict[str, fx.Node]) -> dict[str, Any]:
 
 
 def _load(step: Occurrence, original: str, originals: dict[str, dict[str, Any]], read: Reader) -> Tensor:
-    source = step.sources[original]
+    names = step.sources[original]
     value = originals[step.block][original]
-    names = (source,) if isinstance(source, str) else source
-    expected = tuple(value.shape) if isinstance(source, str) else tuple(value.shape[1:])
-    if isinstance(source, str):
-        return _read(read, source, expected).to(value.dtype)
+    shape = tuple(value.shape)
+    first = read(names[0])
+    if len(names) == 1 and first.ndim == len(shape):
+        return _checked(first, names[0], shape).to(value.dtype)
     # Filled slice by slice: a list of all experts beside their stack would double the memory.
-    stacked = torch.empty(tuple(value.shape), dtype=value.dtype)
+    stacked = torch.empty((len(names), *shape[1:]), dtype=value.dtype)
     for index, name in enumerate(names):
-        stacked[index] = _read(read, name, expected)
+        stacked[index] = _checked(first if index == 0 else read(name), name, shape[1:])
     return stacked
 
 
-def _read(read: Reader, name: str, expected: tuple[int, ...]) -> Tensor:
-    tensor = read(name)
+def _checked(tensor: Tensor, name: str, expected: tuple[int, ...]) -> Tensor:
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} has shape {list(tensor.shape)} in the checkpoint; expected {list(expected)}")
+        found = list(tensor.shape)
+        raise ValueError(f"checkpoint tensor {name} has shape {found}; expected {list(expected)}")
     return tensor

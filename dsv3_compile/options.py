@@ -1,0 +1,76 @@
+"""What a compile can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from codegen.targets import target
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OptionError(ValueError):
+    """An option that does not exist, or a value it does not take."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one compile; evaluating the repr rebuilds them.
+
+    Raises OptionError (or codegen.targets' ValueError for the target) naming what would be accepted.
+    """
+
+    target: str = "cpu"
+    dtype: str | None = None  # None: float32 on the CPU, else the checkpoint's
+    max_batch: int = 8  # rows of a decode step; batch at which costs are compared
+    max_length: int | None = None  # positions of a cache; None: the model's, at most DEFAULT_LENGTH
+    set: tuple[str, ...] = ()  # pass.field=value
+    disable: tuple[str, ...] = ()  # passes left out
+    require: tuple[str, ...] = ()  # passes that must fire somewhere in the model
+    verify: bool = True  # certify every pass
+    no_weights: bool = False  # compile from the config alone
+    aot: bool = False  # CPU: store graphs compiled for this machine
+
+    def __post_init__(self) -> None:
+        target(self.target)
+        if self.dtype not in (None, *DTYPES):
+            raise OptionError(f"dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        for name in ("max_batch", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise OptionError(f"{name} is {value!r}; accepted: a whole number from 1")
+        for name in ("set", "disable", "require"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise OptionError(f"{name} is {value!r}; accepted: a list of strings")
+            object.__setattr__(self, name, tuple(value))
+        if self.aot and self.target != "cpu":
+            raise OptionError(f"aot is for target cpu; the target is {self.target}")
+
+    def dtype_for(self, stored: torch.dtype) -> torch.dtype:
+        """The dtype to compile for, given the dtype the model is stored in."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        return torch.float32 if self.target == "cpu" else stored
+
+    def length_for(self, longest: int) -> int:
+        """Positions of a cache, given how many the model can tell apart."""
+        length = min(DEFAULT_LENGTH, longest) if self.max_length is None else self.max_length
+        if length > longest:
+            raise OptionError(f"max_length is {length}; the model has {longest} positions")
+        return length
+
+
+DEFAULT_LENGTH = 4096
+
+
+def options_from(settings: dict[str, Any]) -> Options:
+    """Options from keyword arguments; OptionError names an unknown one and the accepted ones."""
+    accepted = list(Options.__dataclass_fields__)
+    for name in settings:
+        if name not in accepted:
+            raise OptionError(f"unknown option {name!r}; accepted: {', '.join(accepted)}")
+    return Options(**settings)

@@ -1,0 +1,223 @@
+"""The order of the passes, and what happens around each: sweep, statistics, certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import fx
+
+from passes.base import Context, Outcome, Pass, Refusal, sweep
+from passes.canonicalise import Canonicalise
+from passes.cost import Cost, cost
+from passes.fuse_attention import FuseAttention
+from passes.hoist_weights import HoistWeights
+from passes.lower import Lower
+from passes.order_contractions import OrderContractions
+from passes.verify import Certificate, CertificateError, Specimen, clone
+
+DEFAULT_PIPELINE: tuple[Pass, ...] = (
+    Canonicalise(),
+    OrderContractions(),
+    FuseAttention(),
+    HoistWeights(),
+    Lower(),
+)
+
+
+class PassError(ValueError):
+    """A pass, an option or a value that does not exist."""
+
+
+class RequirementError(Exception):
+    """A required pass did not fire."""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did to one block in one phase."""
+
+    name: str
+    spec: str
+    matches: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    seconds: float  # of the rewrite; neither cost nor certificate
+    nodes_before: int
+    nodes_after: int
+    cost_before: Cost
+    cost_after: Cost
+    certificate: Certificate | None  # None when certificates are off
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order they run."""
+
+    passes: tuple[Pass, ...] = DEFAULT_PIPELINE
+
+    def run(
+        self,
+        module: fx.GraphModule,
+        context: Context,
+        label: str = "block",
+        specimen: Specimen | None = None,
+        step: Callable[[str, int], None] = lambda name, number: None,
+    ) -> list[PassRecord]:
+        """Rewrite `module` in place, pass by pass.
+
+        `specimen` is what the certificates run on: `module` itself, or the same block at small sizes, which
+        then goes through the same passes with the decisions taken for `module`. None: no certificates.
+        `step` is told each pass's name and number before it runs. Raises CertificateError naming pass and
+        `label`.
+        """
+        records = []
+        for number, one in enumerate(self.passes):
+            step(one.name(), number)
+            records.append(self._step(one, module, context, label, specimen))
+        return records
+
+    def _step(
+        self, one: Pass, module: fx.GraphModule, context: Context, label: str, specimen: Specimen | None
+    ) -> PassRecord:
+        nodes_before, cost_before = len(module.graph.nodes), cost(module.graph)
+        before = clone(module) if specimen is not None and specimen.module is module else None
+        started = time.perf_counter()
+        outcome = one.run(module, context)
+        sweep(module)
+        seconds = time.perf_counter() - started
+        certificate = None
+        if specimen is not None:
+            label = f"{one.name()} on {label}"
+            before = before or _follow(one, outcome, context, label, specimen)
+            certificate = specimen.certify(before, label)
+        return PassRecord(
+            name=one.name(),
+            spec=repr(one),
+            matches=tuple(outcome.matches),
+            refusals=tuple(outcome.refusals),
+            seconds=seconds,
+            nodes_before=nodes_before,
+            nodes_after=len(module.graph.nodes),
+            cost_before=cost_before,
+            cost_after=cost(module.graph),
+            certificate=certificate,
+        )
+
+    def find(self, name: str) -> Pass:
+        """The pass of that name; PassError names the accepted ones."""
+        for one in self.passes:
+            if one.name() == name:
+                return one
+        raise PassError(f"unknown pass {name!r}; accepted: {', '.join(one.name() for one in self.passes)}")
+
+    def configured(self, settings: Iterable[str] = (), disable: Iterable[str] = ()) -> Pipeline:
+        """The pipeline with options set by 'pass.field=value' and with passes left out by name.
+
+        Raises PassError for an unknown pass, an unknown field or a value that the field does not take.
+        """
+        passes = {one.name(): one for one in self.passes}
+        for setting in settings:
+            name, option, text = split_setting(setting)
+            passes[name] = set_option(Pipeline(tuple(passes.values())).find(name), option, text)
+        left_out = {self.find(name).name() for name in disable}
+        return Pipeline(tuple(one for name, one in passes.items() if name not in left_out))
+
+
+def _follow(
+    one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen
+) -> fx.GraphModule:
+    """Send the small block through the pass as the real one went; returns what it was before."""
+    before = clone(specimen.module)
+    # Sizes decide what is cheapest, and the small block has others.
+    small = one.decided(outcome).run(specimen.module, context)
+    sweep(specimen.module)
+    if len(small.matches) != len(outcome.matches):
+        found = "; ".join(f"{r.node}: {r.reason}" for r in small.refusals) or "no refusals"
+        raise CertificateError(
+            f"{label}: {len(outcome.matches)} matches, but {len(small.matches)} on the small block ({found})"
+        )
+    return before
+
+
+def check_required(records: Sequence[PassRecord], required: Iterable[str]) -> None:
+    """Raises RequirementError for a required pass without a match in any block, naming its nearest miss."""
+    for name in required:
+        mine = [record for record in records if record.name == name]
+        if not mine:
+            raise PassError(f"required pass {name!r} is not in the pipeline")
+        if any(record.matches for record in mine):
+            continue
+        misses = [refusal for record in mine for refusal in record.refusals]
+        raise RequirementError(f"required pass {name} did not fire: {_nearest(misses)}")
+
+
+def _nearest(misses: Sequence[Refusal]) -> str:
+    if not misses:
+        return "nothing in the model looks like it"
+    miss = misses[0]
+    return f"nearest miss {miss.node}{f' ({miss.source})' if miss.source else ''}: {miss.reason}"
+
+
+def split_setting(setting: str) -> tuple[str, str, str]:
+    """'pass.field=value' → (pass, field, value)."""
+    target, equals, text = setting.partition("=")
+    name, dot, option = target.partition(".")
+    if not (equals and dot and name and option):
+        raise PassError(f"setting {setting!r} is not of the form pass.field=value")
+    return name, option, text
+
+
+def set_option(one: Pass, option: str, text: str) -> Pass:
+    """The pass with one field set from text, read as the field's declared type."""
+    hints = get_type_hints(type(one))
+    names = [field.name for field in dataclasses.fields(one)]
+    if option not in names:
+        accepted = ", ".join(names) or "no options"
+        raise PassError(f"{one.name()} has no option {option!r}; accepted: {accepted}")
+    try:
+        value = _read(hints[option], text)
+        return dataclasses.replace(one, **{option: value})
+    except ValueError as error:
+        raise PassError(f"{one.name()}.{option}={text}: {error}") from error
+
+
+def _read(kind: Any, text: str) -> Any:
+    if get_origin(kind) is Literal:
+        values = {str(value): value for value in get_args(kind)}
+        if text not in values:
+            raise ValueError(f"accepted: {', '.join(values)}")
+        return values[text]
+    if get_origin(kind) in (Union, UnionType):
+        others = [part for part in get_args(kind) if part is not NoneType]
+        if text.lower() == "none" and len(others) < len(get_args(kind)):
+            return None
+        return _first_that_reads(others, text)
+    if get_origin(kind) is tuple:
+        return tuple(_read(get_args(kind)[0], part.strip()) for part in text.split(",") if part.strip())
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if text.lower() not in words:
+            raise ValueError("accepted: true, false")
+        return words[text.lower()]
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"accepted: {'a whole number' if kind is int else 'a number'}") from None
+    if kind is str:
+        return text
+    raise ValueError(f"cannot be set from text; its type is {kind}")
+
+
+def _first_that_reads(kinds: Sequence[Any], text: str) -> Any:
+    problems = []
+    for kind in kinds:
+        try:
+            return _read(kind, text)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError("; or ".join(problems))
