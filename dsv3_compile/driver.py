@@ -73,10 +73,8 @@ def open_model(model: str | Path, options: Options) -> Model:
         raise OptionError(f"{model}: no such folder; accepted: a folder, or {', '.join(PRESETS)}")
     if options.no_weights:
         return Model(ModelConfig.from_file(model), None)
-    from model_def.names import shapes
-
     checkpoint = Checkpoint.open(model)
-    checkpoint.validate(shapes(checkpoint.config))
+    checkpoint.validate()
     return Model(checkpoint.config, checkpoint)
 
 
