@@ -72,9 +72,7 @@ class Checkpoint:
         contents = {file: set(handle.keys()) for file, handle in handles.items()}
         for tensor, file in files.items():
             if tensor not in contents[file]:
-                raise CheckpointError(
-                    f"{folder / file}: tensor {tensor} is missing, but {INDEX} says it is here"
-                )
+                raise CheckpointError(f"{folder / file}: tensor {tensor} is missing, but {INDEX} says it is here")
         return cls(folder, config, mtp, files, handles)
 
     def names(self) -> tuple[str, ...]:
@@ -148,9 +146,7 @@ class Checkpoint:
         for file, handle in self._handles.items():
             for name in handle.keys():
                 if self._files.get(name) != file:
-                    raise CheckpointError(
-                        f"{self.folder / file}: tensor {name} is not listed for it in {INDEX}"
-                    )
+                    raise CheckpointError(f"{self.folder / file}: tensor {name} is not listed for it in {INDEX}")
 
     def _block(self) -> tuple[int, int]:
         return self.config.quantization.block if self.config.quantization else fp8.BLOCK

@@ -33,8 +33,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         assert path.exists(), f"tests/golden/{name} is missing: write it with `make golden` and read it"
-        assert text == path.read_text(encoding="utf-8"), (
-            f"tests/golden/{name} differs: `make golden` accepts it"
-        )
+        assert text == path.read_text(encoding="utf-8"), f"tests/golden/{name} differs: `make golden` accepts it"
 
     return compare

@@ -48,10 +48,7 @@ def weights() -> dict[str, Tensor]:
 def quantise(weight_NK: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """float8_e4m3fn and the scales to multiply by, from the largest element of each block."""
     largest = torch.stack(
-        [
-            torch.stack([part.abs().max() for part in rows.split(block[1], dim=1)])
-            for rows in weight_NK.split(block[0])
-        ]
+        [torch.stack([part.abs().max() for part in rows.split(block[1], dim=1)]) for rows in weight_NK.split(block[0])]
     )
     scales = largest / 448.0
     spread = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
@@ -232,9 +229,7 @@ WRONG = {
         f"tensor {DOWN}_scale_inv has shape [2, 1]; expected [1, 1]",
     ),
     "wrong scale dtype": (
-        lambda t: t.update(
-            {DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + "_scale_inv": torch.ones(1, 1).bfloat16()}
-        ),
+        lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + "_scale_inv": torch.ones(1, 1).bfloat16()}),
         "expected F32",
     ),
     "scale of a float32 tensor": (
@@ -246,9 +241,7 @@ WRONG = {
         "tensor model.gone.weight_scale_inv is not part of this model",
     ),
     "fp8 vector": (
-        lambda t: t.update(
-            {NORM: torch.ones(20).to(torch.float8_e4m3fn), NORM + "_scale_inv": torch.ones(1, 1)}
-        ),
+        lambda t: t.update({NORM: torch.ones(20).to(torch.float8_e4m3fn), NORM + "_scale_inv": torch.ones(1, 1)}),
         "expected a matrix",
     ),
 }
