@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from codegen.targets import Target
 
 
-class Role(str, Enum):
+class Role(StrEnum):
     """What an input of a block's graph is; the driver tells, no pass guesses it from a name."""
 
     ACTIVATION = "activation"

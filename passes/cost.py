@@ -66,10 +66,7 @@ class NodeCost:
 
     def seconds(self, target: Target) -> float:
         """Roofline time: the larger of arithmetic and traffic, plus the launch."""
-        return (
-            max(self.flops / target.flops, self.bytes / target.bandwidth)
-            + self.launches * target.launch_seconds
-        )
+        return max(self.flops / target.flops, self.bytes / target.bandwidth) + self.launches * target.launch_seconds
 
 
 def cost(graph: fx.Graph) -> Cost:
@@ -205,9 +202,7 @@ def _product_flops(node: fx.Node, size: SizeOf) -> Any:
         equation, operands = node.args[0], node.args[1]
         letters = equation.replace(" ", "").split("->")[0].split(",")
         sizes = {
-            c: s
-            for text, o in zip(letters, operands, strict=True)
-            for c, s in zip(text, _shape(o, size), strict=True)
+            c: s for text, o in zip(letters, operands, strict=True) for c, s in zip(text, _shape(o, size), strict=True)
         }
         return 2 * prod(sizes.values()) if len(operands) > 1 else 0
     if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul):

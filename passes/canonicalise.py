@@ -1,0 +1,114 @@
+"""One way to write each thing, so that later passes need to know only one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Canonicalise(Pass):
+    """clone(x), x.to(same dtype), x.view(same shape), expand(same shape), x + 0, dropout(eval)  →  x
+    _unsafe_view, view of a permuted tensor                                                     →  reshape
+    mm(x, Wᵀ), matmul(x, Wᵀ), addmm(bias, x, Wᵀ)                                                →  linear(x, W[, bias])
+    two equal nodes                                                                             →  one
+    """
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        graph, outcome = graph_module.graph, Outcome()
+        for node in list(graph.nodes):
+            if is_call(node, *CHECKS):
+                graph.erase_node(node)
+                continue
+            source = same_value(node)
+            if source is not None:
+                node.replace_all_uses_with(source)
+                outcome.matches.append(f"{node.name} is {source.name}")
+        for node in calls(graph, aten._unsafe_view, aten.view):
+            node.target = aten.reshape.default
+        for node in calls(graph, aten.mm, aten.matmul, aten.addmm):
+            if as_linear(graph, node):
+                outcome.matches.append(f"{node.name} is linear")
+        graph.eliminate_dead_code()
+        outcome.matches.extend(f"{copy} repeats {first}" for copy, first in merge_equal_nodes(graph))
+        return outcome
+
+
+CHECKS = (aten._assert_tensor_metadata, aten._assert_async, aten.sym_constrain_range_for_size)
+
+
+def same_value(node: fx.Node) -> fx.Node | None:
+    """The input that this node only repeats, if any."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source, value = node.args[0], node.meta["val"]
+    if not isinstance(value, torch.Tensor) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return None
+    if is_call(node, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy):
+        return source
+    if is_call(node, aten._to_copy, aten.to, aten.type_as):
+        same = value.dtype == source.meta["val"].dtype and value.device == source.meta["val"].device
+        return source if same else None
+    if is_call(node, aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.slice, aten.flatten):
+        shapes = shape_of(node), shape_of(source)
+        same = len(shapes[0]) == len(shapes[1]) and all(same_size(a, b) for a, b in zip(*shapes, strict=True))
+        return source if same else None
+    if is_call(node, aten.add, aten.sub) and node.args[1] == 0 and not isinstance(node.args[1], fx.Node):
+        return source if value.dtype == source.meta["val"].dtype else None
+    if is_call(node, aten.mul, aten.div) and node.args[1] == 1 and not isinstance(node.args[1], fx.Node):
+        return source if value.dtype == source.meta["val"].dtype else None
+    if is_call(node, aten.dropout) and (node.args[1] == 0 or not node.args[2]):
+        return source
+    return None
+
+
+def as_linear(graph: fx.Graph, node: fx.Node) -> bool:
+    """Write a product with a transposed matrix as linear; says whether it did."""
+    bias, left, right = (None, *node.args[:2]) if not is_call(node, aten.addmm) else node.args[:3]
+    if is_call(node, aten.addmm) and node.kwargs:
+        return False
+    transposed = is_call(right, aten.t) or (is_call(right, aten.transpose, aten.permute) and len(shape_of(right)) == 2)
+    if not transposed or (bias is not None and len(shape_of(bias)) != 1):
+        return False
+    with graph.inserting_before(node):
+        arguments = (left, right.args[0]) if bias is None else (left, right.args[0], bias)
+        node.replace_all_uses_with(call(graph, aten.linear.default, *arguments, like=node))
+    return True
+
+
+def merge_equal_nodes(graph: fx.Graph) -> list[tuple[str, str]]:
+    """Let equal calls on equal arguments be one node; returns (repeated, kept) names."""
+    first: dict[Any, fx.Node] = {}
+    merged = []
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.is_impure() or is_random(node):
+            continue
+        key = (node.target, freeze(node.args), freeze(node.kwargs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+            merged.append((node.name, kept.name))
+    return merged
+
+
+def is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def freeze(value: Any) -> Any:
+    """A hashable form of node arguments; numbers keep their type, since 1 == True == 1.0."""
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, freeze(v)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", freeze(value.start), freeze(value.stop), freeze(value.step))
+    return value if isinstance(value, fx.Node) else (type(value), str(value))

@@ -1,0 +1,312 @@
+"""Reading a graph backwards through everything linear.
+
+`lift(node)` follows products, views, permutes, slices, concatenations, scaling and sums, and returns the node's value
+as an exact formula over operands. Everything else (a norm, a softmax, a cache write) ends the reading and becomes an
+operand.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from passes.base import is_call, shape_of
+from passes.contraction import (
+    CONTRACTIONS,
+    Axis,
+    NotLinear,
+    Operand,
+    Piece,
+    Size,
+    Term,
+    Value,
+    contract,
+    size_expr,
+    unify,
+)
+
+aten = torch.ops.aten
+
+
+def leaf(node: fx.Node) -> Value:
+    axes = tuple(Axis(size_expr(s)) for s in shape_of(node))
+    return Value(tuple((a,) for a in axes), (Piece((Term((Operand(node, (), axes),)),)),))
+
+
+def lift(node: fx.Node, *, top: bool = True) -> Value:
+    """The node's value as a sum of products; every call makes fresh axes."""
+    reader = next((read for targets, read in READERS if is_call(node, *targets)), None)
+    if reader is None:
+        return leaf(node)
+    try:
+        value = reader(node)
+    except NotLinear:
+        return leaf(node)
+    value = replace(value, through=value.through | {node})
+    return value if top else _with_cut(node, value)
+
+
+def _with_cut(node: fx.Node, value: Value) -> Value:
+    """Remember that the graph computes this product itself, where it is a product."""
+    if not is_call(node, *CONTRACTIONS) or value.joined is not None or len(value.terms) != 1:
+        return value
+    (term,) = value.terms
+    if term.scale != 1.0:  # the node includes the factor, the covered operands alone do not
+        return value
+    covered = frozenset(range(len(term.operands)))
+    cut = Operand(node, *_flattened_view(value.dims))
+    return replace(value, pieces=(Piece((replace(term, cuts=(*term.cuts, (covered, cut))),)),))
+
+
+def _flattened_view(dims: Sequence[tuple[Axis, ...]]) -> tuple[tuple[tuple[Any, ...], ...], tuple[Axis, ...]]:
+    """The splits that take a tensor with merged dims to one axis per dim, and those axes."""
+    steps: list[tuple[Any, ...]] = []
+    axes: list[Axis] = []
+    for group in dims:
+        if len(group) != 1:
+            steps.append(("unflatten", len(axes), tuple(a.size for a in group)))
+        axes.extend(group)
+    return tuple(steps), tuple(axes)
+
+
+def _read(node: Any) -> Value:
+    if not isinstance(node, fx.Node):
+        raise NotLinear("not a tensor")
+    return lift(node, top=False)
+
+
+def _read_einsum(node: fx.Node) -> Value:
+    equation, operands = node.args[0], node.args[1]
+    inputs, out = equation.replace(" ", "").split("->")
+    letters = inputs.split(",")
+    if len(operands) != 2 or "." in equation or any(len(set(s)) != len(s) for s in letters):
+        raise NotLinear("not a product of two tensors")
+    lonely = [c for i, s in enumerate(letters) for c in s if c not in out and c not in letters[1 - i]]
+    if lonely:
+        raise NotLinear("an axis of one operand is summed away")
+    return contract(_read(operands[0]), _read(operands[1]), letters[0], letters[1], out, name=True)
+
+
+def _read_linear(node: fx.Node) -> Value:
+    if len(node.args) > 2 and node.args[2] is not None:
+        raise NotLinear("a bias is added")
+    rank = len(shape_of(node.args[0]))
+    batch = "abcdefgh"[: rank - 1]
+    return contract(_read(node.args[0]), _read(node.args[1]), batch + "i", "oi", batch + "o")
+
+
+def _read_matmul(node: fx.Node) -> Value:
+    left, right = node.args[0], node.args[1]
+    shape_l, shape_r = shape_of(left), shape_of(right)
+    if len(shape_l) < 2 or len(shape_r) < 2:
+        raise NotLinear("a vector product")
+    rank = max(len(shape_l), len(shape_r)) - 2
+    batch = "abcdefgh"[:rank]
+    letters_l, letters_r = (
+        batch[rank - (len(shape_l) - 2) :] + "ik",
+        batch[rank - (len(shape_r) - 2) :] + "ko",
+    )
+    a, b = _read(left), _read(right)
+    for letter in set(letters_l) & set(letters_r) - {"k"}:
+        dims = a.dims[letters_l.index(letter)], b.dims[letters_r.index(letter)]
+        if (dims[0] == ()) != (dims[1] == ()):
+            raise NotLinear("a broadcast batch dim")
+    return contract(a, b, letters_l, letters_r, batch + "io")
+
+
+def _read_same(node: fx.Node) -> Value:
+    source = node.args[0]
+    if node.meta["val"].dtype != source.meta["val"].dtype:
+        raise NotLinear("a cast")
+    return _read(source)
+
+
+def _read_view(node: fx.Node) -> Value:
+    """Split and merge axes: walk over both shapes and cut the input's axes where the output's dims end."""
+    value, wanted = _read(node.args[0]), [size_expr(s) for s in shape_of(node)]
+    axes = [axis for group in value.dims for axis in group]
+    dims: list[tuple[Axis, ...]] = []
+    for size in wanted:
+        group: list[Axis] = []
+        have: Size = 1
+        while have != size:
+            if not axes:
+                raise NotLinear("a view that cannot be followed")
+            axis = axes.pop(0)
+            if (
+                isinstance(size, int)
+                and isinstance(have, int)
+                and isinstance(axis.size, int)
+                and have * axis.size > size
+            ):
+                if size % have or axis.size % (size // have):
+                    raise NotLinear("a view across dims")
+                parts = (Axis(size // have), Axis(axis.size // (size // have)))
+                value = value.substitute(axis, parts)
+                axis = parts[0]
+                axes.insert(0, parts[1])
+            group.append(axis)
+            have = sympy.expand(have * axis.size) if not isinstance(have * axis.size, int) else have * axis.size
+        if size == 1 and not group and axes and axes[0].size == 1:
+            group.append(axes.pop(0))
+        dims.append(tuple(group))
+    if any(axis.size != 1 for axis in axes):
+        raise NotLinear("a view that cannot be followed")
+    if value.joined is not None and any(value.joined in g and len(g) > 1 for g in dims):
+        raise NotLinear("a concatenated axis is merged")
+    return replace(value, dims=tuple(dims))
+
+
+def _read_unsqueeze(node: fx.Node) -> Value:
+    value = _read(node.args[0])
+    dim = node.args[1] % (len(value.dims) + 1)
+    return replace(value, dims=value.dims[:dim] + ((),) + value.dims[dim:])
+
+
+def _read_squeeze(node: fx.Node) -> Value:
+    value = _read(node.args[0])
+    which = node.args[1] if isinstance(node.args[1], (list, tuple)) else (node.args[1],)
+    gone = {d % len(value.dims) for d in which}
+    if any(shape_of(node.args[0])[d] != 1 for d in gone):
+        raise NotLinear("a squeeze of a dim that is not one")
+    return replace(value, dims=tuple(g for d, g in enumerate(value.dims) if d not in gone))
+
+
+def _read_permute(node: fx.Node) -> Value:
+    value = _read(node.args[0])
+    rank = len(value.dims)
+    if is_call(node, aten.permute):
+        order = [d % rank for d in node.args[1]]
+    else:
+        first, second = (0, 1) if is_call(node, aten.t) else (node.args[1] % rank, node.args[2] % rank)
+        order = list(range(rank))
+        order[first], order[second] = order[second], order[first]
+    return replace(value, dims=tuple(value.dims[d] for d in order))
+
+
+def _read_expand(node: fx.Node) -> Value:
+    value = _read(node.args[0])
+    wanted = [size_expr(s) for s in shape_of(node)]
+    dims = ((),) * (len(wanted) - len(value.dims)) + value.dims
+    grown: list[tuple[Axis, ...]] = []
+    for group, size in zip(dims, wanted, strict=True):
+        if group == () and size != 1:
+            group = (Axis(size),)  # an axis that no operand has: broadcast
+        elif group and size != 1 and all(a.size == 1 for a in group):
+            raise NotLinear("a dim of size one is broadcast")
+        grown.append(group)
+    return replace(value, dims=tuple(grown))
+
+
+def _narrow(value: Value, dim: int, start: int, stop: int, size: Size) -> Value:
+    if (start, stop) == (0, size):
+        return value
+    if len(value.dims[dim]) != 1 or not isinstance(size, int):
+        raise NotLinear("a slice of merged or symbolic dims")
+    return value.narrow(value.dims[dim][0], start, stop)
+
+
+def _read_slice(node: fx.Node) -> Value:
+    source, dim, start, stop, step = (list(node.args) + [0, None, None, 1][len(node.args) - 1 :])[:5]
+    value, rank = _read(source), len(shape_of(source))
+    dim %= rank
+    size = size_expr(shape_of(source)[dim])
+    start = 0 if start is None else start
+    if step != 1 or not isinstance(start, int) or not (stop is None or isinstance(stop, int)):
+        raise NotLinear("a strided or symbolic slice")
+    if not isinstance(size, int):
+        if start == 0 and (stop is None or stop == 2**63 - 1):
+            return value
+        raise NotLinear("a slice of a symbolic dim")
+    stop = size if stop is None else min(stop, size)
+    start, stop = (start % size if start < 0 else start), (stop % size if stop < 0 else stop)
+    return _narrow(value, dim, start, stop, size)
+
+
+def _read_getitem(node: fx.Node) -> Value:
+    split, index = node.args
+    if not is_call(split, aten.split_with_sizes, aten.split, aten.chunk):
+        raise NotLinear("not a split")
+    source = split.args[0]
+    dim = (split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)) % len(shape_of(source))
+    sizes = [size_expr(piece.shape[dim]) for piece in split.meta["val"]]
+    if not all(isinstance(s, int) for s in sizes):
+        raise NotLinear("a symbolic split")
+    start = sum(sizes[:index])
+    return _narrow(_read(source), dim, start, start + sizes[index], size_expr(shape_of(source)[dim]))
+
+
+def _read_cat(node: fx.Node) -> Value:
+    dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))
+    parts = [_read(n) for n in node.args[0]]
+    for k, part in enumerate(parts):
+        if part.joined is not None or len(part.dims[dim]) != 1:  # merged there: take the tensor as it is
+            parts[k] = leaf(node.args[0][k])
+    if any(not isinstance(p.dims[dim][0].size, int) for p in parts):
+        raise NotLinear("a concatenation along a symbolic axis")
+    first = parts[0]
+    for k in range(1, len(parts)):
+        for d in range(len(first.dims)):
+            if d != dim:
+                first, parts[k] = unify(first, parts[k], d, d)
+    parts[0] = first
+    # the first part may have been split further while a later one was unified
+    for part in parts[1:]:
+        if any(part.dims[d] != first.dims[d] for d in range(len(first.dims)) if d != dim):
+            raise NotLinear("parts with different layouts")
+    joined = Axis(sum(p.dims[dim][0].size for p in parts))
+    pieces = tuple(Piece(p.terms, p.dims[dim][0]) for p in parts)
+    dims = tuple((joined,) if d == dim else group for d, group in enumerate(first.dims))
+    return Value(dims, pieces, joined, frozenset().union(*(p.through for p in parts)))
+
+
+def _read_scale(node: fx.Node) -> Value:
+    left, right = node.args[0], node.args[1]
+    if isinstance(left, (int, float)) and not is_call(node, aten.div):
+        left, right = right, left
+    if not isinstance(right, (int, float)):
+        raise NotLinear("a product of two tensors element by element")
+    factor = 1.0 / right if is_call(node, aten.div) else float(right)
+    value = _read(left)
+    pieces = tuple(Piece(tuple(replace(t, scale=t.scale * factor) for t in p.terms), p.axis) for p in value.pieces)
+    return replace(value, pieces=pieces)
+
+
+def _read_add(node: fx.Node) -> Value:
+    """A sum of two products over the same dims; a plain operand on either side ends the reading."""
+    if node.kwargs or not all(isinstance(n, fx.Node) for n in node.args[:2]):
+        raise NotLinear("a sum with a number")
+    a, b = _read(node.args[0]), _read(node.args[1])
+    if len(a.dims) != len(b.dims) or any(len(t.operands) < 2 for v in (a, b) for p in v.pieces for t in p.terms):
+        raise NotLinear("a sum with something that is no product")
+    for dim in range(len(a.dims)):
+        if (a.dims[dim] == ()) != (b.dims[dim] == ()):
+            raise NotLinear("a broadcast sum")
+        a, b = unify(a, b, dim, dim)
+    if a.dims != b.dims:
+        raise NotLinear("a sum of different layouts")
+    return Value(a.dims, (Piece(a.terms + b.terms),), None, a.through | b.through)
+
+
+READERS: tuple[tuple[tuple[Any, ...], Callable[[fx.Node], Value]], ...] = (
+    ((aten.einsum,), _read_einsum),
+    ((aten.linear,), _read_linear),
+    ((aten.mm, aten.bmm, aten.matmul), _read_matmul),
+    ((aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), _read_view),
+    ((aten.clone, aten.contiguous, aten.alias, aten.detach, aten._to_copy, aten.to), _read_same),
+    ((aten.unsqueeze,), _read_unsqueeze),
+    ((aten.squeeze,), _read_squeeze),
+    ((aten.permute, aten.transpose, aten.t), _read_permute),
+    ((aten.expand,), _read_expand),
+    ((aten.slice,), _read_slice),
+    ((operator.getitem,), _read_getitem),
+    ((aten.cat,), _read_cat),
+    ((aten.mul, aten.div), _read_scale),
+    ((aten.add,), _read_add),
+)

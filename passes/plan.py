@@ -1,0 +1,179 @@
+"""Pricing the orders of a block's chains, and choosing the cheapest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from passes.base import Context, Role, is_call, placeholders
+from passes.chains import Chain, Cut, Order, Subset, Tree, leaves, subsets
+from passes.contraction import CONTRACTIONS, Axis, Term
+from passes.cost import concrete_sizes, node_costs
+
+
+class Plan:
+    """Prices combinations of orders at one workload: new products plus whatever the graph still has to compute."""
+
+    def __init__(self, graph: fx.Graph, chains: list[Chain], context: Context) -> None:
+        self.graph, self.chains, self.context = graph, chains, context
+        self.size = concrete_sizes(graph, context.workload)
+        self.node_seconds = {n: float(c.seconds(context.target)) for n, c in node_costs(graph, self.size).items()}
+
+    def choose(self, wanted: list[str], storage_growth: float) -> list[Order]:
+        """The cheapest combination; `wanted` restricts the chains that have a form."""
+        forms = iter(wanted)
+        options = [self._options(chain, next(forms) if chain.has_form else "auto") for chain in self.chains]
+        best = [option[0] for option in options]
+        if prod(len(o) for o in options) <= 4096:
+            combos: Iterator[tuple[Order, ...]] = itertools.product(*options)
+        else:  # too many to try them all: improve one chain at a time
+            combos = (tuple(best[:i] + [o] + best[i + 1 :]) for i, option in enumerate(options) for o in option)
+        budget = storage_growth * sum(self._bytes(n) for n in placeholders(self.graph, Role.WEIGHT))
+        priced = []
+        for combo in combos:
+            if "folded" not in wanted and self.folded_bytes(combo) > budget:
+                continue
+            changes = sum(not o.kept for o in combo)
+            priced.append((float(f"{self.seconds(combo):.4g}"), changes, len(priced), combo))
+        return list(min(priced)[-1]) if priced else best
+
+    def why_kept(self, chain: Chain, order: Order) -> str:
+        """Why the order of the graph was left as it is, naming the edge that decided it."""
+        for node in chain.value.through - {chain.root}:
+            outside = [u for u in node.users if u not in chain.value.through and not self._in_other_chain(u, chain)]
+            if is_call(node, *CONTRACTIONS) and outside and order.form == "expanded":
+                return f"stays expanded: {node.name} is used by {outside[0].name} as well and must be computed anyway"
+        return f"stays {order.form}: the cheapest order in {self.context.phase} at {self.context.workload}"
+
+    def _in_other_chain(self, user: fx.Node, chain: Chain) -> bool:
+        return any(user in c.value.through for c in self.chains if c is not chain)
+
+    def _options(self, chain: Chain, form: str) -> list[Order]:
+        orders = self._orders(chain)
+        if form != "auto":
+            fitting = [o for o in orders if o.form == form]
+            if not fitting:
+                raise ValueError(f"order-contractions: {chain.root.name} has no {form} form")
+            orders = fitting
+        return sorted(orders, key=lambda o: not o.kept)
+
+    def _orders(self, chain: Chain) -> list[Order]:
+        per_term = [list(self._trees(chain, t, frozenset(range(len(t.operands))))) for t in chain.value.terms]
+        orders = []
+        for trees in itertools.product(*per_term):
+            forms = [
+                chain.form_of(t, tree) for t, tree in zip(chain.value.terms, trees, strict=True) if chain._between(t)
+            ]
+            form = next((f for f in ("folded", "expanded") if f in forms), "absorbed") if forms else "auto"
+            if len(set(forms)) > 1 and "folded" not in forms:
+                continue
+            kept = all(is_original(t, tree) for t, tree in zip(chain.value.terms, trees, strict=True))
+            orders.append(Order(trees, form, kept))
+        return orders
+
+    def _trees(self, chain: Chain, term: Term, subset: Subset) -> Iterator[Tree]:
+        """All binary trees over a subset; a product that the graph computes may stand for itself."""
+        cut = next((Cut(covered, o) for covered, o in term.cuts if covered == subset), None)
+        if len(subset) == 1:
+            yield next(iter(subset))
+            return
+        if cut is not None:
+            yield cut
+            if len(subset) == 2:  # computing the same product once more cannot be better
+                return
+        first, *rest = sorted(subset)
+        for k in range(len(rest) + 1):
+            for others in itertools.combinations(rest, k):
+                left = frozenset((first, *others))
+                right = subset - left
+                if right and set(chain.axes_of(term, left)) & set(chain.axes_of(term, right)):
+                    for a in self._trees(chain, term, left):
+                        for b in self._trees(chain, term, right):
+                            yield (a, b)
+
+    def seconds(self, combo: tuple[Order, ...] | list[Order]) -> float:
+        products: dict[Any, float] = {}
+        feeds: dict[fx.Node, list[fx.Node]] = {}
+        for chain, order in zip(self.chains, combo, strict=True):
+            if order.kept:
+                continue
+            feeds[chain.root] = []
+            for term, tree in zip(chain.value.terms, order.trees, strict=True):
+                self._price(chain, term, tree, products, feeds[chain.root])
+        alive = reachable(self.graph, feeds)
+        return sum(self.node_seconds.get(n, 0.0) for n in alive if n not in feeds) + sum(products.values())
+
+    def _price(
+        self, chain: Chain, term: Term, tree: Tree, products: dict[Any, float], feeds: list[fx.Node]
+    ) -> tuple[tuple[Axis, ...], bool]:
+        """Add up the products of a tree; returns the axes of its result and whether it is made of weights alone."""
+        if isinstance(tree, (int, Cut)):
+            operand = term.operands[tree] if isinstance(tree, int) else tree.operand
+            feeds.append(operand.node)
+            return operand.axes, operand.node in chain.weights
+        (left, weight_l), (right, weight_r) = (self._price(chain, term, t, products, feeds) for t in tree)
+        out = chain.axes_of(term, leaves(tree))
+        if weight_l and weight_r:
+            return out, True
+        everything = dict.fromkeys((*left, *right))
+        flops = 2 * self._volume(everything)
+        moved = (self._volume(left) + self._volume(right) + self._volume(out)) * chain.root.meta["val"].element_size()
+        target = self.context.target
+        key = frozenset((term.operands[i].node, term.operands[i].steps) for i in leaves(tree))
+        products[key] = max(flops / target.flops, moved / target.bandwidth) + target.launch_seconds
+        return out, False
+
+    def _volume(self, axes: Any) -> int:
+        return prod((a.size if isinstance(a.size, int) else self.size(a.size) for a in axes), start=1)
+
+    def folded_bytes(self, combo: tuple[Order, ...] | list[Order]) -> int:
+        """Bytes of weight products that must be stored besides the weights themselves (the other phase needs those)."""
+        found: dict[Any, int] = {}
+        for chain, order in zip(self.chains, combo, strict=True):
+            item = chain.root.meta["val"].element_size()
+            for term, tree in zip(chain.value.terms, order.trees, strict=True):
+                for subset in subsets(tree, term):
+                    if len(subset) > 1 and all(term.operands[i].node in chain.weights for i in subset):
+                        key = frozenset((term.operands[i].node, term.operands[i].steps) for i in subset)
+                        found[key] = self._volume(chain.axes_of(term, subset)) * item
+        return sum(found.values())
+
+    def _bytes(self, node: fx.Node) -> int:
+        value = node.meta["val"]
+        return prod(self.size(d) for d in value.shape) * value.element_size()
+
+
+def is_original(term: Term, tree: Tree) -> bool:
+    """Does the tree only multiply what the graph itself multiplies at its root?"""
+    if isinstance(tree, Cut):
+        return False  # only below the root's own product
+    if isinstance(tree, int):
+        return True
+    largest = maximal_cuts(term)
+    return all(
+        (side if isinstance(side, int) else side.covered if isinstance(side, Cut) else None) in largest for side in tree
+    )
+
+
+def maximal_cuts(term: Term) -> set[Any]:
+    """The factors of the root's own product: the largest proper cuts, and operands under none of them."""
+    cuts = [covered for covered, _ in term.cuts]
+    largest = {c for c in cuts if not any(c < other for other in cuts)}
+    single = {i for i in range(len(term.operands)) if not any(i in c for c in largest)}
+    return largest | single
+
+
+def reachable(graph: fx.Graph, feeds: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
+    """Nodes the outputs need, when each root in `feeds` reads the given nodes instead of its own inputs."""
+    seen: set[fx.Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(feeds[node] if node in feeds else node.all_input_nodes)
+    return seen
