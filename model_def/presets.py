@@ -128,7 +128,7 @@ MOONLIGHT = replace(
     quantization=None,
 )
 
-# Adds and multiplies in text; trained by examples/train_toy.py, its checkpoint lies in model_def/toy.
+# Adds numbers in text; trained by examples/train_toy.py, its checkpoint lies in model_def/toy.
 TOY = ModelConfig(
     model_type="deepseek_v3",
     hidden_size=192,
@@ -140,11 +140,11 @@ TOY = ModelConfig(
     qk_nope_head_dim=32,
     qk_rope_head_dim=16,
     v_head_dim=24,
-    intermediate_size=512,
-    moe_intermediate_size=128,
-    n_routed_experts=8,
+    intermediate_size=384,
+    moe_intermediate_size=48,
+    n_routed_experts=16,
     n_shared_experts=1,
-    num_experts_per_tok=2,
+    num_experts_per_tok=4,
     first_k_dense_replace=1,
     n_group=4,
     topk_group=2,
