@@ -21,9 +21,7 @@ def test_mla_attention_is_softmax_over_latent_and_rope_scores(batch, queries, he
     latent = torch.randn(batch, context, rank, dtype=torch.float64)
     rope_key = torch.randn(batch, context, rope, dtype=torch.float64)
     positions = torch.randint(context, (batch, queries))
-    scores = torch.einsum("bshc,btc->bsht", q_latent, latent) + torch.einsum(
-        "bshr,btr->bsht", q_rope, rope_key
-    )
+    scores = torch.einsum("bshc,btc->bsht", q_latent, latent) + torch.einsum("bshr,btr->bsht", q_rope, rope_key)
     expected = torch.einsum("bsht,btc->bshc", causal_softmax(0.3 * scores, positions), latent)
     found = torch.ops.dsv3.mla_attention(q_latent, q_rope, latent, rope_key, positions, 0.3)
     torch.testing.assert_close(found, expected)
@@ -35,9 +33,7 @@ def test_attention_is_grouped_softmax_attention(key_width, value_width, plain):
     q = torch.randn(2, 5, 6, key_width, dtype=torch.float64)
     k = torch.randn(2, 9, 3, key_width, dtype=torch.float64)
     v = torch.randn(2, 9, 3, value_width, dtype=torch.float64)
-    positions = torch.arange(5).repeat(2, 1) + (
-        torch.tensor([[0], [0]]) if plain else torch.tensor([[3], [0]])
-    )
+    positions = torch.arange(5).repeat(2, 1) + (torch.tensor([[0], [0]]) if plain else torch.tensor([[3], [0]]))
     wide_k, wide_v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
     scores = 0.3 * torch.einsum("bsha,btha->bsht", q, wide_k)
     expected = torch.einsum("bsht,bthv->bshv", causal_softmax(scores, positions), wide_v)

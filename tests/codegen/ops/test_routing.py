@@ -12,9 +12,7 @@ BIAS = torch.tensor([0, 0, -0.6, 0, 0.3, -0.1, 0.1, 0.5])
 
 
 def v3(logits, bias, top_k=3, groups=4, top_groups=2):
-    return torch.ops.dsv3.route(
-        logits, bias, "sigmoid", top_k, groups, top_groups, "top2", -math.inf, True, 1e-20, 2.5
-    )
+    return torch.ops.dsv3.route(logits, bias, "sigmoid", top_k, groups, top_groups, "top2", -math.inf, True, 1e-20, 2.5)
 
 
 def test_sigmoid_routing_with_a_bias():

@@ -1,0 +1,111 @@
+"""Grouped products: rows sorted by expert, each expert's run times its own weight."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codegen.kernels.layout import as_rows
+
+# Rows per tile: few where the average expert gets few rows (decode), more where weights are reused (prefill).
+BLOCK_M_FEW = 16
+BLOCK_M_MANY = 64
+BLOCK_N = 64
+BLOCK_K = 64
+NUM_WARPS = 4
+NUM_STAGES = 3
+
+
+@triton.jit
+def find_run(
+    offsets,
+    tile,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """(expert, first row, end of its run) of a row tile; expert = E for tiles behind the last one.
+
+    Runs are cut into tiles of BLOCK_M rows each, so that no tile straddles two experts.
+    """
+    expert = tl.arange(0, BLOCK_E)
+    end = tl.load(offsets + expert, mask=expert < E, other=0)
+    begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
+    tiles_to_here = tl.cumsum(tiles, 0)
+    found = tl.sum(((tiles_to_here <= tile) & (expert < E)).to(tl.int32))
+    here = expert == found
+    first = tl.sum(tl.where(here, begin + (tile - tiles_to_here + tiles) * BLOCK_M, 0))
+    return found, first, tl.sum(tl.where(here, end, 0))
+
+
+@triton.jit
+def grouped_linear_kernel(
+    x,
+    weight,
+    offsets,
+    order,
+    out,
+    x_stride,
+    SCATTER: tl.constexpr,
+    E: tl.constexpr,
+    OUT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
+    if expert == E:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    x_row = x + row.to(tl.int64)[:, None] * x_stride
+    w_row = weight + expert.to(tl.int64) * (OUT * D) + column[None, :] * D
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = start + depth < D
+        a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(w_row + (start + depth)[:, None], mask=(column < OUT)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    target = row.to(tl.int64)
+    if SCATTER:
+        target = tl.load(order + row, mask=row < end, other=0)
+    written = (row < end)[:, None] & (column < OUT)[None, :]
+    tl.store(out + target[:, None] * OUT + column[None, :], total.to(out.dtype.element_ty), mask=written)
+
+
+def row_tiles(rows: int, experts: int, block: int) -> int:
+    """How many row tiles there can be at most, however the rows are spread over the experts."""
+    return min(rows, experts + rows // block)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """x [M, D], weight [E, O, D], offsets [E] int32 → [M, O]."""
+    x = as_rows(x)
+    rows, (experts, width, depth) = x.shape[0], weight.shape
+    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    block = BLOCK_M_FEW if rows <= BLOCK_M_FEW * experts else BLOCK_M_MANY
+    grouped_linear_kernel[(triton.cdiv(width, BLOCK_N), row_tiles(rows, experts, block))](
+        x,
+        weight.contiguous(),
+        offsets,
+        None,
+        out,
+        x.stride(0),
+        SCATTER=False,
+        E=experts,
+        OUT=width,
+        D=depth,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=block,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    return out

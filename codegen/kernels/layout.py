@@ -1,0 +1,16 @@
+"""Views that kernels can address with one stride per row."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [.., D] as [rows, D] with neighbouring columns; a copy only where no such view exists."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def packed(x: Tensor) -> Tensor:
+    """x itself if neighbours on its last axis are neighbours in memory, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,144 @@
+"""The chosen experts of every token: gather, two grouped products with SwiGLU between them, weighted sum."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_tiles
+from codegen.kernels.layout import as_rows
+from codegen.kernels.sort_pairs import sort_pairs
+
+# Rows per tile: few where the average expert gets few rows (decode), more where weights are reused (prefill).
+BLOCK_M_FEW = 16
+BLOCK_M_MANY = 64
+BLOCK_I = 32
+BLOCK_D = 64
+BLOCK_K = 64
+BLOCK_COMBINE = 1024
+NUM_WARPS = 4
+NUM_STAGES = 3
+
+
+@triton.jit
+def gate_up_kernel(
+    x,
+    gate_up,
+    offsets,
+    order,
+    hidden,
+    x_stride,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
+    if expert == E:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order + row, mask=row < end, other=0) // K
+    column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    depth = tl.arange(0, BLOCK_K)
+    x_row = x + token[:, None] * x_stride
+    gate_row = gate_up + expert.to(tl.int64) * (2 * WIDTH * D) + column[None, :] * D
+    gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = start + depth < D
+        a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
+        wanted = (column < WIDTH)[None, :] & inside[:, None]
+        b = tl.load(gate_row + (start + depth)[:, None], mask=wanted, other=0.0)
+        c = tl.load(gate_row + WIDTH * D + (start + depth)[:, None], mask=wanted, other=0.0)
+        gate = tl.dot(a, b, gate, input_precision="ieee")
+        up = tl.dot(a, c, up, input_precision="ieee")
+    value = gate * tl.sigmoid(gate) * up
+    written = (row < end)[:, None] & (column < WIDTH)[None, :]
+    place = hidden + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(place, value.to(hidden.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def combine_kernel(
+    y,
+    weights,
+    out,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_COMBINE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_COMBINE + tl.arange(0, BLOCK_COMBINE)
+    inside = column < D
+    total = tl.zeros((BLOCK_COMBINE,), tl.float32)
+    for k in tl.static_range(K):
+        weight = tl.load(weights + token * K + k).to(tl.float32)
+        total += weight * tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D]."""
+    x = as_rows(x)
+    tokens, top_k = indices.shape
+    experts, hidden_width, width = down.shape
+    pairs = tokens * top_k
+    order, offsets = sort_pairs(indices, experts)
+    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, hidden_width), dtype=x.dtype, device=x.device)
+    block = BLOCK_M_FEW if pairs <= BLOCK_M_FEW * experts else BLOCK_M_MANY
+    tiles = row_tiles(pairs, experts, block)
+    gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
+        x,
+        gate_up.contiguous(),
+        offsets,
+        order,
+        hidden,
+        x.stride(0),
+        E=experts,
+        K=top_k,
+        D=hidden_width,
+        WIDTH=width,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=block,
+        BLOCK_I=BLOCK_I,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
+    grouped_linear_kernel[(triton.cdiv(hidden_width, BLOCK_D), tiles)](
+        hidden,
+        down.contiguous(),
+        offsets,
+        order,
+        y,
+        width,
+        SCATTER=True,
+        E=experts,
+        OUT=hidden_width,
+        D=width,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=block,
+        BLOCK_N=BLOCK_D,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
+        y,
+        weights.contiguous(),
+        out,
+        K=top_k,
+        D=hidden_width,
+        BLOCK_COMBINE=BLOCK_COMBINE,
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.kernels.attention import attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "batch, queries, heads, groups, key_width, value_width, context",
+    [(1, 1, 1, 1, 1, 1, 1), (2, 5, 3, 3, 24, 16, 9), (1, 70, 6, 2, 12, 20, 131), (2, 3, 4, 1, 40, 7, 3)],
+)
+def test_agrees(batch, queries, heads, groups, key_width, value_width, context, dtype):
+    q = torch.randn(batch, queries, heads, key_width).to(dtype)
+    k = torch.randn(batch, context, groups, key_width).to(dtype)
+    v = torch.randn(batch, context, groups, value_width).to(dtype)
+    first = torch.randint(context - queries + 1, (batch, 1))
+    positions = first + torch.arange(queries)
+    expected = torch.ops.dsv3.attention(q, k, v, positions, 0.3)
+    torch.testing.assert_close(attention(q, k, v, positions, 0.3), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_values_that_are_columns_of_a_wider_tensor():
+    kv = torch.randn(2, 9, 3, 11)
+    q, positions = torch.randn(2, 4, 3, 6), torch.arange(4).repeat(2, 1)
+    arguments = (q, kv[..., :6], kv[..., 6:], positions, 0.4)
+    torch.testing.assert_close(attention(*arguments), torch.ops.dsv3.attention(*arguments))

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.kernels.routed_swiglu import routed_swiglu
+
+
+def draw(tokens, experts, top_k, hidden, width, dtype, choose_from):
+    indices = torch.stack([torch.randperm(choose_from)[:top_k] for _ in range(tokens)])
+    return (
+        torch.randn(tokens, hidden).to(dtype),
+        indices,
+        torch.rand(tokens, top_k),
+        (torch.randn(experts, 2 * width, hidden) / hidden**0.5).to(dtype),
+        (torch.randn(experts, hidden, width) / width**0.5).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, hidden, width, choose_from",
+    [(1, 1, 1, 5, 3, 1), (1, 7, 3, 70, 33, 7), (13, 5, 2, 37, 19, 5), (20, 9, 1, 8, 40, 2)],
+)
+def test_agrees(tokens, experts, top_k, hidden, width, choose_from, dtype):
+    arguments = draw(tokens, experts, top_k, hidden, width, dtype, choose_from)
+    expected = torch.ops.dsv3.routed_swiglu(*arguments)
+    torch.testing.assert_close(routed_swiglu(*arguments), expected, atol=4e-3, rtol=4e-3)
+
+
+def test_weights_of_experts_nobody_chose_are_not_read():
+    x, indices, weights, gate_up, down = draw(3, 6, 2, 9, 5, torch.float32, 3)
+    gate_up[3:], down[3:] = torch.nan, torch.nan
+    expected = torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down)
+    torch.testing.assert_close(routed_swiglu(x, indices, weights, gate_up, down), expected)
