@@ -1,0 +1,140 @@
+"""From a compiled program to an artifact folder: graphs as source, bound weights in shards, native code, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from dsv3_compile.artifact import Artifact, GraphEntry, Manifest, Port, Progress, Step, seal, writing
+from dsv3_compile.native import compile_native, cpu_identity
+from dsv3_compile.program import BlockGraph, Occurrence, Program, Reader, bind
+from dsv3_compile.source import axes_of, axis_letters, graph_source
+from passes.base import Role
+
+SHARD_BYTES = 1 << 30  # how much of the weights is held in memory while writing
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+def write_artifact(
+    program: Program,
+    output: str | Path,
+    *,
+    passes: Sequence[str],
+    max_batch: int,
+    max_length: int,
+    read: Reader | None = None,
+    report: Mapping[str, Any] | None = None,
+    tokenizer: Path | None = None,
+    native: bool = False,
+    progress: Progress = lambda line: None,
+) -> Artifact:
+    """Write everything into a new folder, wholly or not at all.
+
+    read: reads checkpoint tensors; None leaves the weights out. tokenizer: folder to copy tokenizer files from.
+    native: compile the graphs for this machine's CPU as well, so that loading needs no compiler.
+    """
+    with writing(output) as folder:
+        graphs = {
+            block: {graph.phase: _write_graph(graph, folder) for graph in program.phases(block)}
+            for block in dict.fromkeys(name for name, _ in program.blocks)
+        }
+        if native:
+            graphs = compile_native(folder, graphs, progress)
+        if read is not None:
+            _write_weights(_announced(bind(program, read), progress), folder / "weights")
+        if tokenizer is not None:
+            _copy_tokenizer(tokenizer, folder / "tokenizer")
+        if report is not None:
+            _write_json(report, folder / "report" / "passes.json")
+        manifest = Manifest(
+            versions={name: _version(name) for name in ("dsv3-compile", "torch", "triton")},
+            target=program.target.name,
+            dtype=str(program.dtype).removeprefix("torch."),
+            config=program.config.to_dict(),
+            max_batch=max_batch,
+            max_length=max_length,
+            passes=tuple(passes),
+            graphs=graphs,
+            schedule=tuple(_step(program, step) for step in program.schedule),
+            weights="none" if read is None else "bound",
+            native_cpu=cpu_identity() if native else "",
+        )
+        manifest = seal(folder, manifest)
+    return Artifact(Path(output), manifest)
+
+
+def _write_graph(graph: BlockGraph, folder: Path) -> GraphEntry:
+    name = f"graphs/{graph.name}_{graph.phase}.py"
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(graph_source(graph.module, f"Block {graph.name}, {graph.phase}."))
+    letters = axis_letters(graph.module)
+    inputs = tuple(_port(node.name, node, letters) for node in graph.inputs())
+    caches = graph.inputs(Role.CACHE)
+    outputs = graph.outputs()
+    # A block gives back its activations, then its caches in the order it took them.
+    activations = len(outputs) - len(caches)
+    ports = [_port(node.name, node, letters) for node in outputs[:activations]]
+    for cache, node in zip(caches, outputs[activations:], strict=True):
+        ports.append(_port(cache.name, node, letters, Role.CACHE))
+    return GraphEntry(name, inputs, tuple(ports))
+
+
+def _port(name: str, node: fx.Node, letters: dict[str, str], role: Role | None = None) -> Port:
+    value = node.meta["val"]
+    role = role or node.meta.get("role", Role.ACTIVATION)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Port(name, dtype, tuple(axes_of(value, letters)), role.value)
+
+
+def _step(program: Program, step: Occurrence) -> Step:
+    weights = {name: step.key(name) for name in program.weights(step.block)}
+    return Step(step.block, step.layer, weights)
+
+
+def _announced(tensors: Iterator[tuple[str, Tensor]], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        progress(f"weights: {name}")
+        yield name, tensor
+
+
+def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Shards of at most SHARD_BYTES (or one tensor), the first named model-00000.safetensors."""
+    folder.mkdir()
+    shard: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            save_file(shard, folder / f"model-{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+        # Cloned: two bound tensors may be views of one, which the file format refuses.
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        size += tensor.nbytes
+    save_file(shard, folder / f"model-{number:05d}.safetensors")
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            folder.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(document: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,250 @@
+"""Running an artifact: prefill, decode, generate. Needs neither the compiler nor the model's definition."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
+from dsv3_compile.native import cpu_identity, load_native
+from dsv3_compile.sampling import Sampler
+from dsv3_compile.source import load_graph
+
+LOGGER = logging.getLogger(__name__)
+
+SMALLEST_CAPACITY = 256  # positions
+
+Layer = tuple[Tensor, ...]
+
+
+@dataclass
+class Cache:
+    """What the model remembers of a batch: per layer, the cached tensors [B, capacity, ...].
+
+    `lengths` [B] int64 counts the positions each row has written; what lies behind is undefined.
+    """
+
+    layers: list[Layer]
+    lengths: Tensor
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0][0].shape[1]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph ready to call: its function, and its inputs in calling order."""
+
+    entry: GraphEntry
+    function: Callable[..., Any]
+
+    def __call__(self, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        result = self.function(*[values[port.name] for port in self.entry.inputs])
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    def caches(self) -> list[Any]:
+        return [port for port in self.entry.inputs if port.role == "cache"]
+
+
+def load(folder: str | Path, *, native: bool = True) -> Model:
+    """Check an artifact and load it.
+
+    The artifact's graphs are code and are executed. native: use code compiled for this CPU when the artifact has
+    it; otherwise, or on another CPU, the graphs run as Python source with the same results up to rounding.
+    Raises ArtifactError when the folder is not intact or holds no weights.
+    """
+    return Model(Artifact.open(folder), native=native)
+
+
+class Model:
+    """A compiled model with its weights."""
+
+    def __init__(self, artifact: Artifact, *, native: bool = True) -> None:
+        manifest = artifact.manifest
+        if manifest.weights == "none":
+            raise ArtifactError(f"{artifact.folder}: has no weights; compile it without --no-weights to run it")
+        self.artifact = artifact
+        self.config = manifest.config
+        self.max_length = manifest.max_length
+        self.max_batch = manifest.max_batch
+        self.native = native and bool(manifest.native_cpu)
+        if self.native and manifest.native_cpu != cpu_identity():
+            LOGGER.warning("native code was made for another processor; running the graphs as Python source")
+            self.native = False
+        self.graphs = {
+            (block, phase): Graph(entry, self._function(entry))
+            for block, phases in manifest.graphs.items()
+            for phase, entry in phases.items()
+        }
+        tensors: dict[str, Tensor] = {}
+        for shard in artifact.listed("weights"):
+            tensors |= load_file(shard)
+        self.weights = [{name: tensors[key] for name, key in step.weights.items()} for step in manifest.schedule]
+
+    def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Cache]:
+        """Run prompts from an empty context.
+
+        input_ids: int64 [B, S], padded on the right with any valid id. lengths: the true length of each row,
+        S where omitted. Returns float32 logits [B, S, V], undefined behind a row's end, and the cache.
+        Raises ValueError for ids, sizes or lengths that do not fit the model.
+        """
+        x, cache = self._prefill_trunk(input_ids, lengths)
+        return self._head(x, "prefill"), cache
+
+    def decode(self, next_ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+        """One more token per row: int64 [B, 1] → float32 logits [B, 1, V].
+
+        The cache is written in place and returned; its buffers are doubled when full, up to the artifact's
+        max_length, beyond which ValueError is raised.
+        """
+        self._check_ids(next_ids)
+        if next_ids.shape != (len(cache.lengths), 1):
+            raise ValueError(f"next_ids has shape {list(next_ids.shape)}; expected [{len(cache.lengths)}, 1]")
+        self._make_room(cache)
+        positions = cache.lengths.unsqueeze(1)
+        x, cache.layers = self._layers("decode", next_ids, positions, cache.layers)
+        cache.lengths = cache.lengths + 1
+        return self._head(x, "decode"), cache
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """The tokens that `stream` yields, side by side: int64 [B, at most max_new_tokens].
+
+        Takes the options of `stream`. Rows that ended early are filled with their end token.
+        """
+        return torch.stack(list(self.stream(input_ids, max_new_tokens, **options)), dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        eos: int | Sequence[int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Continue prompts, yielding int64 [B] per step until every row has given an end token.
+
+        temperature 0 takes the most likely token; otherwise tokens are drawn from the smallest set whose
+        probabilities reach top_p. eos: end tokens, the model's own where omitted, none where empty.
+        """
+        sampler = Sampler(temperature, top_p, seed)
+        ends = self._ends(eos)
+        x, cache = self._prefill_trunk(input_ids, lengths)
+        last = x[torch.arange(len(x)), cache.lengths - 1].unsqueeze(1)
+        logits = self._head(last, "decode")
+        finished = torch.zeros(len(x), dtype=torch.bool)
+        tokens = torch.zeros(len(x), dtype=torch.int64)
+        for step in range(max_new_tokens):
+            tokens = torch.where(finished, tokens, sampler(logits[:, -1]))
+            yield tokens
+            finished = finished | torch.isin(tokens, ends)
+            if finished.all() or step + 1 == max_new_tokens:
+                return
+            logits, cache = self.decode(tokens.unsqueeze(1), cache)
+
+    def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, Cache]:
+        self._check_ids(input_ids)
+        batch, queries = input_ids.shape
+        if queries > self.max_length:
+            raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
+        lengths = self._check_lengths(lengths, batch, queries)
+        positions = torch.arange(queries).expand(batch, queries).contiguous()
+        empty = [
+            tuple(
+                torch.zeros(batch, queries, *port.shape[2:], dtype=getattr(torch, port.dtype))
+                for port in self.graphs[step.block, "prefill"].caches()
+            )
+            for step in self._layer_steps()
+        ]
+        x, layers = self._layers("prefill", input_ids, positions, empty)
+        cache = Cache(layers, lengths)
+        self._resize(cache, self._capacity(queries + 1))
+        return x, cache
+
+    def _layers(
+        self, phase: str, input_ids: Tensor, positions: Tensor, caches: list[Layer]
+    ) -> tuple[Tensor, list[Layer]]:
+        """Everything but the head: [B, S, D], and the caches with the new rows."""
+        first = self.graphs[self._schedule[0].block, phase]
+        values = {"input_ids_BS": input_ids.contiguous(), "positions_BS": positions.contiguous()}
+        x, cos, sin = first({**self.weights[0], **values})
+        values |= {"x_BSD": x, "cos_BSF": cos, "sin_BSF": sin}
+        written: list[Layer] = []
+        for step, weights, layer in zip(self._layer_steps(), self.weights[1:-1], caches, strict=True):
+            graph = self.graphs[step.block, phase]
+            named = {port.name: tensor for port, tensor in zip(graph.caches(), layer, strict=True)}
+            values["x_BSD"], *new = graph({**weights, **values, **named})
+            written.append(tuple(new))
+        return values["x_BSD"], written
+
+    def _head(self, x: Tensor, phase: str) -> Tensor:
+        (logits,) = self.graphs[self._schedule[-1].block, phase]({**self.weights[-1], "x_BSD": x.contiguous()})
+        return logits
+
+    @property
+    def _schedule(self) -> Any:
+        return self.artifact.manifest.schedule
+
+    def _layer_steps(self) -> Any:
+        return self._schedule[1:-1]
+
+    def _function(self, entry: GraphEntry) -> Callable[..., Any]:
+        if self.native and entry.native is not None:
+            return load_native(self.artifact.path(entry.native))
+        return load_graph(self.artifact.path(entry.source))
+
+    def _make_room(self, cache: Cache) -> None:
+        needed = int(cache.lengths.max()) + 1
+        if needed > self.max_length:
+            raise ValueError(f"the context is full: this artifact was made for {self.max_length} positions")
+        if needed > cache.capacity:
+            self._resize(cache, self._capacity(needed))
+
+    def _capacity(self, needed: int) -> int:
+        """The next power of two, so that growing copies each row only a few times."""
+        return min(self.max_length, max(SMALLEST_CAPACITY, 1 << (needed - 1).bit_length()))
+
+    @staticmethod
+    def _resize(cache: Cache, capacity: int) -> None:
+        def grown(old: Tensor) -> Tensor:
+            new = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
+            new[:, : old.shape[1]] = old
+            return new
+
+        if capacity != cache.capacity:
+            cache.layers = [tuple(map(grown, layer)) for layer in cache.layers]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"token ids are {ids.dtype} {list(ids.shape)}; expected int64 [batch, tokens]")
+        if len(ids) > self.max_batch:
+            raise ValueError(f"the batch has {len(ids)} rows; this artifact was made for {self.max_batch}")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.config["vocab_size"]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is not in the vocabulary of {self.config['vocab_size']}")
+
+    @staticmethod
+    def _check_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:
+        if lengths is None:
+            return torch.full((batch,), queries, dtype=torch.int64)
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > queries:
+            raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} numbers from 1 to {queries}")
+        return lengths
+
+    def _ends(self, eos: int | Sequence[int] | None) -> Tensor:
+        if eos is None:
+            eos = self.config.get("eos_token_id")
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        return torch.tensor(ends, dtype=torch.int64)
