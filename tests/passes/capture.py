@@ -1,0 +1,103 @@
+"""What the pass tests share: layers of the family with odd sizes, capture, and running one pass under certificate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+import codegen.ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.targets import TARGETS
+from dsv3_compile.capture import Input, capture_module
+from model_def.decoder import Layer
+from model_def.specs import DenseSpec, LayerSpec, MlaSpec, MoeSpec, RoutingSpec
+from passes.base import Context, Outcome, Pass, Role, Workload, calls
+from passes.canonicalise import Canonicalise
+from passes.verify import EXACT, clone, random_inputs, relative_error, run_float64, size_values
+
+CONTEXT = Context("prefill", TARGETS["cpu"], Workload(3, 5, 11))
+
+V3_ROUTING = RoutingSpec(12, 3, "sigmoid", True, 4, 2, "top2", -math.inf, True, 2.5)
+V3_ONE_GROUP = RoutingSpec(7, 3, "sigmoid", True, 1, 1, "top2", -math.inf, True, 2.827)
+V2_GREEDY = RoutingSpec(7, 2, "softmax", False, 1, 1, "max", 0.0, False, 1.0)
+V2_GROUPED = RoutingSpec(15, 4, "softmax", False, 5, 2, "max", 0.0, False, 16.0)
+
+MLA = MlaSpec(3, 13, 11, 6, 4, 5, 0.31, 1e-6)
+MLA_WITHOUT_QUERY_RANK = dataclasses.replace(MLA, q_lora_rank=None)
+HIDDEN = 14
+
+
+def moe_layer(routing: RoutingSpec, attention: MlaSpec = MLA) -> LayerSpec:
+    return LayerSpec(HIDDEN, attention, MoeSpec(routing, 9, 10), 1e-5)
+
+
+DENSE_LAYER = LayerSpec(HIDDEN, MLA, DenseSpec(17), 1e-5)
+
+
+def tensor(name: str, *shape: int | str, dtype: torch.dtype = torch.float32, upper: int | str | None = None) -> Input:
+    return Input(name, Role.ACTIVATION, shape, dtype, upper)
+
+
+def layer_inputs(spec: LayerSpec, queries: int | str = "S", dtype: torch.dtype = torch.float32) -> list[Input]:
+    pairs = spec.attention.qk_rope_head_dim // 2  # type: ignore[union-attr]
+    caches = [
+        Input(name, Role.CACHE, ("B", "T", *width), dtype) for name, width in spec.attention.cache_widths().items()
+    ]
+    return [
+        tensor("x_BSD", "B", queries, spec.hidden, dtype=dtype),
+        tensor("cos_BSF", "B", queries, pairs),
+        tensor("sin_BSF", "B", queries, pairs),
+        tensor("positions_BS", "B", queries, dtype=torch.int64, upper="T"),
+        *caches,
+    ]
+
+
+def layer_graph(spec: LayerSpec, queries: int | str = "S", dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """A decoder layer, captured and canonical."""
+    return clone(_captured_layer(spec, queries, dtype))
+
+
+@functools.cache  # capture takes seconds
+def _captured_layer(spec: LayerSpec, queries: int | str, dtype: torch.dtype) -> fx.GraphModule:
+    return graph_of(Layer(spec, dtype), layer_inputs(spec, queries, dtype))
+
+
+def graph_of(module: nn.Module, inputs: Sequence[Input]) -> fx.GraphModule:
+    """A module, captured and canonical."""
+    graph_module = capture_module(module, inputs)
+    Canonicalise().run(graph_module, CONTEXT)
+    return graph_module
+
+
+def certified(rewrite: Pass, graph_module: fx.GraphModule, seeds: Sequence[int] = (0, 1)) -> Outcome:
+    """Run one pass and compare the graph before and after it in float64 on random inputs."""
+    before = clone(graph_module)
+    outcome = rewrite.run(graph_module, CONTEXT)
+    sizes = size_values(before)
+    for seed in seeds:
+        inputs = random_inputs(before, sizes, seed)
+        expected, found = (tree_leaves(run_float64(module, inputs)[0]) for module in (before, graph_module))
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.isfinite(other).all() and other.abs().max() > 0
+            assert relative_error(one, other) <= EXACT
+    return outcome
+
+
+def untouched(rewrite: Pass, graph_module: fx.GraphModule) -> str:
+    """Run one pass that must leave the graph as it is, and return the reason it gives, '' for none."""
+    before = [node.name for node in graph_module.graph.nodes]
+    outcome = rewrite.run(graph_module, CONTEXT)
+    assert not outcome.matches
+    assert [node.name for node in graph_module.graph.nodes] == before
+    assert len(outcome.refusals) <= 1, outcome.refusals
+    return outcome.refusals[0].reason if outcome.refusals else ""
+
+
+def count(graph_module: fx.GraphModule, *targets: object) -> int:
+    return sum(1 for _ in calls(graph_module.graph, *targets))
