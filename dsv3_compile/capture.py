@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dsv3_compile.phases import decode_of
 from dsv3_compile.program import BlockGraph
 from model_def.config import ModelConfig
 from model_def.decoder import Embed, Head, Layer
@@ -59,8 +60,7 @@ def block_names(config: ModelConfig) -> list[str]:
         members.setdefault(kind, []).append(spec)
     several = {kind for kind, found in members.items() if len(found) > 1}
     return [
-        f"{kinds[spec]}_{members[kinds[spec]].index(spec)}" if kinds[spec] in several else kinds[spec]
-        for spec in specs
+        f"{kinds[spec]}_{members[kinds[spec]].index(spec)}" if kinds[spec] in several else kinds[spec] for spec in specs
     ]
 
 
@@ -73,17 +73,13 @@ def capture(config: ModelConfig, dtype: torch.dtype, phase: str) -> dict[str, Bl
 
     Weights are fake: nothing of the model's size is allocated.
     """
-    queries: int | str = 1 if phase == "decode" else "S"
-    tokens = Input("input_ids_BS", Role.ACTIVATION, ("B", queries), torch.int64, config.vocab_size)
-    longest = config.max_position_embeddings
-    positions = Input("positions_BS", Role.ACTIVATION, ("B", queries), torch.int64, longest)
-    x = Input("x_BSD", Role.ACTIVATION, ("B", queries, config.hidden_size), dtype)
-    graphs = {"embed": _capture_fake(lambda: Embed(config, dtype), [tokens, positions])}
+    graphs = {"embed": _capture_fake(lambda: Embed(config, dtype), embed_inputs(config))}
     for name, spec in dict(zip(block_names(config), config.layers(), strict=True)).items():
-        inputs = layer_inputs(config, spec, dtype, queries)
+        inputs = layer_inputs(config, spec, dtype)
         graphs[name] = _capture_fake(functools.partial(Layer, spec, dtype), inputs)
-    graphs["head"] = _capture_fake(lambda: Head(config, dtype), [x])
-    return {name: BlockGraph(name, phase, module) for name, module in graphs.items()}
+    graphs["head"] = _capture_fake(lambda: Head(config, dtype), head_inputs(config, dtype))
+    blocks = {name: BlockGraph(name, "prefill", module) for name, module in graphs.items()}
+    return {name: decode_of(block) for name, block in blocks.items()} if phase == "decode" else blocks
 
 
 def _capture_fake(build: Callable[[], nn.Module], inputs: Sequence[Input]) -> fx.GraphModule:
@@ -93,20 +89,31 @@ def _capture_fake(build: Callable[[], nn.Module], inputs: Sequence[Input]) -> fx
     return capture_module(module, inputs, mode)
 
 
-def layer_inputs(config: ModelConfig, spec: LayerSpec, dtype: torch.dtype, queries: int | str) -> list[Input]:
+def embed_inputs(config: ModelConfig) -> list[Input]:
+    return [
+        Input("input_ids_BS", Role.ACTIVATION, ("B", "S"), torch.int64, config.vocab_size),
+        Input("positions_BS", Role.ACTIVATION, ("B", "S"), torch.int64, config.max_position_embeddings),
+    ]
+
+
+def layer_inputs(config: ModelConfig, spec: LayerSpec, dtype: torch.dtype) -> list[Input]:
     """What a layer takes besides its weights, in calling order; caches last."""
-    table = ("B", queries, config.rotary_dim // 2)
+    table = ("B", "S", config.rotary_dim // 2)
     caches = [
         Input(f"{name}_{CACHE_LETTERS[name]}", Role.CACHE, ("B", "T", *width), dtype)
         for name, width in spec.attention.cache_widths().items()
     ]
     return [
-        Input("x_BSD", Role.ACTIVATION, ("B", queries, spec.hidden), dtype),
+        Input("x_BSD", Role.ACTIVATION, ("B", "S", spec.hidden), dtype),
         Input("cos_BSF", Role.ACTIVATION, table, torch.float32),
         Input("sin_BSF", Role.ACTIVATION, table, torch.float32),
-        Input("positions_BS", Role.ACTIVATION, ("B", queries), torch.int64, "T"),
+        Input("positions_BS", Role.ACTIVATION, ("B", "S"), torch.int64, "T"),
         *caches,
     ]
+
+
+def head_inputs(config: ModelConfig, dtype: torch.dtype) -> list[Input]:
+    return [Input("x_BSD", Role.ACTIVATION, ("B", "S", config.hidden_size), dtype)]
 
 
 def capture_module(
@@ -119,9 +126,7 @@ def capture_module(
     have no place in a checkpoint: make them buffers.
     """
     dims = {letter: Dim(letter, min=1, max=LARGEST[letter]) for one in inputs for letter in _letters(one)}
-    dynamic = tuple(
-        {axis: dims[size] for axis, size in enumerate(one.shape) if size in dims} for one in inputs
-    )
+    dynamic = tuple({axis: dims[size] for axis, size in enumerate(one.shape) if size in dims} for one in inputs)
     with fake_mode or contextlib.nullcontext():
         examples = tuple(_example(one) for one in inputs)
     with warnings.catch_warnings():
@@ -158,9 +163,7 @@ def _block_graph(exported: ExportedProgram, inputs: Sequence[Input]) -> fx.Graph
     (result,) = exported.graph.output_node().args
     graph.output(fx.node.map_arg(result, copies.__getitem__))
 
-    pairs = [
-        pair for node, one in given.items() for pair in zip(one.shape, node.meta["val"].shape, strict=True)
-    ]
+    pairs = [pair for node, one in given.items() for pair in zip(one.shape, node.meta["val"].shape, strict=True)]
     sizes = {letter: size for letter, size in pairs if isinstance(letter, str)}
     for node, one in given.items():
         if one.upper is not None:

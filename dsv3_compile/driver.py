@@ -12,7 +12,8 @@ import torch
 from codegen.targets import target
 from dsv3_compile.capture import block_names, capture
 from dsv3_compile.options import OptionError, Options, options_from
-from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
+from dsv3_compile.phases import decode_of
+from dsv3_compile.program import BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
@@ -79,21 +80,24 @@ def open_model(model: str | Path, options: Options) -> Model:
 
 
 def build(config: ModelConfig, options: Options, progress: Progress = silent) -> Program:
-    """Capture every distinct block, send it through the passes, and lay out the schedule."""
+    """Capture every distinct block, send it through the passes of each phase, and lay out the schedule."""
     dtype = options.dtype_for(config.dtype)
     pipeline = Pipeline().configured(options.set, options.disable)
+    blocks = captured(config, dtype, progress)
+    large = {block.name for block in blocks if needs_proxy(block)} if options.verify else set()
+    twins = {(b.name, b.phase): b for b in captured(proxy(config), dtype, progress)} if large else {}
     program = Program(config, dtype, target(options.target), {}, schedule(config))
-    for phase in PHASES:
-        graphs = captured(config, dtype, phase, progress)
-        context = Context(phase, program.target, workload(config, options, phase))
-        specimens = specimens_of(graphs, config, dtype, phase, progress) if options.verify else {}
-        for name, graph in graphs.items():
-            step = _steps(progress, "passes", f"{name} {phase}", len(pipeline.passes))
-            records = pipeline.run(graph.module, context, f"{name} {phase}", specimens.get(name), step)
-            program.blocks[name, phase] = graph
-            program.records[name, phase] = records
+    for block in blocks:
+        key = block.name, block.phase
+        specimen = None
+        if options.verify:
+            specimen = Specimen.of(twins[key].module if large else block.module, proxy=bool(large))
+        context = Context(block.phase, program.target, workload(config, options, block.phase))
+        step = _steps(progress, "passes", " ".join(key), len(pipeline.passes))
+        program.records[key] = pipeline.run(block.module, context, " ".join(key), specimen, step)
+        program.blocks[key] = block
     check_required([record for records in program.records.values() for record in records], options.require)
-    for name in {step.block for step in program.schedule}:
+    for name in dict.fromkeys(block.name for block in blocks):
         share_weights(program.phases(name))
     return program
 
@@ -117,26 +121,11 @@ def workload(config: ModelConfig, options: Options, phase: str) -> Workload:
     return Workload(1, length, length) if phase == "prefill" else Workload(options.max_batch, 1, length)
 
 
-def captured(
-    config: ModelConfig, dtype: torch.dtype, phase: str, progress: Progress
-) -> dict[str, BlockGraph]:
-    total = len(set(block_names(config))) + 2
-    progress(Event("capture", phase, 0, total))
-    graphs = capture(config, dtype, phase)
-    progress(Event("capture", phase, total, total))
-    return graphs
-
-
-def specimens_of(
-    graphs: dict[str, BlockGraph], config: ModelConfig, dtype: torch.dtype, phase: str, progress: Progress
-) -> dict[str, Specimen]:
-    """What each block's certificates run on: the block itself, or its small twin when it is too large."""
-    large = {name for name, graph in graphs.items() if needs_proxy(graph)}
-    small = captured(proxy(config), dtype, phase, progress) if large else {}
-    return {
-        name: Specimen.of((small if name in large else graphs)[name].module, proxy=name in large)
-        for name in graphs
-    }
+def captured(config: ModelConfig, dtype: torch.dtype, progress: Progress) -> list[BlockGraph]:
+    """Every distinct block in every phase."""
+    progress(Event("capture", config.model_type, 0, 1))
+    prefill = capture(config, dtype, "prefill")
+    return [block for first in prefill.values() for block in (first, decode_of(first))]
 
 
 def _steps(progress: Progress, stage: str, detail: str, total: int) -> Callable[[str, int], None]:

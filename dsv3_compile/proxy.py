@@ -38,9 +38,7 @@ def proxy(config: ModelConfig) -> ModelConfig:
         "n_routed_experts": config.n_routed_experts and _experts(config),
         "vocab_size": 97,
     }
-    return replace(
-        config, **widths, quantization=None, bos_token_id=None, eos_token_id=None, pad_token_id=None
-    )
+    return replace(config, **widths, quantization=None, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
 def _ranks(ranks: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:

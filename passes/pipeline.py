@@ -74,38 +74,13 @@ class Pipeline:
         `step` is told each pass's name and number before it runs. Raises CertificateError naming pass and
         `label`.
         """
-        records = []
+        records: list[PassRecord] = []
+        before = cost(module.graph)
         for number, one in enumerate(self.passes):
             step(one.name(), number)
-            records.append(self._step(one, module, context, label, specimen))
+            records.append(_run_one(one, module, context, label, specimen, before))
+            before = records[-1].cost_after
         return records
-
-    def _step(
-        self, one: Pass, module: fx.GraphModule, context: Context, label: str, specimen: Specimen | None
-    ) -> PassRecord:
-        nodes_before, cost_before = len(module.graph.nodes), cost(module.graph)
-        before = clone(module) if specimen is not None and specimen.module is module else None
-        started = time.perf_counter()
-        outcome = one.run(module, context)
-        sweep(module)
-        seconds = time.perf_counter() - started
-        certificate = None
-        if specimen is not None:
-            label = f"{one.name()} on {label}"
-            before = before or _follow(one, outcome, context, label, specimen)
-            certificate = specimen.certify(before, label)
-        return PassRecord(
-            name=one.name(),
-            spec=repr(one),
-            matches=tuple(outcome.matches),
-            refusals=tuple(outcome.refusals),
-            seconds=seconds,
-            nodes_before=nodes_before,
-            nodes_after=len(module.graph.nodes),
-            cost_before=cost_before,
-            cost_after=cost(module.graph),
-            certificate=certificate,
-        )
 
     def find(self, name: str) -> Pass:
         """The pass of that name; PassError names the accepted ones."""
@@ -127,9 +102,40 @@ class Pipeline:
         return Pipeline(tuple(one for name, one in passes.items() if name not in left_out))
 
 
-def _follow(
-    one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen
-) -> fx.GraphModule:
+def _run_one(
+    one: Pass,
+    module: fx.GraphModule,
+    context: Context,
+    label: str,
+    specimen: Specimen | None,
+    cost_before: Cost,
+) -> PassRecord:
+    nodes_before = len(module.graph.nodes)
+    before = clone(module) if specimen is not None and specimen.module is module else None
+    started = time.perf_counter()
+    outcome = one.run(module, context)
+    sweep(module)
+    seconds = time.perf_counter() - started
+    certificate = None
+    if specimen is not None:
+        label = f"{one.name()} on {label}"
+        before = before or _follow(one, outcome, context, label, specimen)
+        certificate = specimen.certify(before, label)
+    return PassRecord(
+        name=one.name(),
+        spec=repr(one),
+        matches=tuple(outcome.matches),
+        refusals=tuple(outcome.refusals),
+        seconds=seconds,
+        nodes_before=nodes_before,
+        nodes_after=len(module.graph.nodes),
+        cost_before=cost_before,
+        cost_after=cost(module.graph),
+        certificate=certificate,
+    )
+
+
+def _follow(one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen) -> fx.GraphModule:
     """Send the small block through the pass as the real one went; returns what it was before."""
     before = clone(specimen.module)
     # Sizes decide what is cheapest, and the small block has others.
