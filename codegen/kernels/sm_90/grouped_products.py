@@ -1,0 +1,305 @@
+"""The two grouped products of an expert layer on Hopper: TMA ring, one loading warp, wgmma on the others.
+
+Weights stand on the wide side of the product and tokens on the narrow one, so that a tile of eight tokens wastes
+nothing: a decode step is limited by reading weights, each of which passes through shared memory once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from codegen.kernels.sm_90.plan_experts import ExpertPlan
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`outputs` rows of a weight times `depth` columns per step; `stages` steps in flight; `warps` multiply."""
+
+    outputs: int
+    depth: int
+    stages: int
+    warps: int
+    programs_per_sm: int = 1
+    registers: int | None = None  # per thread, so that programs share a multiprocessor
+
+
+@gluon.jit
+def _load(
+    weight_desc,
+    x_desc,
+    tiles_ptr,
+    max_tiles,
+    steps,
+    weights_smem,
+    x_smem,
+    full,
+    empty,
+    EXPERT_ROWS: gl.constexpr,
+    OUTPUT_TILES: gl.constexpr,
+    PARTS: gl.constexpr,
+    PART_ROWS: gl.constexpr,
+    BLOCK_O: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    STEP_BYTES: gl.constexpr,
+):
+    """The loading warp: it never waits for an item to end, so reading goes on across items."""
+    items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
+    first = gl.program_id(0)
+    # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
+    ahead = gl.where(first < items, gl.minimum(steps, STAGES), 0)
+    expert = gl.load(tiles_ptr + gl.minimum(first, items - 1) // OUTPUT_TILES)
+    weight_row = expert * EXPERT_ROWS + (first % OUTPUT_TILES) * BLOCK_O
+    for slot in range(ahead):
+        mbarrier.expect(full.index(slot), STEP_BYTES)
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(
+                weight_desc,
+                [weight_row + part * PART_ROWS, slot * BLOCK_D],
+                full.index(slot),
+                weights_smem.index(slot * PARTS + part),
+            )
+    gdc_wait()
+    count = 0
+    slot = 0
+    phase = 1
+    for item in range(first, items, gl.num_programs(0)):
+        tile = item // OUTPUT_TILES
+        expert = gl.load(tiles_ptr + tile)
+        row = gl.load(tiles_ptr + max_tiles + tile)
+        weight_row = expert * EXPERT_ROWS + (item % OUTPUT_TILES) * BLOCK_O
+        for step in range(steps):
+            mbarrier.wait(empty.index(slot), phase)
+            fresh = count >= ahead
+            mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh)
+            for part in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    weight_desc,
+                    [weight_row + part * PART_ROWS, step * BLOCK_D],
+                    full.index(slot),
+                    weights_smem.index(slot * PARTS + part),
+                    pred=fresh,
+                )
+            tma.async_copy_global_to_shared(x_desc, [row, step * BLOCK_D], full.index(slot), x_smem.index(slot))
+            count += 1
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _multiply(
+    out_ptr,
+    order_ptr,
+    pair_weights_ptr,
+    tiles_ptr,
+    max_tiles,
+    steps,
+    width,
+    weights_smem,
+    x_smem,
+    full,
+    empty,
+    OUTPUT_TILES: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_O: gl.constexpr,
+    STAGES: gl.constexpr,
+    SWIGLU: gl.constexpr,
+):
+    """The multiplying warps: [BLOCK_O, ROWS] of outputs times tokens, and what the product ends with."""
+    WARPS: gl.constexpr = gl.num_warps()
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
+    # Eight neighbouring outputs of one token per thread: 16-byte stores.
+    stored: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
+    slot = 0
+    phase = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile = item // OUTPUT_TILES
+        begin = gl.load(tiles_ptr + max_tiles + tile)
+        end = gl.load(tiles_ptr + 2 * max_tiles + tile)
+        first = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
+        second = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            tokens = x_smem.index(slot).permute((1, 0))
+            first = warpgroup_mma(weights_smem.index(slot * PARTS), tokens, first, is_async=True)
+            if PARTS == 2:
+                second = warpgroup_mma(weights_smem.index(slot * PARTS + 1), tokens, second, is_async=True)
+                first, second = warpgroup_mma_wait(PARTS, deps=(first, second))
+            else:
+                first = warpgroup_mma_wait(PARTS, deps=(first,))
+            # One step stays in flight; the step before it has been read.
+            mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        if PARTS == 2:
+            first, second = warpgroup_mma_wait(0, deps=(first, second))
+        else:
+            first = warpgroup_mma_wait(0, deps=(first,))
+        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
+
+        row = begin + gl.arange(0, ROWS, gl.SliceLayout(0, stored))
+        output = (item % OUTPUT_TILES) * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(1, stored))
+        if SWIGLU:
+            result = first / (1.0 + gl.exp(-first)) * second
+            out_row = row.to(gl.int64)
+        else:
+            weighed = begin + gl.arange(0, ROWS, gl.SliceLayout(0, products))
+            weight = gl.load(pair_weights_ptr + gl.load(order_ptr + weighed, mask=weighed < end, other=0))
+            result = first * weight[None, :]
+            out_row = gl.load(order_ptr + row, mask=row < end, other=0).to(gl.int64)
+        values = gl.convert_layout(result.to(out_ptr.dtype.element_ty), stored)
+        written = (output < width)[:, None] & (row < end)[None, :]
+        gl.store(out_ptr + out_row[None, :] * width + output[:, None], values, mask=written)
+
+
+@gluon.jit
+def _product_kernel(
+    weight_desc,
+    x_desc,
+    out_ptr,
+    order_ptr,
+    pair_weights_ptr,
+    tiles_ptr,
+    max_tiles,
+    steps,
+    width,
+    EXPERT_ROWS: gl.constexpr,
+    OUTPUT_TILES: gl.constexpr,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_O: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    AFTER_PLAN: gl.constexpr,
+):
+    dtype: gl.constexpr = weight_desc.dtype
+    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_O, BLOCK_D], weight_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_D], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    if AFTER_PLAN:
+        # The plan itself is the predecessor's output; after this the successor may rely on it.
+        gdc_wait()
+    gdc_launch_dependents()
+    STEP_BYTES: gl.constexpr = (PARTS * BLOCK_O + ROWS) * BLOCK_D * (dtype.primitive_bitwidth // 8)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    out_ptr,
+                    order_ptr,
+                    pair_weights_ptr,
+                    tiles_ptr,
+                    max_tiles,
+                    steps,
+                    width,
+                    weights_smem,
+                    x_smem,
+                    full,
+                    empty,
+                    OUTPUT_TILES,
+                    PARTS,
+                    ROWS,
+                    BLOCK_O,
+                    STAGES,
+                    SWIGLU,
+                ),
+            ),
+            (
+                _load,
+                (
+                    weight_desc,
+                    x_desc,
+                    tiles_ptr,
+                    max_tiles,
+                    steps,
+                    weights_smem,
+                    x_smem,
+                    full,
+                    empty,
+                    EXPERT_ROWS,
+                    OUTPUT_TILES,
+                    PARTS,
+                    EXPERT_ROWS // 2,
+                    BLOCK_O,
+                    BLOCK_D,
+                    STAGES,
+                    STEP_BYTES,
+                ),
+            ),
+        ],
+        [1],
+        [40],
+    )
+
+
+def grouped_product(
+    x: Tensor, weight: Tensor, plan: ExpertPlan, rows: int, tile: Tile, pair_weights: Tensor | None
+) -> Tensor:
+    """One grouped product over the tiles of `plan`, which holds at most `rows` tokens each.
+
+    Without pair weights: x [M, D] sorted, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
+    With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
+    """
+    experts, expert_rows, depth = weight.shape
+    swiglu = pair_weights is None
+    width = expert_rows // 2 if swiglu else expert_rows
+    weight_box, x_box = [tile.outputs, tile.depth], [rows, tile.depth]
+    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    output_tiles = triton.cdiv(width, tile.outputs)
+    programs = min(processors * tile.programs_per_sm, plan.tiles.shape[1] * output_tiles)
+    _product_kernel[(programs,)](
+        TensorDescriptor.from_tensor(
+            weight.view(experts * expert_rows, depth),
+            weight_box,
+            gl.NVMMASharedLayout.get_default_for(weight_box, dtype),
+        ),
+        TensorDescriptor.from_tensor(x, x_box, gl.NVMMASharedLayout.get_default_for(x_box, dtype)),
+        out,
+        plan.order,
+        out if pair_weights is None else pair_weights,
+        plan.tiles,
+        plan.tiles.shape[1],
+        triton.cdiv(depth, tile.depth),
+        width,
+        EXPERT_ROWS=expert_rows,
+        OUTPUT_TILES=output_tiles,
+        PARTS=2 if swiglu else 1,
+        ROWS=rows,
+        BLOCK_O=tile.outputs,
+        BLOCK_D=tile.depth,
+        STAGES=tile.stages,
+        SWIGLU=swiglu,
+        AFTER_PLAN=swiglu,
+        num_warps=tile.warps,
+        maxnreg=tile.registers,
+        launch_pdl=True,
+    )
+    return out

@@ -1,0 +1,168 @@
+"""Choosing experts in one launch: a warp per token, the whole selection in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from codegen.kernels.sm_90.launch import overlapped
+
+_LOWEST = tl.constexpr(-(2**31))
+_BEHIND = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _sortable(values):
+    """Integers that compare like the floats: a warp reduces int32 in one instruction, floats in ten."""
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 ties with 0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    bias_ptr,
+    indices_ptr,
+    weights_ptr,
+    tokens,
+    masked: tl.constexpr,
+    epsilon: tl.constexpr,
+    scale: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TOP2: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+):
+    # A row of the tile is a token; its columns are the experts, each group padded to a power of two.
+    GROUP_SIZE: tl.constexpr = EXPERTS // GROUPS
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_G * BLOCK_S)
+    group = column // BLOCK_S
+    member = column % BLOCK_S
+    is_expert = (group < GROUPS) & (member < GROUP_SIZE)
+    expert = tl.where(is_expert, group * GROUP_SIZE + member, _BEHIND)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
+    inside = (row < tokens)[:, None] & is_expert[None, :]
+    logits = tl.load(logits_ptr + row[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        largest = tl.max(tl.where(is_expert[None, :], logits, float("-inf")), 1)
+        raised = tl.where(is_expert[None, :], tl.exp(logits - largest[:, None]), 0.0)
+        total = tl.sum(raised, 1)
+        scores = raised / total[:, None]
+    choice = scores
+    if HAS_BIAS:
+        choice += bias[None, :]
+
+    if TOP_GROUPS < GROUPS:
+        grouped = tl.reshape(tl.where(is_expert[None, :], choice, float("-inf")), (BLOCK_N, BLOCK_G, BLOCK_S))
+        value = tl.max(grouped, 2)
+        if TOP2 and GROUP_SIZE > 1:
+            place = tl.arange(0, BLOCK_S)[None, None, :]
+            first = tl.min(tl.where(grouped == value[:, :, None], place, BLOCK_S), 2)
+            value += tl.max(tl.where(place == first[:, :, None], float("-inf"), grouped), 2)
+        number = tl.arange(0, BLOCK_G)[None, :]
+        group_key = tl.where(number < GROUPS, _sortable(value), _LOWEST)
+        dropped = number < GROUPS
+        for _ in tl.static_range(TOP_GROUPS):
+            best = tl.max(group_key, 1)
+            chosen = tl.min(tl.where((group_key == best[:, None]) & dropped, number, BLOCK_G), 1)
+            dropped = dropped & (number != chosen[:, None])
+            group_key = tl.where(number == chosen[:, None], _LOWEST, group_key)
+        spread = tl.broadcast_to(dropped.to(tl.int32)[:, :, None], (BLOCK_N, BLOCK_G, BLOCK_S))
+        choice = tl.where(tl.reshape(spread, (BLOCK_N, BLOCK_G * BLOCK_S)) != 0, masked, choice)
+
+    key = tl.where(is_expert[None, :], _sortable(choice), _LOWEST)
+    left = tl.broadcast_to(tl.where(is_expert, expert, _BEHIND)[None, :], (BLOCK_N, BLOCK_G * BLOCK_S))
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    chosen_experts = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
+    for k in tl.static_range(TOP_K):
+        best = tl.max(key, 1)
+        index = tl.min(tl.where(key == best[:, None], left, _BEHIND), 1)
+        chosen_experts = tl.where(slot == k, index[:, None], chosen_experts)
+        taken = left == index[:, None]
+        key = tl.where(taken, _LOWEST, key)
+        left = tl.where(taken, _BEHIND, left)
+    # Reading the chosen logits again is one cached load; carrying their scores would be a reduction each.
+    place = row[:, None] * TOP_K + slot
+    written = (row < tokens)[:, None] & (slot < TOP_K)
+    chosen_ptr = logits_ptr + row[:, None] * EXPERTS + chosen_experts
+    chosen_logits = tl.load(chosen_ptr, mask=written, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        weights = 1.0 / (1.0 + tl.exp(-chosen_logits))
+    else:
+        weights = tl.exp(chosen_logits - largest[:, None]) / total[:, None]
+    if NORMALISE:
+        weights = weights / (tl.sum(weights, 1) + epsilon)[:, None]
+    weights = weights * scale
+    tl.store(indices_ptr + place, chosen_experts.to(tl.int64), mask=written)
+    tl.store(weights_ptr + place, weights, mask=written)
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    scoring: str,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    masked: float,
+    normalise: bool,
+    epsilon: float,
+    scale: float,
+    block_n: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Kernel of the op `route`: logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32).
+
+    Any number of experts and groups; ties go to the lowest index. One warp per program: every reduction stays
+    inside it.
+    """
+    tokens, experts = logits.shape
+    indices = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    if tokens == 0:
+        return indices, weights
+    block_n = block_n or (1 if tokens <= 1024 else 2)
+    _route_kernel[(triton.cdiv(tokens, block_n),)](
+        logits.contiguous(),
+        bias,
+        indices,
+        weights,
+        tokens,
+        masked=masked,
+        epsilon=epsilon,
+        scale=scale,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        GROUPS=groups,
+        TOP_GROUPS=top_groups,
+        SIGMOID=scoring == "sigmoid",
+        HAS_BIAS=bias is not None,
+        TOP2=group_score == "top2",
+        NORMALISE=normalise,
+        BLOCK_N=block_n,
+        BLOCK_G=triton.next_power_of_2(groups),
+        BLOCK_S=triton.next_power_of_2(experts // groups),
+        BLOCK_K=triton.next_power_of_2(top_k),
+        num_warps=1,
+        **overlapped(logits),
+    )
+    return indices, weights
