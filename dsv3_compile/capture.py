@@ -167,10 +167,20 @@ def _block_graph(exported: ExportedProgram, inputs: Sequence[Input]) -> fx.Graph
     sizes = {letter: size for letter, size in pairs if isinstance(letter, str)}
     for node, one in given.items():
         if one.upper is not None:
-            node.meta["upper"] = sizes.get(one.upper, one.upper)
+            node.meta["upper"] = sizes[one.upper] if isinstance(one.upper, str) else one.upper
     block.meta["dims"] = {letter: size.node.expr for letter, size in sizes.items()}
+    _name_sizes(block)
     sweep(block)
     return block
+
+
+def _name_sizes(block: fx.GraphModule) -> None:
+    """Let the node that reads a free size bear its letter."""
+    letters = {symbol: letter for letter, symbol in block.meta["dims"].items()}
+    for node in block.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        letter = letters.pop(node.meta["val"].node.expr, None)
+        if letter is not None:
+            node.name = letter
 
 
 def _placeholder(graph: fx.Graph, spec: InputSpec, given: Input | None) -> fx.Node:
@@ -188,7 +198,7 @@ def _placeholder(graph: fx.Graph, spec: InputSpec, given: Input | None) -> fx.No
 
 def _tidy(meta: dict[str, Any]) -> dict[str, Any]:
     """What the passes need of a node's record; of its stack, the frames of the model."""
-    kept = {key: meta[key] for key in ("val", "nn_module_stack") if key in meta}
+    kept: dict[str, Any] = {key: meta[key] for key in ("val", "nn_module_stack") if key in meta}
     frames = re.findall(r'File "[^"]+", line \d+.*\n(?:    .*\n?)?', meta.get("stack_trace") or "")
     kept["stack_trace"] = "  " + "  ".join(frame for frame in frames if _TORCH_HOME not in frame)
     return kept

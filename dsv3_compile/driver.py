@@ -9,19 +9,25 @@ from typing import Any
 
 import torch
 
+import model_def
 from codegen.targets import target
+from dsv3_compile.artifact import Artifact, check_output
 from dsv3_compile.capture import block_names, capture
+from dsv3_compile.inspection import document
 from dsv3_compile.options import OptionError, Options, options_from
+from dsv3_compile.packaging import write_artifact
 from dsv3_compile.phases import decode_of
-from dsv3_compile.program import BlockGraph, Occurrence, Program, share_weights
+from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
+from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
-from model_def.names import blocks, sources
 from model_def.presets import PRESETS
 from passes.base import Context, Workload
 from passes.pipeline import Pipeline, check_required
 from passes.verify import Specimen
+
+EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
 
 
 @dataclass(frozen=True)
@@ -49,27 +55,39 @@ class Model:
     checkpoint: Checkpoint | None
 
 
-def compile(model: str | Path, output: str | Path, progress: Progress = silent, **settings: Any) -> Any:
-    """Compile a preset or a Hugging Face folder into an artifact folder, and open it.
+def compile(model: str | Path, output: str | Path, progress: Progress = silent, **settings: Any) -> Artifact:
+    """Compile a preset or a Hugging Face folder into an artifact folder.
 
     `settings` are the fields of Options. Raises ConfigError, CheckpointError, OptionError, PassError or
     ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed; then
     nothing is written.
     """
-    from dsv3_compile.artifact import write
-
     options = options_from(settings)
+    check_output(output)
     found = open_model(model, options)
     program = build(found.config, options, progress)
-    return write(program, output, options, found.checkpoint, progress)
+    return write_artifact(
+        program,
+        output,
+        passes=[record.spec for record in program.records["embed", "prefill"]],
+        max_batch=options.max_batch,
+        max_length=options.length_for(found.config.max_position_embeddings),
+        read=found.checkpoint.tensor if found.checkpoint else None,
+        report=document(program, options),
+        tokenizer=found.checkpoint.folder if found.checkpoint else None,
+        native=options.aot,
+        progress=lambda line: progress(Event("artifact", line, 0, 1)),
+    )
 
 
 def open_model(model: str | Path, options: Options) -> Model:
     """A preset by name, or a folder. Opens the checkpoint and compares it with what the config asks for."""
     if str(model) in PRESETS and not Path(model).exists():
-        if not options.no_weights:
-            raise OptionError(f"{model} is a preset, which has no weights; name a folder, or set no_weights")
-        return Model(PRESETS[str(model)], None)
+        if options.no_weights:
+            return Model(PRESETS[str(model)], None)
+        model = EMBEDDED / str(model)
+        if not model.exists():
+            raise OptionError(f"{model.name} is a preset, which has no weights; name a folder, or set no_weights")
     if not Path(model).exists():
         raise OptionError(f"{model}: no such folder; accepted: a folder, or {', '.join(PRESETS)}")
     if options.no_weights:
@@ -84,32 +102,29 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
     dtype = options.dtype_for(config.dtype)
     pipeline = Pipeline().configured(options.set, options.disable)
     blocks = captured(config, dtype, progress)
-    large = {block.name for block in blocks if needs_proxy(block)} if options.verify else set()
-    twins = {(b.name, b.phase): b for b in captured(proxy(config), dtype, progress)} if large else {}
-    program = Program(config, dtype, target(options.target), {}, schedule(config))
-    for block in blocks:
-        key = block.name, block.phase
-        specimen = None
-        if options.verify:
-            specimen = Specimen.of(twins[key].module if large else block.module, proxy=bool(large))
-        context = Context(block.phase, program.target, workload(config, options, block.phase))
-        step = _steps(progress, "passes", " ".join(key), len(pipeline.passes))
-        program.records[key] = pipeline.run(block.module, context, " ".join(key), specimen, step)
-        program.blocks[key] = block
+    specimens = specimens_of(blocks, config, dtype, progress) if options.verify else {}
+    workloads = {phase: workload(config, options, phase) for phase in PHASES}
+    program = Program(config, dtype, target(options.target), blocks, schedule(config), workloads)
+    for (name, phase), block in blocks.items():
+        label = f"{name} {phase}"
+        context = Context(phase, program.target, workloads[phase])
+        step = _steps(progress, label, len(pipeline.passes))
+        records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step)
+        program.records[name, phase] = records
     check_required([record for records in program.records.values() for record in records], options.require)
-    for name in dict.fromkeys(block.name for block in blocks):
+    for name in dict.fromkeys(name for name, _ in blocks):
         share_weights(program.phases(name))
     return program
 
 
 def schedule(config: ModelConfig) -> tuple[Occurrence, ...]:
     """Which block runs at every step, on which checkpoint tensors."""
-    names = block_names(config)
+    layer_blocks = block_names(config)
     steps = []
-    for block in blocks(config):
-        weights = {name.replace(".", "_"): found for name, found in sources(config, block).items()}
+    for block in names.blocks(config):
+        weights = {name.replace(".", "_"): found for name, found in names.sources(config, block).items()}
         if isinstance(block, int):
-            steps.append(Occurrence(names[block], block, weights))
+            steps.append(Occurrence(layer_blocks[block], block, weights))
         else:
             steps.append(Occurrence(block, None, weights))
     return tuple(steps)
@@ -121,12 +136,21 @@ def workload(config: ModelConfig, options: Options, phase: str) -> Workload:
     return Workload(1, length, length) if phase == "prefill" else Workload(options.max_batch, 1, length)
 
 
-def captured(config: ModelConfig, dtype: torch.dtype, progress: Progress) -> list[BlockGraph]:
+def captured(config: ModelConfig, dtype: torch.dtype, progress: Progress) -> dict[tuple[str, str], BlockGraph]:
     """Every distinct block in every phase."""
     progress(Event("capture", config.model_type, 0, 1))
     prefill = capture(config, dtype, "prefill")
-    return [block for first in prefill.values() for block in (first, decode_of(first))]
+    return {(b.name, b.phase): b for first in prefill.values() for b in (first, decode_of(first))}
 
 
-def _steps(progress: Progress, stage: str, detail: str, total: int) -> Callable[[str, int], None]:
-    return lambda name, done: progress(Event(stage, f"{detail}: {name}", done, total))
+def specimens_of(
+    blocks: dict[tuple[str, str], BlockGraph], config: ModelConfig, dtype: torch.dtype, progress: Progress
+) -> dict[tuple[str, str], Specimen]:
+    """What the certificates of each block run on: the block itself, or its small twin when it is too large."""
+    large = {key for key, block in blocks.items() if needs_proxy(block)}
+    twins = captured(proxy(config), dtype, progress) if large else {}
+    return {key: Specimen.of((twins if key in large else blocks)[key].module, proxy=key in large) for key in blocks}
+
+
+def _steps(progress: Progress, label: str, total: int) -> Callable[[str, int], None]:
+    return lambda name, done: progress(Event("passes", f"{label}: {name}", done, total))

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from codegen.targets import Target
-from passes.base import Role, placeholders
+from passes.base import Role, Workload, placeholders
+from passes.pipeline import PassRecord
 
 PHASES = ("prefill", "decode")
 
@@ -43,8 +45,8 @@ class BlockGraph:
         return placeholders(self.module.graph, role)
 
     def outputs(self) -> tuple[fx.Node, ...]:
-        (result,) = self.module.graph.output_node().args
-        return tuple(result) if isinstance(result, (tuple, list)) else (result,)  # type: ignore[arg-type]
+        (results,) = self.module.graph.output_node().args
+        return cast(tuple[fx.Node, ...], results)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Program:
     target: Target
     blocks: dict[tuple[str, str], BlockGraph]
     schedule: tuple[Occurrence, ...]
-    records: dict[tuple[str, str], list[Any]] = field(default_factory=dict)  # passes.pipeline.PassRecord
+    workloads: dict[str, Workload]  # by phase: sizes at which costs were compared
+    records: dict[tuple[str, str], list[PassRecord]] = field(default_factory=dict)
 
     def phases(self, block: str) -> list[BlockGraph]:
         """The graphs of one block, one per phase, in the order of PHASES."""
@@ -159,8 +162,7 @@ def bind(program: Program, read: Reader) -> Iterator[tuple[str, Tensor]]:
     originals = {block: _original_shapes(nodes) for block, nodes in weights.items()}
     for step in program.schedule:
         for name, node in weights[step.block].items():
-            tensor = bind_one(node, lambda original, step=step: _load(step, original, originals, read))
-            yield step.key(name), tensor
+            yield step.key(name), bind_one(node, partial(_load, step, originals[step.block], read))
 
 
 def bind_one(weight: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
@@ -185,9 +187,9 @@ def _original_shapes(weights: dict[str, fx.Node]) -> dict[str, Any]:
     return shapes
 
 
-def _load(step: Occurrence, original: str, originals: dict[str, dict[str, Any]], read: Reader) -> Tensor:
+def _load(step: Occurrence, originals: dict[str, Any], read: Reader, original: str) -> Tensor:
     names = step.sources[original]
-    value = originals[step.block][original]
+    value = originals[original]
     shape = tuple(value.shape)
     first = read(names[0])
     if len(names) == 1 and first.ndim == len(shape):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil, prod
+from typing import Any
 
 from dsv3_compile.program import BlockGraph
 from model_def.config import ModelConfig
@@ -23,7 +24,7 @@ def proxy(config: ModelConfig) -> ModelConfig:
     compression, expert groups, experts per token, shared experts, rotary layout, scaling and epsilons.
     """
     own_keys = config.num_key_value_heads in (None, config.num_attention_heads)
-    widths = {
+    widths: dict[str, Any] = {
         "hidden_size": 40,
         "num_attention_heads": 7 if own_keys else 6,
         "num_key_value_heads": config.num_key_value_heads and (7 if own_keys else 2),

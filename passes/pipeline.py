@@ -18,11 +18,13 @@ from passes.fuse_attention import FuseAttention
 from passes.hoist_weights import HoistWeights
 from passes.lower import Lower
 from passes.order_contractions import OrderContractions
+from passes.sparsify_experts import SparsifyExperts
 from passes.verify import Certificate, CertificateError, Specimen, clone
 
 DEFAULT_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
     OrderContractions(),
+    SparsifyExperts(),
     FuseAttention(),
     HoistWeights(),
     Lower(),

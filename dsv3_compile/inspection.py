@@ -1,0 +1,154 @@
+"""What a compile did, as one document and as text: the passes, their costs, their refusals, their certificates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from dsv3_compile.artifact import Artifact, ArtifactError
+from dsv3_compile.options import Options
+from dsv3_compile.program import Program
+from dsv3_compile.source import FUNCTION, graph_source
+from passes.base import Workload
+from passes.cost import Cost
+from passes.pipeline import PassRecord
+
+REPORT = "report/passes.json"
+
+
+def inspect(artifact: str | Path) -> dict[str, Any]:
+    """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact."""
+    path = Artifact.open(artifact).path(REPORT)
+    if not path.is_file():
+        raise ArtifactError(f"{path}: the artifact was written without a report")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def document(program: Program, options: Options) -> dict[str, Any]:
+    """Plain numbers, strings, lists and dicts.
+
+    blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds name, spec,
+    matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
+    (expressions in B, S, T, and `at` the block's workload), and its certificate (null without).
+    """
+    layers: dict[str, list[int]] = {}
+    for step in program.schedule:
+        layers.setdefault(step.block, []).extend([] if step.layer is None else [step.layer])
+    return {
+        "model_type": program.config.model_type,
+        "target": program.target.name,
+        "dtype": str(program.dtype).removeprefix("torch."),
+        "options": repr(options),
+        "blocks": [
+            {
+                "name": name,
+                "phase": phase,
+                "layers": layers[name],
+                "workload": asdict(program.workloads[phase]),
+                "passes": [_record(record, program.workloads[phase]) for record in records],
+            }
+            for (name, phase), records in program.records.items()
+        ],
+    }
+
+
+def _record(record: PassRecord, workload: Workload) -> dict[str, Any]:
+    certificate = record.certificate
+    return {
+        "name": record.name,
+        "spec": record.spec,
+        "matches": list(record.matches),
+        "refusals": [asdict(refusal) for refusal in record.refusals],
+        "seconds": record.seconds,
+        "nodes_before": record.nodes_before,
+        "nodes_after": record.nodes_after,
+        "cost_before": _cost(record.cost_before, workload),
+        "cost_after": _cost(record.cost_after, workload),
+        "certificate": None if certificate is None else asdict(certificate),
+    }
+
+
+def _cost(cost: Cost, workload: Workload) -> dict[str, Any]:
+    here = cost.at(workload)
+    return {
+        "flops": str(cost.flops),
+        "bytes": str(cost.bytes),
+        "launches": cost.launches,
+        "weight_bytes": cost.weight_bytes,
+        "cache_bytes_per_token": cost.cache_bytes_per_token,
+        "at": {"flops": here.flops, "bytes": here.bytes},
+    }
+
+
+HEADER = ("pass", "matches", "refused", "nodes", "FLOPs", "bytes", "kernels", "certificate")
+
+
+def table(report: dict[str, Any]) -> str:
+    """One section per block and phase, one row per pass that matched or refused something."""
+    sections = []
+    for block in report["blocks"]:
+        busy = [row for row in block["passes"] if row["matches"] or row["refusals"]]
+        size = block["workload"]
+        layers = f" × {len(block['layers'])}" if block["layers"] else ""
+        title = (
+            f"{block['name']}{layers}, {block['phase']}  (B={size['batch']} S={size['queries']} T={size['context']})"
+        )
+        quiet = len(block["passes"]) - len(busy)
+        rows = [HEADER, *(tuple(_cells(row)) for row in busy)]
+        sections.append("\n".join([title, *_aligned(rows), f"  {quiet} passes found nothing"]))
+    return "\n\n".join(sections) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    before, after = row["cost_before"], row["cost_after"]
+    yield row["name"]
+    yield str(len(row["matches"]))
+    yield str(len(row["refusals"]))
+    yield _change(str(row["nodes_before"]), str(row["nodes_after"]))
+    yield _change(_short(before["at"]["flops"]), _short(after["at"]["flops"]))
+    yield _change(_short(before["at"]["bytes"]), _short(after["at"]["bytes"]))
+    yield _change(str(before["launches"]), str(after["launches"]))
+    certificate = row["certificate"]
+    if certificate is None:
+        yield "off"
+    else:
+        yield f"{certificate['max_rel_error']:.0e}{' at small sizes' if certificate['proxy'] else ''}"
+
+
+def _change(before: str, after: str) -> str:
+    return before if before == after else f"{before} → {after}"
+
+
+def _short(number: float) -> str:
+    """Three digits and a decimal prefix: 1.23 M."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if number < 999.5 or prefix == "P":
+            return f"{number:.3g} {prefix}".rstrip()
+        number /= 1000
+    raise AssertionError
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [f"  {line}".rstrip() for line in lines]
+
+
+def refusals(report: dict[str, Any]) -> Iterator[str]:
+    """One line per refusal: what was left alone, where, and why."""
+    for block in report["blocks"]:
+        for row in block["passes"]:
+            for refusal in row["refusals"]:
+                place = f"{refusal['node']} ({refusal['source']})" if refusal["source"] else refusal["node"]
+                yield f"{block['name']} {block['phase']}: {row['name']} refused {place}: {refusal['reason']}"
+
+
+def print_graph(module: fx.GraphModule) -> str:
+    """The graph as a Python function: one line per node, its dtype and shape behind it, the model's line above."""
+    text = graph_source(module, "")
+    return text[text.index(f"def {FUNCTION}(") :]
