@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 import model_def
-from codegen.targets import target
 from dsv3_compile.artifact import Artifact, check_output
 from dsv3_compile.capture import block_names, capture
 from dsv3_compile.inspection import document
@@ -104,7 +103,7 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
     blocks = captured(config, dtype, progress)
     specimens = specimens_of(blocks, config, dtype, progress) if options.verify else {}
     workloads = {phase: workload(config, options, phase) for phase in PHASES}
-    program = Program(config, dtype, target(options.target), blocks, schedule(config), workloads)
+    program = Program(config, dtype, options.machine, blocks, schedule(config), workloads)
     for (name, phase), block in blocks.items():
         label = f"{name} {phase}"
         context = Context(phase, program.target, workloads[phase])
@@ -136,7 +135,7 @@ def workload(config: ModelConfig, options: Options, phase: str) -> Workload:
     return Workload(1, length, length) if phase == "prefill" else Workload(options.max_batch, 1, length)
 
 
-def captured(config: ModelConfig, dtype: torch.dtype, progress: Progress) -> dict[tuple[str, str], BlockGraph]:
+def captured(config: ModelConfig, dtype: torch.dtype, progress: Progress = silent) -> dict[tuple[str, str], BlockGraph]:
     """Every distinct block in every phase."""
     progress(Event("capture", config.model_type, 0, 1))
     prefill = capture(config, dtype, "prefill")

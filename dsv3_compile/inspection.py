@@ -110,8 +110,8 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield str(len(row["matches"]))
     yield str(len(row["refusals"]))
     yield _change(str(row["nodes_before"]), str(row["nodes_after"]))
-    yield _change(_short(before["at"]["flops"]), _short(after["at"]["flops"]))
-    yield _change(_short(before["at"]["bytes"]), _short(after["at"]["bytes"]))
+    yield _change(short(before["at"]["flops"]), short(after["at"]["flops"]))
+    yield _change(short(before["at"]["bytes"]), short(after["at"]["bytes"]))
     yield _change(str(before["launches"]), str(after["launches"]))
     certificate = row["certificate"]
     if certificate is None:
@@ -124,7 +124,7 @@ def _change(before: str, after: str) -> str:
     return before if before == after else f"{before} → {after}"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Three digits and a decimal prefix: 1.23 M."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if number < 999.5 or prefix == "P":

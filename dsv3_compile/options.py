@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from codegen.targets import target
+from codegen.targets import Target, target
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,6 +49,10 @@ class Options:
             object.__setattr__(self, name, tuple(value))
         if self.aot and self.target != "cpu":
             raise OptionError(f"aot is for target cpu; the target is {self.target}")
+
+    @property
+    def machine(self) -> Target:
+        return target(self.target)
 
     def dtype_for(self, stored: torch.dtype) -> torch.dtype:
         """The dtype to compile for, given the dtype the model is stored in."""

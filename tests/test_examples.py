@@ -33,3 +33,10 @@ def test_train_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.0 <= accuracy <= 1.0
     assert "held-out questions" in capsys.readouterr().out
     Checkpoint.open(tmp_path / "toy", mtp=True).validate()
+
+
+def test_inspect_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    records = load("inspect_passes").main(["toy", "--block", "moe", "--phase", "decode"])
+    printed = capsys.readouterr().out
+    assert all(record.spec in printed for record in records)
+    assert "-    linear_3 = aten.linear.default(index_put, self_attn_kv_b_proj_weight)" in printed  # absorbed away

@@ -1,0 +1,92 @@
+"""Watch one block go through the passes: its graph before and after each, and why anything was left alone.
+
+python examples/inspect_passes.py                                 the toy model's MoE layer, in decode
+python examples/inspect_passes.py deepseek-v3 --phase prefill --target sm_90
+python examples/inspect_passes.py --only fuse-swiglu --whole      whole graphs instead of differences
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterator, Sequence
+
+from torch import fx
+
+from codegen.targets import TARGETS
+from dsv3_compile.driver import captured, workload
+from dsv3_compile.inspection import print_graph, short
+from dsv3_compile.options import Options
+from model_def.presets import PRESETS
+from passes.base import Context
+from passes.pipeline import PassRecord, Pipeline
+
+
+def main(arguments: Sequence[str] | None = None) -> list[PassRecord]:
+    """Print the story of one block; returns what each pass did."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="toy", choices=PRESETS, metavar="PRESET")
+    parser.add_argument("--block", default="moe", help="embed, head, or a kind of layer")
+    parser.add_argument("--phase", default="decode", choices=("prefill", "decode"))
+    parser.add_argument("--target", default="cpu", choices=TARGETS)
+    parser.add_argument("--only", metavar="PASS", help="print this pass alone; the others run silently")
+    parser.add_argument("--whole", action="store_true", help="print whole graphs, not what changed in them")
+    chosen = parser.parse_args(arguments)
+
+    options, config = Options(target=chosen.target), PRESETS[chosen.model]
+    blocks = captured(config, options.dtype_for(config.dtype))
+    if (chosen.block, chosen.phase) not in blocks:
+        parser.error(f"--block {chosen.block}: accepted: {', '.join(dict.fromkeys(name for name, _ in blocks))}")
+    module = blocks[chosen.block, chosen.phase].module
+    context = Context(chosen.phase, options.machine, workload(config, options, chosen.phase))
+    pipeline = Pipeline()
+    if chosen.only:
+        pipeline.find(chosen.only)
+
+    records = []
+    if not chosen.only:
+        print(print_graph(module))
+    for one in pipeline.passes:
+        before = print_graph(module)
+        (record,) = Pipeline((one,)).run(module, context)
+        records.append(record)
+        if chosen.only in (None, record.name):
+            print("\n".join(story(record, before, module, context, chosen.whole)))
+    return records
+
+
+def story(record: PassRecord, before: str, module: fx.GraphModule, context: Context, whole: bool) -> Iterator[str]:
+    """What one pass did, in lines of text."""
+    yield f"──── {record.spec} " + "─" * max(0, 100 - len(record.spec))
+    for match in record.matches:
+        yield f"  matched  {match}"
+    for refusal in record.refusals:
+        place = f"{refusal.node} ({refusal.source})" if refusal.source else refusal.node
+        yield f"  refused  {place}: {refusal.reason}"
+    old, new = (cost.at(context.workload) for cost in (record.cost_before, record.cost_after))
+    yield (
+        f"  {record.nodes_before} → {record.nodes_after} nodes, {short(old.flops)} → {short(new.flops)} FLOPs, "
+        f"{short(old.bytes)} → {short(new.bytes)} bytes, {record.seconds * 1e3:.0f} ms"
+    )
+    after = print_graph(module)
+    if whole:
+        yield from ("", "before", before, "after", after)
+    else:
+        yield from changes(before, after)
+    yield ""
+
+
+def changes(before: str, after: str) -> Iterator[str]:
+    """Lines that differ, each with the line around it."""
+    old, new = (_without_frees(text) for text in (before, after))
+    for line in list(difflib.unified_diff(old, new, lineterm="", n=1))[2:]:
+        yield "    ..." if line.startswith("@@") else line
+
+
+def _without_frees(text: str) -> list[str]:
+    """`del` lines move with every change and say nothing new."""
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("del ")]
+
+
+if __name__ == "__main__":
+    main()
