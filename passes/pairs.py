@@ -132,7 +132,7 @@ class Pairs:
         """The node on pairs, [M, *features]; of a node without tokens and experts just [*features]."""
         while settled(node) is not node:
             self.rebuilt.add(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         tokens = [token for token in self.tokens if token in labels]
         if tokens and len(tokens) < len(self.tokens):
             raise Refused(node, f"{node.name} has some of the token axes only")
@@ -170,7 +170,7 @@ class Pairs:
             named = dict(zip(product.out, labels, strict=True)) | {BROADCAST: BROADCAST}
             return self.multiply([self.selected(n, "".join(named[c] for c in cs)) for n, cs in product.operands])
         if sources is not None:
-            return self.selected(node.args[0], labels_before(node, labels, sources))  # type: ignore[arg-type]
+            return self.selected(node.args[0], labels_before(node, labels, sources))
         return self.pointwise(node, labels, self.selected)
 
     def multiply(self, factors: list[fx.Node]) -> fx.Node:
@@ -185,14 +185,14 @@ class Pairs:
         part = part_of(node)
         if part is not None and labels[part.axis] == FEATURE:
             if is_call(node, operator.getitem):
-                self.rebuilt.add(node.args[0])  # type: ignore[arg-type]
+                self.rebuilt.add(node.args[0])
             dim = 1 + labels[: part.axis].count(FEATURE)
             stop = part.start + part.length * part.step
             return self.call(aten.slice.Tensor, self.value(part.source, labels), dim, part.start, stop, part.step)
         sources = sources_of_dims(node)
         if sources is not None:
             before = labels_before(node, labels, sources)
-            return self.rearranged(node, labels, self.value(node.args[0], before), before)  # type: ignore[arg-type]
+            return self.rearranged(node, labels, self.value(node.args[0], before), before)
         product = product_of(node)
         if product is not None:
             value, weights = self.product(node, labels, product)
@@ -213,7 +213,7 @@ class Pairs:
             return value
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), at_pairs)
-        return self.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+        return self.call(node.target, *args, **kwargs)
 
     def rearranged(self, node: fx.Node, labels: str, value: fx.Node, before: str) -> fx.Node:
         """Move, add and broadcast the features of a value like a rearrangement does."""
@@ -249,14 +249,14 @@ class Pairs:
         product, sources = product_of(node), sources_of_dims(node)
         if product is not None:
             return self.product(node, labels, product)
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source: fx.Node = node.args[0]
         value, weights = self.linear(source, self.path[source])
         if sources is not None:
             return (None if value is None else self.rearranged(node, labels, value, self.path[source])), weights
         if any(isinstance(a, fx.Node) for a in node.args[1:]):
             raise Refused(node, f"{node.name} divides by {node.args[1]} between gate and sum")
         old = self.multiply(weights) if value is None else value
-        new = self.call(node.target, old, *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
+        new = self.call(node.target, old, *node.args[1:], **node.kwargs)
         return (None, [new]) if value is None else (new, weights)
 
     def product(self, node: fx.Node, labels: str, product: Product) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -414,7 +414,7 @@ def aligned_labels(argument: fx.Node, node: fx.Node, labels: str) -> str:
 
 def labels_before(node: fx.Node, labels: str, sources: Sequence[int | None]) -> str:
     """Labels of a rearrangement's input; dims it drops are of size one."""
-    before = [BROADCAST] * len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    before = [BROADCAST] * len(shape_of(node.args[0]))
     for source, label in zip(sources, labels, strict=True):
         if source is not None:
             before[source] = label

@@ -77,7 +77,7 @@ def _labels_after(node: fx.Node, reached: dict[fx.Node, str]) -> str | None:
         return "".join(named.get(c, FEATURE) for c in product.out)
     if node.op != "call_function" or node.args[0] not in reached:
         return None
-    before = reached[node.args[0]]  # type: ignore[index]
+    before = reached[node.args[0]]
     sources = sources_of_dims(node)
     if sources is not None:
         after = "".join(FEATURE if s is None else before[s] for s in sources)

@@ -187,9 +187,9 @@ def sum_over_tokens(m, x, g):
     ("total", "reason"),
     [
         (softmax_over_experts, "softmax may look at several experts at once"),
-        (hidden_used_elsewhere, "gelu is used by sum_1 as well"),
-        (shared_down_projection, "shared in einsum_1 has no expert axis"),
-        (sum_over_tokens, "einsum_1 sums over tokens as well as experts"),
+        (hidden_used_elsewhere, "gelu is used by sum as well"),
+        (shared_down_projection, "shared in einsum has no expert axis"),
+        (sum_over_tokens, "einsum sums over tokens as well as experts"),
     ],
 )
 def test_near_misses_of_the_sum(total, reason):
