@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
 from enum import StrEnum
@@ -165,6 +165,13 @@ def sweep(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def topological(nodes: Iterable[fx.Node], graph: fx.Graph) -> list[fx.Node]:
-    chosen = set(nodes)
-    return [node for node in graph.nodes if node in chosen]
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all data it is computed from; sizes are not data."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(n for n in current.all_input_nodes if not is_call(n, torch.ops.aten.sym_size))
+    return seen

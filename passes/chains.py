@@ -67,6 +67,15 @@ class Chain:
         return [*first.axes, *result] if scores else result
 
     @cached_property
+    def scores_axes(self) -> tuple[Axis, ...]:
+        """The axes of the scores, where the chain computes them, or of the shares, where it reads them."""
+        result = tuple(axis for group in self.value.dims for axis in group)
+        if any(axis in result for axis in self.context_axes):
+            return result
+        shares = [o.axes for t in self.value.terms for o in t.operands if is_probability(o.node)]
+        return shares[0] if shares else ()
+
+    @cached_property
     def kept_axes(self) -> frozenset[Axis]:
         return frozenset(axis for group in self.value.dims for axis in group)
 

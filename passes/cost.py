@@ -65,8 +65,8 @@ class NodeCost:
     launches: int = 0
 
     def seconds(self, target: Target) -> float:
-        """Roofline time: the larger of arithmetic and traffic, plus the launch."""
-        return max(self.flops / target.flops, self.bytes / target.bandwidth) + self.launches * target.launch_seconds
+        """Roofline time: the larger of arithmetic and traffic. Launches are left out: fusion decides them later."""
+        return max(self.flops / target.flops, self.bytes / target.bandwidth)
 
 
 def cost(graph: fx.Graph) -> Cost:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, Role, is_call, placeholders
+from passes.base import Context, Outcome, Pass, Role, ancestors, is_call, placeholders
 from passes.chains import weight_only
 
 aten = torch.ops.aten
@@ -79,17 +79,6 @@ def extract(root: fx.Node) -> fx.GraphModule:
     visit(root)
     recipe.output(copies[root])
     return fx.GraphModule({}, recipe)
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return seen
 
 
 def bound_name(recipe: fx.GraphModule) -> str:

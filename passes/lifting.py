@@ -239,7 +239,8 @@ def _read_getitem(node: fx.Node) -> Value:
     if not all(isinstance(s, int) for s in sizes):
         raise NotLinear("a symbolic split")
     start = sum(sizes[:index])
-    return _narrow(_read(source), dim, start, start + sizes[index], size_expr(shape_of(source)[dim]))
+    value = _narrow(_read(source), dim, start, start + sizes[index], size_expr(shape_of(source)[dim]))
+    return replace(value, through=value.through | {split})
 
 
 def _read_cat(node: fx.Node) -> Value:

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, calls, is_call
-from passes.chains import FORMS, Chain, Cut, Order, Tree, find_chains, leaves, weight_only
-from passes.contraction import CONTRACTIONS, Term
+from passes.base import Context, Outcome, Pass, is_call
+from passes.chains import FORMS, Chain, Cut, Order, Tree, find_chains, leaves
+from passes.contraction import Term
 from passes.lifting import lift
 from passes.plan import Plan
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
-NONLINEAR_PAIRS = (aten.relu, aten.gelu, aten.silu, aten.tanh, aten.sigmoid, aten.rms_norm, aten.layer_norm)
+NONLINEAR = (aten.relu, aten.gelu, aten.silu, aten.tanh, aten.sigmoid, aten.rms_norm, aten.layer_norm)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OrderContractions(Pass):
         plan = Plan(graph, chains, context)
         wanted = self._forms(context.phase, sum(c.has_form for c in chains))
         chosen = plan.choose(wanted, self.storage_growth)
-        report_near_misses(graph, chains, outcome)
+        report_near_misses(chains, outcome)
         for chain, order in zip(chains, chosen, strict=True):
             if order.kept:
                 if chain.has_form:
@@ -97,22 +97,17 @@ def _write_term(writer: Writer, chain: Chain, term: Term, tree: Tree) -> fx.Node
     return node if term.scale == 1.0 else writer.scale(node, term.scale)
 
 
-def report_near_misses(graph: fx.Graph, chains: list[Chain], outcome: Outcome) -> None:
-    """Products of two activations, one of which is a weight product made nonlinear on the way."""
-    inside = {n for c in chains for n in c.value.through}
-    weights = weight_only(graph)
-    for root in calls(graph, *CONTRACTIONS):
-        if root in inside or root in weights:
-            continue
-        for operand in (o for p in lift(root).pieces for t in p.terms for o in t.operands):
-            barrier = operand.node
-            if is_call(barrier, *NONLINEAR_PAIRS):
-                before = lift(barrier.args[0])
-                factors = [o.node for p in before.pieces for t in p.terms for o in t.operands]
-                if any(n in weights for n in factors) and any(n not in weights for n in factors):
-                    if not any(o.node in weights for p in lift(root).pieces for t in p.terms for o in t.operands):
-                        edge = f"{barrier.args[0].name} → {barrier.name}"
-                        outcome.refuse(
-                            root,
-                            f"the edge {edge} is not linear, so {root.name} cannot absorb the weight before it",
-                        )
+def report_near_misses(chains: list[Chain], outcome: Outcome) -> None:
+    """Cached operands that are themselves products with a weight, made nonlinear on the way."""
+    for chain in chains:
+        for term in chain.value.terms:
+            for barrier in (term.operands[i].node for i in sorted(chain.cached(term))):
+                if is_call(barrier, *NONLINEAR) and any(n in chain.weights for n in factors(barrier.args[0])):
+                    edge = f"{barrier.args[0].name} → {barrier.name}"
+                    outcome.refuse(
+                        chain.root, f"the edge {edge} is not linear, so the weight before it cannot be absorbed"
+                    )
+
+
+def factors(node: fx.Node) -> list[fx.Node]:
+    return [operand.node for piece in lift(node).pieces for term in piece.terms for operand in term.operands]

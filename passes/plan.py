@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from passes.base import Context, Role, is_call, placeholders
-from passes.chains import Chain, Cut, Order, Subset, Tree, leaves, subsets
-from passes.contraction import CONTRACTIONS, Axis, Term
+from passes.base import Context, Role, ancestors, placeholders
+from passes.chains import Chain, Cut, Order, Subset, Tree, is_probability, leaves, subsets
+from passes.contraction import Axis, Term
 from passes.cost import concrete_sizes, node_costs
 
 
@@ -43,14 +43,14 @@ class Plan:
 
     def why_kept(self, chain: Chain, order: Order) -> str:
         """Why the order of the graph was left as it is, naming the edge that decided it."""
-        for node in chain.value.through - {chain.root}:
-            outside = [u for u in node.users if u not in chain.value.through and not self._in_other_chain(u, chain)]
-            if is_call(node, *CONTRACTIONS) and outside and order.form == "expanded":
-                return f"stays expanded: {node.name} is used by {outside[0].name} as well and must be computed anyway"
+        cached = {term.operands[i].node for term in chain.value.terms for i in chain.cached(term)}
+        for node in self.graph.nodes:
+            if order.form != "expanded" or node is chain.root or node not in chain.value.through:
+                continue
+            user = next((u for u in node.users if not any(u in c.value.through for c in self.chains)), None)
+            if user is not None and cached & ancestors(node):
+                return f"stays expanded: {node.name} is used by {user.name} as well and must be computed anyway"
         return f"stays {order.form}: the cheapest order in {self.context.phase} at {self.context.workload}"
-
-    def _in_other_chain(self, user: fx.Node, chain: Chain) -> bool:
-        return any(user in c.value.through for c in self.chains if c is not chain)
 
     def _options(self, chain: Chain, form: str) -> list[Order]:
         orders = self._orders(chain)
@@ -81,7 +81,7 @@ class Plan:
         if len(subset) == 1:
             yield next(iter(subset))
             return
-        if cut is not None:
+        if cut is not None and not any(is_probability(term.operands[i].node) for i in subset):
             yield cut
             if len(subset) == 2:  # computing the same product once more cannot be better
                 return
@@ -96,36 +96,56 @@ class Plan:
                             yield (a, b)
 
     def seconds(self, combo: tuple[Order, ...] | list[Order]) -> float:
-        products: dict[Any, float] = {}
+        """Roofline time of everything the block still computes when its chains are multiplied out this way."""
+        products: dict[Any, tuple[float, float]] = {}  # FLOPs and bytes
         feeds: dict[fx.Node, list[fx.Node]] = {}
         for chain, order in zip(self.chains, combo, strict=True):
-            if order.kept:
-                continue
             feeds[chain.root] = []
             for term, tree in zip(chain.value.terms, order.trees, strict=True):
                 self._price(chain, term, tree, products, feeds[chain.root])
         alive = reachable(self.graph, feeds)
-        return sum(self.node_seconds.get(n, 0.0) for n in alive if n not in feeds) + sum(products.values())
+        target = self.context.target
+        return sum(self.node_seconds.get(n, 0.0) for n in alive if n not in feeds) + sum(
+            max(flops / target.flops, moved / target.bandwidth) for flops, moved in products.values()
+        )
 
     def _price(
-        self, chain: Chain, term: Term, tree: Tree, products: dict[Any, float], feeds: list[fx.Node]
+        self, chain: Chain, term: Term, tree: Tree, products: dict[Any, tuple[float, float]], feeds: list[fx.Node]
     ) -> tuple[tuple[Axis, ...], bool]:
         """Add up the products of a tree; returns the axes of its result and whether it is made of weights alone."""
         if isinstance(tree, (int, Cut)):
             operand = term.operands[tree] if isinstance(tree, int) else tree.operand
             feeds.append(operand.node)
             return operand.axes, operand.node in chain.weights
-        (left, weight_l), (right, weight_r) = (self._price(chain, term, t, products, feeds) for t in tree)
+        sides = [self._price(chain, term, side, products, feeds) for side in tree]
         out = chain.axes_of(term, leaves(tree))
-        if weight_l and weight_r:
+        if all(weights for _, weights in sides):
             return out, True
-        everything = dict.fromkeys((*left, *right))
-        flops = 2 * self._volume(everything)
-        moved = (self._volume(left) + self._volume(right) + self._volume(out)) * chain.root.meta["val"].element_size()
-        target = self.context.target
-        key = frozenset((term.operands[i].node, term.operands[i].steps) for i in leaves(tree))
-        products[key] = max(flops / target.flops, moved / target.bandwidth) + target.launch_seconds
+        item = chain.root.meta["val"].element_size()
+        flops = 2 * self._volume(dict.fromkeys(axis for axes, _ in sides for axis in axes))
+        moved = 0 if self._is_scores(chain, out) else self._volume(out) * item
+        for side, (axes, _) in zip(tree, sides, strict=True):
+            if self._is_scores(chain, axes):
+                continue
+            if self._is_scores(chain, out) or any(self._is_scores(chain, other) for other, _ in sides):
+                # the attention kernel loads what scores and values share once
+                products["read", self._identity(term, side)] = (0, self._volume(axes) * item)
+            else:
+                moved += self._volume(axes) * item
+        products["product", frozenset(self._identity(term, i) for i in leaves(tree))] = (flops, moved)
         return out, False
+
+    def _is_scores(self, chain: Chain, axes: tuple[Axis, ...]) -> bool:
+        """Scores and shares have heads or queries besides cached positions; an attention kernel never stores them."""
+        scores = chain.scores_axes
+        return bool(scores) and set(scores) == set(axes)
+
+    def _identity(self, term: Term, tree: Tree) -> Any:
+        if isinstance(tree, int):
+            return (term.operands[tree].node, term.operands[tree].steps)
+        if isinstance(tree, Cut):
+            return (tree.operand.node, tree.operand.steps)
+        return frozenset(self._identity(term, i) for i in leaves(tree))
 
     def _volume(self, axes: Any) -> int:
         return prod((a.size if isinstance(a.size, int) else self.size(a.size) for a in axes), start=1)
@@ -148,23 +168,9 @@ class Plan:
 
 
 def is_original(term: Term, tree: Tree) -> bool:
-    """Does the tree only multiply what the graph itself multiplies at its root?"""
-    if isinstance(tree, Cut):
-        return False  # only below the root's own product
-    if isinstance(tree, int):
-        return True
-    largest = maximal_cuts(term)
-    return all(
-        (side if isinstance(side, int) else side.covered if isinstance(side, Cut) else None) in largest for side in tree
-    )
-
-
-def maximal_cuts(term: Term) -> set[Any]:
-    """The factors of the root's own product: the largest proper cuts, and operands under none of them."""
-    cuts = [covered for covered, _ in term.cuts]
-    largest = {c for c in cuts if not any(c < other for other in cuts)}
-    single = {i for i in range(len(term.operands)) if not any(i in c for c in largest)}
-    return largest | single
+    """Is every product of the tree one that the graph computes already?"""
+    computed = {covered for covered, _ in term.cuts}
+    return all(subset in computed for subset in subsets(tree, term))
 
 
 def reachable(graph: fx.Graph, feeds: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:

@@ -1,0 +1,48 @@
+"""Everything gets one spelling, and nothing else changes."""
+
+import torch
+from torch import nn
+
+from dsv3_compile.capture import Input
+from passes.base import Role
+from passes.canonicalise import Canonicalise
+from tests.passes.harness import apply, count, module_graph
+
+aten = torch.ops.aten
+X = Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32)
+
+
+class Wordy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        x = x.clone().to(torch.float32).view(x.shape).contiguous() + 0
+        rows = x.flatten(0, 1)
+        return torch.addmm(self.b, rows, self.w.t()), torch.mm(rows, self.w.t()), torch.mm(rows, self.w.t())
+
+
+class Scaled(nn.Module):
+    """addmm with factors is not linear, and a cast is not a copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return torch.addmm(self.b, x.flatten(0, 1), self.w.t(), beta=2.0), x.to(torch.float64)
+
+
+def test_copies_vanish_products_become_linear_and_repeats_merge():
+    graph = module_graph(Wordy(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.linear) == 2
+    assert count(graph, aten.mm, aten.addmm, aten.clone, aten._to_copy, aten.add, aten.view) == 0
+
+
+def test_near_misses_stay():
+    graph = module_graph(Scaled(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.addmm) == 1
+    assert count(graph, aten._to_copy, aten.to) == 1

@@ -1,0 +1,76 @@
+"""Attention cores become one op, absorbed or expanded; anything that is not quite one stays."""
+
+import math
+
+import pytest
+import torch
+
+from passes.fuse_attention import FuseAttention
+from passes.order_contractions import OrderContractions
+from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.mla import HeadFirst, Mla, inputs
+
+dsv3 = torch.ops.dsv3
+
+
+@pytest.mark.parametrize("variant", [Mla, HeadFirst])
+@pytest.mark.parametrize("queries", [1, "S"])
+def test_the_absorbed_core_reads_the_latent_once(variant, queries):
+    graph = module_graph(variant(), *inputs(queries=queries))
+    apply(OrderContractions(decode="absorbed"), graph)
+    assert apply(FuseAttention(), graph).matches == ["softmax: mla_attention"]
+    assert count(graph, dsv3.mla_attention) == 1
+    assert count(graph, torch.ops.aten.softmax) == 0
+
+
+@pytest.mark.parametrize("variant", [Mla, HeadFirst])
+def test_the_expanded_core_keeps_heads(variant):
+    graph = module_graph(variant(), *inputs(queries="S"))
+    apply(FuseAttention(), graph, "prefill")
+    assert count(graph, dsv3.attention) == 1
+
+
+class Windowed(Mla):
+    """A sliding window is not the mask that the op means."""
+
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        q = self.q_proj(x_BSD).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        k = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        cached = torch.arange(latent_BTC.shape[1])
+        hidden = ~((cached <= positions_BS[:, :, None]) & (cached > positions_BS[:, :, None] - 3))
+        scores = torch.einsum("bshx,bthx->bhst", q, k).masked_fill(hidden[:, None], -math.inf)
+        return torch.einsum("bhst,btc->bhsc", scores.softmax(-1), latent_BTC)
+
+
+class Finite(Mla):
+    """A large negative number is not −∞: a row that sees nothing would average."""
+
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        q = self.q_proj(x_BSD).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        k = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        hidden = torch.arange(latent_BTC.shape[1]) > positions_BS[:, :, None]
+        scores = torch.einsum("bshx,bthx->bhst", q, k).masked_fill(hidden[:, None], -1e4)
+        return torch.einsum("bhst,btc->bhsc", scores.softmax(-1), latent_BTC)
+
+
+class Leaking(Mla):
+    """Attention shares that are also an output must exist."""
+
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        q = self.q_proj(x_BSD).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        k = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        visible = torch.arange(latent_BTC.shape[1]) <= positions_BS[:, :, None]
+        scores = torch.einsum("bshx,bthx->bhst", q, k).masked_fill(~visible[:, None], -math.inf)
+        shares = scores.softmax(-1)
+        return torch.einsum("bhst,bthx->bshx", shares, k), shares
+
+
+@pytest.mark.parametrize(
+    "module, reason",
+    [(Windowed, "not a comparison of positions"), (Finite, "not a mask with −∞"), (Leaking, "shares are used by")],
+)
+def test_near_misses_stay(module, reason):
+    graph = module_graph(module(), *inputs(queries="S"))
+    outcome = apply(FuseAttention(), graph)
+    assert not outcome.matches and reason in reasons(outcome)
+    assert count(graph, torch.ops.aten.softmax) == 1
