@@ -1,0 +1,187 @@
+"""MLA decode for few query rows: everything transposed, so that heads sit on the narrow side of the wgmma.
+
+    Sᵀ = K Qᵀ        [64 positions, ROWS]        K: 64 cached positions of latent and rope key
+    Oᵀ += Vᵀ Pᵀ      [rank, ROWS]                V: the same latent tile, read from shared memory a second time
+
+Bound by the cache's bytes: one warp streams tiles through the copy engine, GROUPS warp groups of ROWS rows each consume
+them. A query row is a (position, head) pair: row = position · HEADS + head.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from codegen.kernels.sm_90.mla_schedule import program_range, request_reach
+from codegen.kernels.sm_90.mla_stream import advance, clear_hidden, load_cache, load_query, make_query, make_ring
+
+
+@gluon.jit
+def _consume(
+    latents, ropes, query, p_smem, q_latent_desc, q_rope_desc, positions_ptr, out_ptr, part_ptr, stat_ptr,
+    schedule, program, first_row, scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr,
+    UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    latent_ring, latent_full, latent_empty = latents
+    rope_ring, rope_full, rope_empty = ropes
+    q_latent_smem, q_rope_smem, q_full = query
+    begin, end, request, origin = schedule
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    across: gl.constexpr = gl.SliceLayout(0, mma)
+    down: gl.constexpr = gl.SliceLayout(1, mma)
+    RANK: gl.constexpr = UNITS * WIDTH
+    TOTAL: gl.constexpr = QUERIES * HEADS
+
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    rope_slot = gl.to_tensor(0)
+    rope_phase = gl.to_tensor(0)
+    q_phase = gl.to_tensor(0)
+    start = begin
+    if begin < end:
+        load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
+    while begin < end:
+        nearest, furthest = request_reach(positions_ptr, request, QUERIES)
+        tiles = furthest // 64 + 1
+        stop = gl.minimum(end, origin + tiles)
+        highest = gl.full([ROWS], -1.0e30, gl.float32, layout=across)
+        weight = gl.zeros([64, ROWS], gl.float32, layout=mma)
+        acc = ()
+        for unit in gl.static_range(UNITS):
+            acc = acc + (gl.zeros([WIDTH, ROWS], gl.float32, layout=mma),)
+        mbarrier.wait(q_full, q_phase)
+        q_phase ^= 1
+        for tile in range(begin - origin, stop - origin):
+            scores = gl.zeros([64, ROWS], gl.float32, layout=mma)
+            s_slot = slot
+            s_phase = phase
+            for unit in gl.static_range(UNITS):
+                mbarrier.wait(latent_full.index(s_slot), s_phase)
+                scores = warpgroup_mma(
+                    latent_ring.index(s_slot), q_latent_smem.index(unit).permute((1, 0)), scores,
+                    use_acc=unit > 0, is_async=True,
+                )  # fmt: skip
+                s_slot, s_phase = advance(s_slot, s_phase, SLOTS)
+            mbarrier.wait(rope_full.index(rope_slot), rope_phase)
+            scores = warpgroup_mma(rope_ring.index(rope_slot), q_rope_smem.permute((1, 0)), scores, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(rope_empty.index(rope_slot))
+            rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
+
+            scores = scores * (scale * 1.4426950408889634)
+            if tile * 64 + 63 > nearest:
+                asking = gl.minimum((first_row + gl.arange(0, ROWS, layout=across)) // HEADS, QUERIES - 1)
+                position = gl.load(positions_ptr + request * QUERIES + asking).to(gl.int32)
+                cached = tile * 64 + gl.arange(0, 64, layout=down)
+                scores = gl.where(cached[:, None] <= position[None, :], scores, float("-inf"))
+            raised = gl.maximum(highest, gl.max(scores, 0))
+            decay = gl.exp2(highest - raised)
+            highest = raised
+            p = gl.exp2(scores - raised[None, :])
+            weight = weight * decay[None, :] + p
+            p_smem.store(p.to(gl.bfloat16))
+            if tile * 64 + 63 > furthest:
+                z_slot = slot
+                z_phase = phase
+                for unit in gl.static_range(UNITS):
+                    clear_hidden(latent_ring.index(z_slot), tile * 64, furthest, WIDTH)
+                    z_slot, z_phase = advance(z_slot, z_phase, SLOTS)
+            fence_async_shared()
+
+            o_slot = slot
+            o_phase = phase
+            summed = ()
+            for unit in gl.static_range(UNITS):
+                summed = summed + (
+                    warpgroup_mma(
+                        latent_ring.index(o_slot).permute((1, 0)), p_smem, acc[unit] * decay[None, :], is_async=True
+                    ),
+                )
+                o_slot, o_phase = advance(o_slot, o_phase, SLOTS)
+            if UNITS == 1:
+                acc = (warpgroup_mma_wait(0, deps=summed),)
+            else:
+                acc = warpgroup_mma_wait(0, deps=summed)
+            for unit in gl.static_range(UNITS):
+                mbarrier.arrive(latent_empty.index(slot))
+                slot, phase = advance(slot, phase, SLOTS)
+
+        weight = gl.sum(weight, 0)
+        whole = (begin == origin) & (stop == origin + tiles)
+        piece = program * 2 + gl.where(begin == start, 0, 1)
+        out_line = request * TOTAL
+        begin = stop
+        origin += tiles
+        request += 1
+        if begin < end:
+            load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
+        row = first_row + gl.arange(0, ROWS, layout=across)
+        inside = row < TOTAL
+        line = gl.where(whole, out_line, piece * TOTAL) + row
+        for unit in gl.static_range(UNITS):
+            at = line[None, :] * RANK + unit * WIDTH + gl.arange(0, WIDTH, layout=down)[:, None]
+            if whole:
+                gl.store(out_ptr + at, (acc[unit] / weight[None, :]).to(gl.bfloat16), mask=inside[None, :])
+            else:
+                gl.store(part_ptr + at, acc[unit], mask=inside[None, :])
+        if not whole:
+            gl.store(stat_ptr + line * 2, highest, mask=inside)
+            gl.store(stat_ptr + line * 2 + 1, weight, mask=inside)
+
+
+@gluon.jit
+def mla_decode_narrow(
+    q_latent_desc, q_rope_desc, latent_desc, rope_desc, positions_ptr, table_ptr, out_ptr, part_ptr, stat_ptr,
+    requests, request_stride,
+    scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
+    GROUPS: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
+    SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr, GROUP_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Grid (programs, row tiles of GROUPS · ROWS). Split requests leave parts for mla_merge; whole ones go to out."""
+    gdc_launch_dependents()
+    program = gl.program_id(0)
+    begin, end, request, origin = program_range(positions_ptr, requests, program, gl.num_programs(0), QUERIES, REQUESTS)
+    schedule = (gl.to_tensor(begin), gl.to_tensor(end), gl.to_tensor(request), gl.to_tensor(origin))
+    latents = make_ring(latent_desc, SLOTS, GROUPS)
+    ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
+    first_row = gl.program_id(1) * (GROUPS * ROWS)
+    query = make_query(q_latent_desc, q_rope_desc, UNITS)
+    fence_async_shared()
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
+                            part_ptr, stat_ptr, schedule, program, first_row, scale, QUERIES, HEADS, ROWS, UNITS, WIDTH,
+                            SLOTS, ROPE_SLOTS)),
+                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
+                              gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        second = make_query(q_latent_desc, q_rope_desc, UNITS)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
+                            part_ptr, stat_ptr, schedule, program, first_row, scale, QUERIES, HEADS, ROWS, UNITS, WIDTH,
+                            SLOTS, ROPE_SLOTS)),
+                (_consume, (latents, ropes, second, p_smem.index(1), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
+                            part_ptr, stat_ptr, schedule, program, first_row + ROWS, scale, QUERIES, HEADS, ROWS, UNITS,
+                            WIDTH, SLOTS, ROPE_SLOTS)),
+                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
+                              gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+            ],
+            [4, 1],
+            [GROUP_REGISTERS, 24],
+        )  # fmt: skip
