@@ -77,6 +77,7 @@ class Manifest:
     graphs: Mapping[str, Mapping[str, GraphEntry]]  # block → phase → graph
     schedule: tuple[Step, ...]
     weights: str  # "bound" or "none"
+    checkpoint: str = ""  # folder that the weights came from; only `dsv3c verify` looks there
     native_cpu: str = ""  # identity of the processor that native/ was compiled for
     files: Mapping[str, str] = field(default_factory=dict)  # path → SHA-256
     schema: int = SCHEMA

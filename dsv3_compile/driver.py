@@ -73,7 +73,7 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
         max_length=options.length_for(found.config.max_position_embeddings),
         read=found.checkpoint.tensor if found.checkpoint else None,
         report=document(program, options),
-        tokenizer=found.checkpoint.folder if found.checkpoint else None,
+        checkpoint=found.checkpoint.folder if found.checkpoint else None,
         native=options.aot,
         progress=lambda line: progress(Event("artifact", line, 0, 1)),
     )

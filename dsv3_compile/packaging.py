@@ -32,13 +32,14 @@ def write_artifact(
     max_length: int,
     read: Reader | None = None,
     report: Mapping[str, Any] | None = None,
-    tokenizer: Path | None = None,
+    checkpoint: Path | None = None,
     native: bool = False,
     progress: Progress = lambda line: None,
 ) -> Artifact:
     """Write everything into a new folder, wholly or not at all.
 
-    read: reads checkpoint tensors; None leaves the weights out. tokenizer: folder to copy tokenizer files from.
+    read: reads checkpoint tensors; None leaves the weights out. checkpoint: its folder, for the
+    tokenizer files and for `dsv3c verify`.
     native: compile the graphs for this machine's CPU as well, so that loading needs no compiler.
     """
     with writing(output) as folder:
@@ -50,8 +51,8 @@ def write_artifact(
             graphs = compile_native(folder, graphs, progress)
         if read is not None:
             _write_weights(_announced(bind(program, read), progress), folder / "weights")
-        if tokenizer is not None:
-            _copy_tokenizer(tokenizer, folder / "tokenizer")
+        if checkpoint is not None:
+            _copy_tokenizer(checkpoint, folder / "tokenizer")
         if report is not None:
             _write_json(report, folder / "report" / "passes.json")
         manifest = Manifest(
@@ -65,6 +66,7 @@ def write_artifact(
             graphs=graphs,
             schedule=tuple(_step(program, step) for step in program.schedule),
             weights="none" if read is None else "bound",
+            checkpoint="" if checkpoint is None else str(checkpoint.resolve()),
             native_cpu=cpu_identity() if native else "",
         )
         manifest = seal(folder, manifest)

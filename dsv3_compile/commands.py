@@ -1,0 +1,239 @@
+"""What each `dsv3c` command does: one function per command, taking the parsed arguments, giving the exit status."""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import sys
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3_compile import driver
+from dsv3_compile.artifact import Artifact, ArtifactError, is_artifact, read_manifest
+from dsv3_compile.benchmark import measure
+from dsv3_compile.capture import CaptureError
+from dsv3_compile.inspection import inspect as inspected
+from dsv3_compile.inspection import refusals, short, table
+from dsv3_compile.native import NativeError
+from dsv3_compile.options import OptionError
+from dsv3_compile.progress import Display
+from dsv3_compile.runtime import load
+from dsv3_compile.tokenizer import TokenizerError, open_tokenizer
+from dsv3_compile.verification import verify as verified
+from model_def import accounting
+from model_def.checkpoint import CheckpointError
+from model_def.config import ModelConfig
+from model_def.presets import PRESETS
+from model_def.validate import ConfigError
+from passes.pipeline import DEFAULT_PIPELINE, PassError, RequirementError
+from passes.verify import CertificateError
+
+DONE, FAILED = 0, 1
+
+
+class UsageError(ValueError):
+    """Arguments that do not fit together."""
+
+
+def at_fault() -> tuple[type[Exception], ...]:
+    """Errors that mean that the input is wrong."""
+    own = (ArtifactError, CaptureError, OptionError, TokenizerError, UsageError)
+    return (*own, CheckpointError, ConfigError, PassError, OSError)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Errors that mean that the work failed."""
+    return (CertificateError, RequirementError, NativeError)
+
+
+def info(options: Namespace) -> int:
+    config = _config(options.model)
+    cache = accounting.kv_cache(config)
+    flops = accounting.flops_per_token(config)
+    document = {
+        "model": options.model,
+        "model_type": config.model_type,
+        "parameters": asdict(accounting.parameters(config)),
+        "mtp_parameters": asdict(accounting.mtp_parameters(config)),
+        "kv_cache": {**asdict(cache), "ratio": cache.ratio},
+        "flops_per_token": flops.weights,
+        "flops_per_token_and_cached_token": flops.per_cached_token,
+    }
+    if options.json:
+        return _print_json(document)
+    parameters = document["parameters"]
+    rows = [
+        ("parameters", f"{parameters['total']:,}"),
+        ("active per token", f"{parameters['active']:,}"),
+        ("multi-token prediction", f"{document['mtp_parameters']['total']:,}"),
+        ("cache per token", f"{cache.bytes_per_token:,} bytes, {cache.ratio:.3%} of multi-head attention"),
+        ("  multi-head", f"{cache.mha_bytes_per_token:,} bytes"),
+        ("  grouped-query", f"{cache.gqa_bytes_per_token:,} bytes"),
+        ("  multi-query", f"{cache.mqa_bytes_per_token:,} bytes"),
+        ("FLOPs per token", f"{short(flops.weights)} + {short(flops.per_cached_token)} per cached token"),
+    ]
+    for name, value in rows:
+        print(f"{name:<24}{value}")
+    return DONE
+
+
+def compile(options: Namespace) -> int:
+    settings: dict[str, Any] = {
+        "target": options.target,
+        "dtype": options.dtype,
+        "set": options.set,
+        "disable": options.disable,
+        "require": options.require,
+        "verify": not options.no_verify,
+        "no_weights": options.no_weights,
+        "aot": options.aot,
+    }
+    limits = {"max_batch": options.max_batch, "max_length": options.max_length}
+    settings |= {name: value for name, value in limits.items() if value is not None}
+    start = time.perf_counter()
+    with Display() as display:
+        artifact = driver.compile(options.model, options.output, progress=display, **settings)
+    seconds = time.perf_counter() - start
+    report = inspected(artifact.folder)
+    if options.json:
+        return _print_json({"artifact": str(artifact.folder), "seconds": seconds, "report": report})
+    print(table(report))
+    print(f"{artifact.folder}: {len(artifact.manifest.files)} files, {seconds:.1f} s")
+    return DONE
+
+
+def generate(options: Namespace) -> int:
+    if options.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {options.max_new_tokens}; expected a number from 1")
+    if not options.prompt:
+        raise UsageError("--prompt is empty")
+    model = load(options.artifact)
+    tokenizer = open_tokenizer(model.artifact.path("tokenizer"))
+    prompt = torch.tensor([tokenizer.encode(options.prompt)])
+    start = time.perf_counter()
+    tokens: list[int] = []
+    shown = ""
+    try:
+        steps = model.stream(
+            prompt,
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
+        for step in steps:
+            tokens.append(int(step[0]))
+            text = tokenizer.decode(tokens)
+            # A character may be spread over several tokens; it is shown once it is whole.
+            if not options.json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    except ValueError as error:
+        raise UsageError(error) from error
+    text = tokenizer.decode(tokens)
+    if options.json:
+        seconds = time.perf_counter() - start
+        return _print_json({"prompt": options.prompt, "text": text, "tokens": tokens, "seconds": seconds})
+    print(text[len(shown) :])
+    return DONE
+
+
+def inspect(options: Namespace) -> int:
+    for flag in ("diff", "html"):
+        if getattr(options, flag):
+            raise UsageError(f"--{flag} is not available yet; --pass and --json show what the passes did")
+    report = inspected(options.artifact)
+    if options.only is not None:
+        names = [row["name"] for row in report["blocks"][0]["passes"]]
+        if options.only not in names:
+            raise UsageError(f"--pass {options.only}: not in this artifact; accepted: {', '.join(names)}")
+        for block in report["blocks"]:
+            block["passes"] = [row for row in block["passes"] if row["name"] == options.only]
+    if options.kernels:
+        report["kernels"] = [path.name for path in Artifact.open(options.artifact).listed("kernels")]
+    if options.json:
+        return _print_json(report)
+    print(table(report))
+    if options.only is not None:
+        for block in report["blocks"]:
+            for row in block["passes"]:
+                for match in row["matches"]:
+                    print(f"{block['name']} {block['phase']}: {match}")
+        for line in refusals(report):
+            print(line)
+    for kernel in report.get("kernels", []):
+        print(kernel)
+    return DONE
+
+
+def verify(options: Namespace) -> int:
+    with Display() as display:
+        report = verified(options.artifact, options.checkpoint, progress=display)
+    if options.json:
+        _print_json(report)
+    else:
+        for row in report["blocks"]:
+            where = row["block"] if row["layer"] is None else f"layer {row['layer']} ({row['block']})"
+            print(f"{where:<24}{row['phase']:<9}cosine {row['cosine']:.9f}  error {row['relative_error']:.1e}")
+        print(f"{report['files']} files intact; largest error {report['largest']:.1e}, bound {report['bound']:.0e}")
+    if not report["passed"]:
+        print("dsv3c: error: the artifact differs from the reference definition", file=sys.stderr)
+        return FAILED
+    return DONE
+
+
+def export(options: Namespace) -> int:
+    raise UsageError(f"export to {options.format} is not available yet; `dsv3c compile` writes artifacts")
+
+
+def bench(options: Namespace) -> int:
+    report = measure(load(options.artifact))
+    if options.json:
+        return _print_json(report)
+    print(f"memory {short(report['machine']['bytes_per_second'])}B/s, ", end="")
+    print(
+        f"matrix products {short(report['machine']['flops_per_second'])}FLOP/s, {report['machine']['threads']} threads"
+    )
+    for row in report["runs"]:
+        size = f"B={row['batch']} S={row['queries']} T={row['context']}"
+        share = row["floor_seconds"] / row["seconds"]
+        print(
+            f"{row['phase']:<8} {size:<20} {row['seconds'] * 1e3:9.2f} ms  "
+            f"{short(row['tokens_per_second']):>7} tokens/s  floor {row['floor_seconds'] * 1e3:8.2f} ms ({share:.0%})"
+        )
+    return DONE
+
+
+def passes(options: Namespace) -> int:
+    if options.json:
+        return _print_json([{"name": p.name(), "spec": repr(p), "options": p.options()} for p in DEFAULT_PIPELINE])
+    for one in DEFAULT_PIPELINE:
+        print(f"{one.name()}\n{_indented(introspection.getdoc(type(one)) or '')}")
+        for field, value in one.options().items():
+            print(f"    --set {one.name()}.{field}={value}")
+        print()
+    return DONE
+
+
+def _config(model: str) -> ModelConfig:
+    if is_artifact(model):
+        return ModelConfig.from_dict(dict(read_manifest(Path(model)).config))
+    if model in PRESETS and not Path(model).exists():
+        return PRESETS[model]
+    if not Path(model).exists():
+        raise UsageError(f"{model}: no such folder; accepted: a folder, an artifact, or {', '.join(PRESETS)}")
+    return ModelConfig.from_file(model)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def _print_json(document: Any) -> int:
+    print(json.dumps(document, indent=2))
+    return DONE

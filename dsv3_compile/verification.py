@@ -1,0 +1,141 @@
+"""`dsv3c verify`: an artifact against the plain equations, block by block, on the real weights.
+
+Every block gets the input that the equations give its predecessor's, so that an error is seen where it arises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsv3_compile.artifact import ArtifactError
+from dsv3_compile.driver import Event, Progress, silent
+from dsv3_compile.runtime import Model, load
+from model_def import names
+from model_def.checkpoint import Checkpoint
+from model_def.decoder import Layer
+
+PROMPT, BATCH = 12, 3  # positions and rows of the prompt; one decode step follows
+BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Largest accepted error of one block, in units of the RMS of what it computes. In 16 bits single tokens may
+choose another expert."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One block in one phase: what it gave against what the equations give."""
+
+    block: str
+    layer: int | None
+    phase: str
+    cosine: float
+    relative_error: float  # RMS of the difference over RMS of the reference
+
+
+def verify(folder: str | Path, checkpoint: str | Path | None = None, progress: Progress = silent) -> dict[str, Any]:
+    """Check every hash, then every block in prefill and decode.
+
+    checkpoint: where the checkpoint lies, if not where it was when the artifact was written.
+    Raises ArtifactError when the folder is not intact or the checkpoint is not to be found.
+    """
+    model = load(folder)
+    manifest = model.artifact.manifest
+    source = Path(checkpoint or manifest.checkpoint)
+    if not source.is_dir():
+        raise ArtifactError(f"{source}: the checkpoint is not there; name its folder with --checkpoint")
+    opened = Checkpoint.open(source)
+    if opened.config.to_dict() != dict(manifest.config):
+        raise ArtifactError(f"{source}: its config differs from the artifact's; expected the compiled checkpoint")
+    rows = []
+    for row in compare(model, opened):
+        rows.append(row)
+        progress(Event("verify", f"{row.block} {row.phase}", len(rows), 2 * len(manifest.schedule)))
+    bound = BOUNDS[manifest.dtype]
+    largest = max(row.relative_error for row in rows)
+    return {
+        "files": len(manifest.files),
+        "blocks": [asdict(row) for row in rows],
+        "largest": largest,
+        "bound": bound,
+        "passed": all(row.relative_error <= bound for row in rows),
+    }
+
+
+def compare(model: Model, checkpoint: Checkpoint) -> Iterator[Comparison]:
+    """Both phases of every block, one block's reference weights in memory at a time."""
+    config, steps = checkpoint.config, model.artifact.manifest.schedule
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (BATCH, PROMPT + 1), generator=generator)
+    positions = torch.arange(PROMPT + 1).expand(BATCH, -1)
+    # In the first phase the prompt, in the second the one token behind it.
+    parts = {"prefill": slice(0, PROMPT), "decode": slice(PROMPT, PROMPT + 1)}
+    states: dict[str, tuple[Tensor, ...]] = {}
+    for step, block, weights in zip(steps, names.blocks(config), model.weights, strict=True):
+        reference = reference_block(checkpoint, block)
+        caches = _empty_caches(reference)
+        ours = caches
+        for phase, part in parts.items():
+            here = positions[:, part].contiguous()
+            graph = model.graphs[step.block, phase]
+            if block == "embed":
+                expected = reference(ids[:, part], here)
+                found = graph({**weights, "input_ids_BS": ids[:, part].contiguous(), "positions_BS": here})
+                states[phase] = expected
+            elif block == "head":
+                expected = (reference(states[phase][0]),)
+                found = graph({**weights, "x_BSD": _as(states[phase][0], model)})
+            else:
+                x, cos, sin = states[phase]
+                length = part.stop
+                expected = reference(x, cos, sin, here, *(c[:, :length] for c in caches))
+                caches = [_extended(c) for c in expected[1:]]
+                values = {"x_BSD": _as(x, model), "cos_BSF": cos, "sin_BSF": sin, "positions_BS": here}
+                handed = [_as(c[:, :length], model) for c in ours]
+                named = {port.name: c for port, c in zip(graph.caches(), handed, strict=True)}
+                found = graph({**weights, **values, **named})
+                ours = [_extended(c) for c in found[1:]]
+                states[phase] = (expected[0], cos, sin)
+            yield _comparison(step.block, step.layer, phase, found, expected)
+
+
+def reference_block(checkpoint: Checkpoint, block: names.Block) -> nn.Module:
+    """One block of the definition, in float32, with its weights."""
+    module = names.build(checkpoint.config, block, torch.float32)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    with torch.no_grad():
+        for name, sources in names.sources(checkpoint.config, block).items():
+            loaded = [checkpoint.tensor(source) for source in sources]
+            stacked = tensors[name].dim() > loaded[0].dim()
+            tensors[name].copy_(torch.stack(loaded) if stacked else loaded[0])
+    return module.eval().requires_grad_(False)
+
+
+def _empty_caches(block: nn.Module) -> list[Tensor]:
+    if not isinstance(block, Layer):
+        return []
+    widths = block.spec.attention.cache_widths().values()
+    return [torch.zeros(BATCH, PROMPT + 1, *width) for width in widths]
+
+
+def _extended(cache: Tensor) -> Tensor:
+    full = cache.new_zeros(BATCH, PROMPT + 1, *cache.shape[2:])
+    full[:, : cache.shape[1]] = cache
+    return full
+
+
+def _as(tensor: Tensor, model: Model) -> Tensor:
+    return tensor.to(getattr(torch, model.artifact.manifest.dtype)).contiguous()
+
+
+def _comparison(
+    block: str, layer: int | None, phase: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]
+) -> Comparison:
+    left = torch.cat([t.flatten().double() for t in found[: len(expected)]])
+    right = torch.cat([t.flatten().double() for t in expected])
+    cosine = torch.dot(left, right) / (left.norm() * right.norm())
+    return Comparison(block, layer, phase, float(cosine), float((left - right).norm() / right.norm()))
