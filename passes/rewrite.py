@@ -202,10 +202,10 @@ class Cast(Pattern):
     lossy: bool = False
 
     def search(self, value: Any, found: Found) -> Iterator[Found]:
-        yield from self.inside.search(value, found)
         node = settled(value)
         if is_call(node, *CASTS) and (self.lossy or widens(dtype_of(node.args[0]), dtype_of(node))):
             yield from self.inside.search(node.args[0], found.cover(node))
+        yield from self.inside.search(value, found)
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -286,10 +286,23 @@ def matched(old: fx.Node, new: fx.Node) -> str:
 def substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     """Let the users of `old` read `new`, cast to the dtype they expect, and erase what is dead now."""
     if dtype_of(new) != dtype_of(old):
+        for user in users(old):
+            if is_call(user, *CASTS) and dtype_of(user) == dtype_of(new):
+                user.replace_all_uses_with(new)
+                graph.erase_node(user)
         with graph.inserting_after(new):
-            new = cast(graph, new, dtype_of(old))
-    old.replace_all_uses_with(new)
+            replacement = cast(graph, new, dtype_of(old)) if users(old) else new
+    else:
+        replacement = new
+    old.replace_all_uses_with(replacement)
     erase_dead(graph, old)
+
+
+def keeps(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Does anybody see more of the node's value than `dtype` holds?"""
+    return not widens(dtype_of(node), dtype) and not all(
+        is_call(user, *CASTS) and widens(dtype_of(user), dtype) for user in users(node)
+    )
 
 
 def cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

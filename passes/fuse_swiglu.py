@@ -1,0 +1,49 @@
+"""SwiGLU as one op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from passes.base import call
+from passes.products import join, part_of
+from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var, dtype_of, keeps
+
+aten = torch.ops.aten
+
+gate, up = Var("gate"), Var("up")
+silu = Op((aten.silu,), (Cast(gate),)) | Cast(gate) * Op((aten.sigmoid,), (Cast(gate),))
+
+
+@dataclass(frozen=True)
+class FuseSwiglu(Rewrite):
+    """gate, up = split(gate_up)
+       silu(gate) * up                →    swiglu(gate_up)
+
+    `gate_up` is mostly what merge-projections made; gate and up may also be neighbours in something wider.
+    """  # fmt: skip
+
+    before: ClassVar[Pattern] = Cast(silu, lossy=True) * Cast(up)
+
+    def when(self, match: Match) -> str | None:
+        first, second = (part_of(match[name]) for name in ("gate", "up"))
+        if first is None or second is None or first.source is not second.source:
+            return f"{match['gate'].name} and {match['up'].name} are not parts of one product"
+        if not first.axis == second.axis == len(match.root.meta["val"].shape) - 1:
+            return f"{first.source.name} is not split along its last axis"
+        if first.length != second.length:
+            return f"{match['gate'].name} and {match['up'].name} differ in width"
+        if first.start + first.length != second.start or not first.step == second.step == 1:
+            return f"{match['up'].name} does not follow {match['gate'].name} in {first.source.name}"
+        if keeps(match.root, dtype_of(first.source)):
+            return f"{match.root.name} is not rounded to {dtype_of(first.source)}, in which its inputs are"
+        return match.leak()
+
+    def after(self, graph: fx.Graph, match: Match) -> fx.Node:
+        first, second = (part_of(match[name]) for name in ("gate", "up"))
+        assert first is not None and second is not None
+        gate_up = join(graph, first, second)
+        return call(graph, torch.ops.dsv3.swiglu.default, gate_up, like=match.root)

@@ -1,0 +1,102 @@
+"""silu(gate) · up over the halves of one product is one op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes.base import calls
+from passes.fuse_swiglu import FuseSwiglu
+from passes.merge_projections import MergeProjections
+from tests.passes.capture import CONTEXT, DENSE_LAYER, certified, count, graph_of, layer_graph, tensor, untouched
+
+aten, dsv3 = torch.ops.aten, torch.ops.dsv3
+
+I = 5  # noqa: E741
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def graph_with(function, width: int = 2 * I, dtype: torch.dtype = torch.float32):
+    return graph_of(Function(function), [tensor("x", "B", "S", width, dtype=dtype)])
+
+
+def test_the_merged_projections_of_a_layer():
+    graph = layer_graph(DENSE_LAYER)
+    MergeProjections().run(graph, CONTEXT)
+    assert len(certified(FuseSwiglu(), graph).matches) == 1
+    assert count(graph, aten.silu) == 0
+    (node,) = calls(graph.graph, dsv3.swiglu)
+    assert node.args[0].target is aten.linear.default
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.silu(x[..., :I]) * x[..., I:],
+        lambda x: x.narrow(-1, I, I) * F.silu(x.narrow(-1, 0, I)),
+        lambda x: F.silu(x.split(I, -1)[0]) * x.split(I, -1)[1],
+        lambda x: x[..., :I] * x[..., :I].sigmoid() * x[..., I:],
+    ],
+    ids=["slices", "up times silu", "split", "sigmoid"],
+)
+def test_every_way_to_write_it(function):
+    graph = graph_with(function)
+    assert len(certified(FuseSwiglu(), graph).matches) == 1
+    assert count(graph, dsv3.swiglu) == 1 and count(graph, aten.silu, aten.sigmoid, aten.slice) == 0
+
+
+def test_neighbours_inside_a_wider_product():
+    graph = graph_with(lambda x: (x[..., :3].exp(), F.silu(x[..., 3 : 3 + I]) * x[..., 3 + I : 3 + 2 * I]), 16)
+    assert len(certified(FuseSwiglu(), graph).matches) == 1
+
+
+def test_float32_arithmetic_that_is_rounded_at_the_end():
+    graph = graph_with(
+        lambda x: (F.silu(x[..., :I].float()) * x[..., I:].float()).to(torch.bfloat16), dtype=torch.bfloat16
+    )
+    assert len(certified(FuseSwiglu(), graph).matches) == 1
+    assert count(graph, aten._to_copy, aten.to) == 0
+
+
+def halves(x):
+    return x[..., :I], x[..., I:]
+
+
+def silu_used_elsewhere(x):
+    gate, up = halves(x)
+    gate = F.silu(gate)
+    return gate * up, gate.sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: F.silu(x[..., :I]) * (2 * x)[..., I:], "slice and slice are not parts of one product"),
+        (lambda x: F.silu(x[..., I:]) * x[..., :I], "slice does not follow slice in x"),
+        (lambda x: F.silu(x[..., :3]) * x[..., 3:4], "slice and slice differ in width"),
+        (lambda x: F.silu(x[..., ::2]) * x[..., 1::2], "slice does not follow slice in x"),
+        (silu_used_elsewhere, "silu is used by sum as well"),
+    ],
+    ids=["two products", "up first", "widths", "interleaved", "silu used elsewhere"],
+)
+def test_near_misses(function, reason):
+    assert untouched(FuseSwiglu(), graph_with(function)) == reason
+
+
+def test_a_result_kept_in_float32_is_refused():
+    graph = graph_with(lambda x: F.silu(x[..., :I].float()) * x[..., I:].float(), dtype=torch.bfloat16)
+    assert untouched(FuseSwiglu(), graph) == "mul is not rounded to torch.bfloat16, in which its inputs are"
+
+
+def test_another_activation_is_no_candidate():
+    assert untouched(FuseSwiglu(), graph_with(lambda x: F.gelu(x[..., :I]) * x[..., I:])) == ""
