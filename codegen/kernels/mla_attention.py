@@ -16,7 +16,7 @@ MERGE_C = 128
 MERGE_SPLITS = 16
 MIN_SPLIT = 256  # cached positions that are worth a program of their own
 PROGRAMS = 264  # that keep the device busy
-NUM_WARPS = 4
+NUM_WARPS = 8
 NUM_STAGES = 2
 
 

@@ -1,0 +1,91 @@
+"""A kernel for one call of an op on one target: readable source for its constants, and machine code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from codegen.build import EXTENSIONS, build, imported
+from codegen.bundle import bundle
+from codegen.record import Launch, Operand, TensorSpec, record_launches
+from codegen.specialise import agreed, specialise
+from codegen.targets import Target
+from codegen.tuning import KERNELS, choose, tiles
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """`source` is a module that imports only torch and triton; its function `op` is the launcher."""
+
+    name: str
+    op: str
+    source: str
+    constants: dict[str, dict[str, Any]]  # by kernel: what all its launches agree on
+    launches: tuple[Launch, ...]
+
+
+@dataclass(frozen=True)
+class EmittedKernel:
+    """A kernel file with its machine code; `metadata` is plain data, one entry per binary under "binaries"."""
+
+    name: str
+    op: str
+    source: str
+    constants: dict[str, dict[str, Any]]
+    binaries: dict[str, bytes]  # by file name
+    metadata: dict[str, Any]
+
+
+def emit_kernel(op: str, operands: Sequence[Operand], target: Target) -> EmittedKernel:
+    """Source and binaries for a call of `op` with these operands, in the order of its signature.
+
+    Numbers among the operands, and numbers among the sizes, are compiled in; sizes that are text stay free.
+    ValueError for an unknown op, and for a kernel that does not fit the target.
+    """
+    return compile_kernel(write_kernel(op, operands, target), target)
+
+
+def emit_kernels(calls: Iterable[tuple[str, Sequence[Operand]]], target: Target) -> dict[str, EmittedKernel]:
+    """The kernels of many calls by name, each once, however many calls it serves."""
+    written = {kernel.name: kernel for kernel in (write_kernel(op, operands, target) for op, operands in calls)}
+    return {name: compile_kernel(kernel, target) for name, kernel in written.items()}
+
+
+def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> KernelSource:
+    """The source alone."""
+    path = choose(op, operands, target)
+    text = bundle(path, op, tiles(path, target))
+    with imported(text) as module:
+        launches = record_launches(getattr(module, op), operands, target)
+    kernels = dict.fromkeys(launch.kernel for launch in launches)
+    constants = {kernel: agreed([one for one in launches if one.kernel == kernel]) for kernel in kernels}
+    origin = path.relative_to(KERNELS.parent.parent).as_posix()
+    dtypes = [str(o.dtype).removeprefix("torch.") for o in operands if isinstance(o, TensorSpec)]
+    heading = f'"""{op} for {target.name}, cut from {origin}; inputs are {", ".join(dtypes)}."""\n\n'
+    source = heading + specialise(text, op, launches)
+    return KernelSource(_name(op, dtypes[0], constants, source), op, source, constants, tuple(launches))
+
+
+def compile_kernel(kernel: KernelSource, target: Target) -> EmittedKernel:
+    """Machine code for every launch of a written kernel."""
+    binaries, entries = {}, []
+    with imported(kernel.source) as module:
+        for number, (code, facts) in enumerate(build(module, kernel.launches, target)):
+            file = f"{kernel.name}.{number}.{EXTENSIONS[target.backend]}"
+            binaries[file] = code
+            entries.append({"file": file, **facts})
+    metadata = {"op": kernel.op, "target": target.name, "binaries": entries}
+    return EmittedKernel(kernel.name, kernel.op, kernel.source, kernel.constants, binaries, metadata)
+
+
+def _name(op: str, dtype: str, constants: dict[str, dict[str, Any]], source: str) -> str:
+    """`<op>__<dtype>_<sizes>_<digest>`: sizes for people, the digest of the source for certainty."""
+    sizes: dict[str, int] = {}
+    for values in constants.values():
+        for name, value in values.items():
+            if type(value) is int and len(name) <= 2:  # the letters of the legend, not tiles or launch options
+                sizes.setdefault(name, value)
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return f"{op}__{'_'.join([dtype, *(f'{name}{value}' for name, value in sizes.items()), digest])}"

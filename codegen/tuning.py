@@ -1,0 +1,49 @@
+"""Which form of a kernel a target gets, and with which tiles."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from codegen.record import Operand, fitting
+from codegen.targets import Target
+
+KERNELS = Path(__file__).parent / "kernels"
+
+# Numbers at the top of kernel files, where a target wants others than the file's own.
+TILES: dict[tuple[str, str], dict[str, int]] = {
+    # 64 KiB of local memory hold one tile of a latent of 512, not two.
+    ("mla_attention", "gfx942"): {"BLOCK_T": 16, "NUM_STAGES": 1, "PROGRAMS": 608},
+    ("mla_attention", "sm_80"): {"PROGRAMS": 216},
+    ("mla_attention", "sm_100"): {"PROGRAMS": 296},
+    ("attention", "gfx942"): {"NUM_STAGES": 1},
+    ("grouped_linear", "gfx942"): {"NUM_STAGES": 2},
+    ("routed_swiglu", "gfx942"): {"NUM_STAGES": 2},
+}
+
+
+def available(op: str) -> bool:
+    """Is there a kernel for the op?"""
+    return (KERNELS / f"{op}.py").is_file()
+
+
+def choose(op: str, operands: Sequence[Operand], target: Target) -> Path:
+    """The kernel file that serves a call on a target: the target's own form where it exists and does, else the plain.
+
+    A target's form serves unless it defines `serves` and that returns a reason. ValueError if there is no kernel.
+    """
+    if not available(op):
+        have = sorted(path.stem for path in KERNELS.glob("*.py") if path.stem not in ("__init__", "layout"))
+        raise ValueError(f"no kernel for op {op!r}; there are: {', '.join(have)}")
+    own = KERNELS / target.name / f"{op}.py"
+    if own.is_file():
+        module = importlib.import_module(f"codegen.kernels.{target.name}.{op}")
+        if fitting(getattr(module, "serves", None), operands, target):
+            return own
+    return KERNELS / f"{op}.py"
+
+
+def tiles(path: Path, target: Target) -> dict[str, int]:
+    """Numbers that replace a kernel file's own on this target."""
+    return TILES.get((path.stem, target.name), {}) if path.parent == KERNELS else {}
