@@ -75,9 +75,7 @@ class Toy(nn.Module):
         positions_BS = torch.arange(ids_BS.shape[1]).expand_as(ids_BS)
         caches = self.decoder.empty_caches(*ids_BS.shape)
         x_BSD, _ = self.decoder.trunk(ids_BS, positions_BS, caches)
-        drafts, _, _ = self.mtp(
-            ids_BS[:, 1:], x_BSD[:, :-1], positions_BS[:, :-1], *(c[:, :-1] for c in caches[-1])
-        )
+        drafts, _, _ = self.mtp(ids_BS[:, 1:], x_BSD[:, :-1], positions_BS[:, :-1], *(c[:, :-1] for c in caches[-1]))
         return self.decoder.head(x_BSD), drafts
 
 

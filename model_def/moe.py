@@ -55,6 +55,8 @@ def route(spec: RoutingSpec, logits_NE: Tensor, bias_E: Tensor | None) -> tuple[
 class Router(nn.Module):
     """g(x): every expert's weight for every token, zero where it is not chosen."""
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(self, spec: RoutingSpec, hidden: int, dtype: torch.dtype, device: torch.device | str | None):
         super().__init__()
         self.spec = spec
@@ -75,9 +77,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Σ_e g_e(x) · FFN_e(x), over all experts; most of the sum is zero."""
 
-    def __init__(
-        self, experts: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device | str | None
-    ):
+    def __init__(self, experts: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device | str | None):
         super().__init__()
 
         def stacked(outputs: int, inputs: int) -> nn.Parameter:

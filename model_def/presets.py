@@ -152,9 +152,7 @@ TOY = ModelConfig(
     num_nextn_predict_layers=1,
     vocab_size=259,
     max_position_embeddings=1024,
-    rope_scaling=RopeScaling(
-        factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0
-    ),
+    rope_scaling=RopeScaling(factor=4.0, original_max_position_embeddings=256, mscale=1.0, mscale_all_dim=1.0),
     bos_token_id=256,
     eos_token_id=257,
     pad_token_id=258,

@@ -68,9 +68,7 @@ def frequencies_F(
     return kept_F / scaling.factor * slowed_share_F + kept_F * (1 - slowed_share_F)
 
 
-def cos_sin(
-    positions: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling | None
-) -> tuple[Tensor, Tensor]:
+def cos_sin(positions: Tensor, rotary_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, Tensor]:
     """cos and sin of every pair's angle, times YaRN's A: int64 [...] → two float32 [..., F]."""
     angles = positions[..., None].float() * frequencies_F(rotary_dim, theta, scaling, positions.device)
     factor = 1.0 if scaling is None else scaling.table_factor()

@@ -79,13 +79,11 @@ def _is_a(value: Any, kind: Any) -> bool:
 def check_types(config: Any, prefix: str = "") -> None:
     """Every field has its declared type. Whole numbers where a fraction may stand become floats."""
     for name in config.__dataclass_fields__:
-        value, accepted = getattr(config, name), alternatives(type(config), name)
+        value, accepted = getattr(config, name), alternatives(config.__class__, name)
         if float in accepted and int not in accepted and _is_a(value, int):
             object.__setattr__(config, name, float(value))
         elif not any(_is_a(value, kind) for kind in accepted):
-            words = " or ".join(
-                "null" if k is types.NoneType else getattr(k, "__name__", "list") for k in accepted
-            )
+            words = " or ".join("null" if k is types.NoneType else getattr(k, "__name__", "list") for k in accepted)
             raise ConfigError(f"{prefix}{name} is {value!r}; accepted: {words}")
 
 
@@ -137,8 +135,7 @@ def _check_mla(config: ModelConfig) -> None:
     require(positive, f"kv_lora_rank is {config.kv_lora_rank}; accepted: positive numbers")
     require(
         not isinstance(config.kv_lora_rank, tuple) or len(ranks) == config.num_hidden_layers,
-        f"kv_lora_rank has {len(ranks)} entries; accepted: one number, or one per layer "
-        f"({config.num_hidden_layers})",
+        f"kv_lora_rank has {len(ranks)} entries; accepted: one number, or one per layer ({config.num_hidden_layers})",
     )
 
 
