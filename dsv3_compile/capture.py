@@ -68,18 +68,29 @@ def _kind(spec: LayerSpec) -> str:
     return "dense" if isinstance(spec.ffn, DenseSpec) else "moe"
 
 
-def capture(config: ModelConfig, dtype: torch.dtype, phase: str) -> dict[str, BlockGraph]:
-    """Every distinct block of a model in one phase ("prefill" or "decode"), by name.
+def capture(
+    config: ModelConfig, dtype: torch.dtype, step: Callable[[str, int, int], None] = lambda name, done, total: None
+) -> dict[tuple[str, str], BlockGraph]:
+    """Every distinct block of a model in every phase, by (name, phase).
 
-    Weights are fake: nothing of the model's size is allocated.
+    Weights are fake: nothing of the model's size is allocated. `step` is told the name of each block before it
+    is captured, how many are done, and how many there are.
     """
-    graphs = {"embed": _capture_fake(lambda: Embed(config, dtype), embed_inputs(config))}
-    for name, spec in dict(zip(block_names(config), config.layers(), strict=True)).items():
-        inputs = layer_inputs(config, spec, dtype)
-        graphs[name] = _capture_fake(functools.partial(Layer, spec, dtype), inputs)
-    graphs["head"] = _capture_fake(lambda: Head(config, dtype), head_inputs(config, dtype))
-    blocks = {name: BlockGraph(name, "prefill", module) for name, module in graphs.items()}
-    return {name: decode_of(block) for name, block in blocks.items()} if phase == "decode" else blocks
+    specs = dict(zip(block_names(config), config.layers(), strict=True))
+    layers = {
+        name: (functools.partial(Layer, spec, dtype), layer_inputs(config, spec, dtype)) for name, spec in specs.items()
+    }
+    parts: dict[str, tuple[Callable[[], nn.Module], list[Input]]] = {
+        "embed": (functools.partial(Embed, config, dtype), embed_inputs(config)),
+        **layers,
+        "head": (functools.partial(Head, config, dtype), head_inputs(config, dtype)),
+    }
+    blocks = {}
+    for done, (name, (build, inputs)) in enumerate(parts.items()):
+        step(name, done, len(parts))
+        prefill = BlockGraph(name, "prefill", _capture_fake(build, inputs))
+        blocks[name, "prefill"], blocks[name, "decode"] = prefill, decode_of(prefill)
+    return blocks
 
 
 def _capture_fake(build: Callable[[], nn.Module], inputs: Sequence[Input]) -> fx.GraphModule:

@@ -15,7 +15,6 @@ from dsv3_compile.capture import block_names, capture
 from dsv3_compile.inspection import document
 from dsv3_compile.options import OptionError, Options, options_from
 from dsv3_compile.packaging import write_artifact
-from dsv3_compile.phases import decode_of
 from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
 from model_def import names
@@ -100,7 +99,7 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
     """Capture every distinct block, send it through the passes of each phase, and lay out the schedule."""
     dtype = options.dtype_for(config.dtype)
     pipeline = Pipeline().configured(options.set, options.disable)
-    blocks = captured(config, dtype, progress)
+    blocks = capture(config, dtype, _capturing(progress, "capture"))
     specimens = specimens_of(blocks, config, dtype, progress) if options.verify else {}
     workloads = {phase: workload(config, options, phase) for phase in PHASES}
     program = Program(config, dtype, options.machine, blocks, schedule(config), workloads)
@@ -135,20 +134,17 @@ def workload(config: ModelConfig, options: Options, phase: str) -> Workload:
     return Workload(1, length, length) if phase == "prefill" else Workload(options.max_batch, 1, length)
 
 
-def captured(config: ModelConfig, dtype: torch.dtype, progress: Progress = silent) -> dict[tuple[str, str], BlockGraph]:
-    """Every distinct block in every phase."""
-    progress(Event("capture", config.model_type, 0, 1))
-    prefill = capture(config, dtype, "prefill")
-    return {(b.name, b.phase): b for first in prefill.values() for b in (first, decode_of(first))}
-
-
 def specimens_of(
     blocks: dict[tuple[str, str], BlockGraph], config: ModelConfig, dtype: torch.dtype, progress: Progress
 ) -> dict[tuple[str, str], Specimen]:
     """What the certificates of each block run on: the block itself, or its small twin when it is too large."""
     large = {key for key, block in blocks.items() if needs_proxy(block)}
-    twins = captured(proxy(config), dtype, progress) if large else {}
+    twins = capture(proxy(config), dtype, _capturing(progress, "capture at small sizes")) if large else {}
     return {key: Specimen.of((twins if key in large else blocks)[key].module, proxy=key in large) for key in blocks}
+
+
+def _capturing(progress: Progress, stage: str) -> Callable[[str, int, int], None]:
+    return lambda name, done, total: progress(Event(stage, name, done, total))
 
 
 def _steps(progress: Progress, label: str, total: int) -> Callable[[str, int], None]:

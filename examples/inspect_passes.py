@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from codegen.targets import TARGETS
-from dsv3_compile.driver import captured, workload
+from dsv3_compile.capture import capture
+from dsv3_compile.driver import workload
 from dsv3_compile.inspection import print_graph, short
 from dsv3_compile.options import Options
 from model_def.presets import PRESETS
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> list[PassRecord]:
     chosen = parser.parse_args(arguments)
 
     options, config = Options(target=chosen.target), PRESETS[chosen.model]
-    blocks = captured(config, options.dtype_for(config.dtype))
+    blocks = capture(config, options.dtype_for(config.dtype))
     if (chosen.block, chosen.phase) not in blocks:
         parser.error(f"--block {chosen.block}: accepted: {', '.join(dict.fromkeys(name for name, _ in blocks))}")
     module = blocks[chosen.block, chosen.phase].module

@@ -1,0 +1,80 @@
+"""A model of the family with odd, all-different sizes, small enough to compile in seconds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dsv3_compile.capture import capture
+from dsv3_compile.driver import build
+from dsv3_compile.options import Options
+from dsv3_compile.program import BlockGraph, Program
+from model_def import names
+from model_def.config import ModelConfig
+from model_def.decoder import Decoder
+from model_def.presets import PRESETS
+
+TINY = replace(
+    PRESETS["deepseek-v3"],
+    hidden_size=30,
+    num_hidden_layers=4,
+    num_attention_heads=3,
+    num_key_value_heads=3,
+    q_lora_rank=26,
+    kv_lora_rank=22,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=8,
+    v_head_dim=6,
+    intermediate_size=34,
+    moe_intermediate_size=14,
+    n_routed_experts=12,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    vocab_size=61,
+    max_position_embeddings=64,
+    num_nextn_predict_layers=0,
+    bos_token_id=None,
+    eos_token_id=None,
+    quantization=None,
+    torch_dtype="float32",
+)
+OPTIONS = Options(max_batch=3, max_length=32, no_weights=True)
+
+
+@functools.cache  # captured once for all tests that only look
+def blocks(dtype: torch.dtype = torch.bfloat16) -> dict[tuple[str, str], BlockGraph]:
+    return capture(TINY, dtype)
+
+
+@functools.cache  # compiled and certified once
+def program() -> Program:
+    return build(TINY, OPTIONS)
+
+
+def trained_looking(config: ModelConfig, seed: int = 0) -> Decoder:
+    """A model with random weights of sensible sizes; selection biases are large enough to matter."""
+    torch.manual_seed(seed)
+    model = Decoder(config)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            noise = torch.randn_like(tensor)
+            vector = 0.3 * noise if "bias" in name else 1 + 0.2 * noise
+            tensor.copy_(vector if tensor.ndim < 2 else noise * tensor.shape[-1] ** -0.5)
+    return model
+
+
+def checkpoint_of(model: Decoder) -> dict[str, Tensor]:
+    """Its weights under the names of a checkpoint, experts one by one."""
+    tensors: dict[str, Tensor] = {}
+    for block in names.blocks(model.config):
+        module = model.layers[block] if isinstance(block, int) else getattr(model, block)
+        for name, sources in names.sources(model.config, block).items():
+            tensor = module.state_dict()[name]
+            tensors |= zip(sources, tensor.unbind(0) if len(sources) > 1 else [tensor], strict=True)
+    return tensors
