@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import sympy
@@ -189,9 +190,10 @@ def contract(a: Value, b: Value, letters_a: str, letters_b: str, out: str, *, na
             group[0].label = group[0].label or letter
     dims = tuple(groups[letter] for letter in out)
     kept = {axis for group in dims for axis in group}
+    summed = [axis for group in groups.values() for axis in group if axis not in kept]
     through = a.through | b.through
     if a.joined is None and b.joined is None:
-        return Value(dims, (Piece(_products(a.pieces[0].terms, b.pieces[0].terms)),), None, through)
+        return Value(dims, (Piece(_products(a.pieces[0].terms, b.pieces[0].terms, summed)),), None, through)
     joined = a.joined or b.joined
     if a.joined is not None and b.joined is not None and a.joined is not b.joined:
         raise NotLinear("two concatenations meet in one product")
@@ -201,7 +203,7 @@ def contract(a: Value, b: Value, letters_a: str, letters_b: str, out: str, *, na
         axis = (a if a.joined else b).pieces[k].axis
         assert axis is not None
         side_a, side_b = (_segment(v, joined, k, axis, start) for v in (a, b))
-        pieces.append(Piece(_products(side_a, side_b), axis))
+        pieces.append(Piece(_products(side_a, side_b, [axis if one is joined else one for one in summed]), axis))
         start += axis.size
     if joined in kept:
         return Value(dims, tuple(pieces), joined, through)
@@ -218,5 +220,14 @@ def _segment(value: Value, joined: Axis, k: int, axis: Axis, start: int) -> tupl
     return tuple(t.map(lambda o: o.substitute(own, (axis,))) for t in piece.terms)
 
 
-def _products(left: Sequence[Term], right: Sequence[Term]) -> tuple[Term, ...]:
-    return tuple(x.times(y) for x in left for y in right)
+def _products(left: Sequence[Term], right: Sequence[Term], summed: Sequence[Axis]) -> tuple[Term, ...]:
+    return tuple(_with_repeats(x.times(y), summed) for x in left for y in right)
+
+
+def _with_repeats(term: Term, summed: Sequence[Axis]) -> Term:
+    """A sum over an axis that no operand has only repeats the term."""
+    held = {axis for operand in term.operands for axis in operand.axes}
+    repeats = [axis.size for axis in summed if axis not in held]
+    if not all(isinstance(size, int) for size in repeats):
+        raise NotLinear("a sum over a broadcast axis of symbolic size")
+    return replace(term, scale=term.scale * prod(repeats))

@@ -34,7 +34,7 @@ VIEWS = (
 )  # fmt: skip
 NOT_ELEMENTWISE = (
     aten.einsum, aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.scaled_dot_product_attention,
-    aten.softmax, aten._softmax, aten.topk, aten.sort, aten.scatter, aten.index_put, aten.index, aten.embedding,
+    aten.softmax, aten._softmax, aten.topk, aten.sort, aten.scatter, aten.index_put, aten.index_put_, aten.index, aten.embedding,
     aten.gather, aten.sum, aten.mean, aten.amax, aten.rms_norm, aten.index_add, aten.cat, aten.stack,
 )  # fmt: skip
 
@@ -199,17 +199,27 @@ def _shape(node: Any, size: SizeOf) -> list[Any]:
 
 def _product_flops(node: fx.Node, size: SizeOf) -> Any:
     if is_call(node, aten.einsum):
-        equation, operands = node.args[0], node.args[1]
-        letters = equation.replace(" ", "").split("->")[0].split(",")
-        sizes = {
-            c: s for text, o in zip(letters, operands, strict=True) for c, s in zip(text, _shape(o, size), strict=True)
-        }
-        return 2 * prod(sizes.values()) if len(operands) > 1 else 0
+        return _einsum_flops(node.args[0], [_shape(o, size) for o in node.args[1]])
     if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul):
         return 2 * prod(_shape(node, size)) * _shape(node.args[0], size)[-1]
     if is_call(node, aten.addmm):
         return 2 * prod(_shape(node, size)) * _shape(node.args[1], size)[-1]
     return 0
+
+
+def _einsum_flops(equation: str, shapes: list[list[Any]]) -> Any:
+    """Pairs from left to right, as torch multiplies; a pair in which nothing is summed is elementwise."""
+    inputs, out = equation.replace(" ", "").split("->")
+    letters = inputs.split(",")
+    sizes = {c: s for text, shape in zip(letters, shapes, strict=True) for c, s in zip(text, shape, strict=True)}
+    have, flops = letters[0], 0
+    for k in range(1, len(letters)):
+        both = dict.fromkeys(have + letters[k])
+        later = set("".join(letters[k + 1 :]) + out)
+        if any(c not in later for c in both):
+            flops += 2 * prod(sizes[c] for c in both)
+        have = "".join(c for c in both if c in later)
+    return flops
 
 
 # ---- ops whose traffic is not simply inputs plus outputs --------------------------------------------------------
@@ -270,5 +280,6 @@ SPECIAL: dict[str, Callable[[fx.Node, SizeOf, Any], tuple[Any, Any]]] = {
     "dsv3.routed_swiglu": _routed_swiglu,
     "dsv3.grouped_linear": _grouped_linear,
     "aten.index_put": _index_put,
+    "aten.index_put_": _index_put,
     "aten.embedding": _embedding,
 }
