@@ -15,8 +15,12 @@ from passes.base import Context, Outcome, Pass, Refusal, sweep
 from passes.canonicalise import Canonicalise
 from passes.cost import Cost, cost
 from passes.fuse_attention import FuseAttention
+from passes.fuse_experts import FuseExperts
+from passes.fuse_routing import FuseRouting
+from passes.fuse_swiglu import FuseSwiglu
 from passes.hoist_weights import HoistWeights
 from passes.lower import Lower
+from passes.merge_projections import MergeProjections
 from passes.order_contractions import OrderContractions
 from passes.sparsify_experts import SparsifyExperts
 from passes.verify import Certificate, CertificateError, Specimen, clone
@@ -25,7 +29,11 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
     OrderContractions(),
     SparsifyExperts(),
+    FuseRouting(),
     FuseAttention(),
+    MergeProjections(),
+    FuseSwiglu(),
+    FuseExperts(),
     HoistWeights(),
     Lower(),
 )
