@@ -1,7 +1,7 @@
 """Graphs compiled ahead of time for this machine's CPU (AOTInductor): loaded in milliseconds, no compiler needed.
 
-What is compiled is the graph source inside the artifact, each graph in a process of its own, as many at a time
-as there are processors.
+What is compiled is the graph source inside the artifact. Only layers are worth it: embed and head are a lookup
+and one large product. One worker process per processor serves the graphs; a worker talks in lines of JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import platform
+import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,9 +33,19 @@ Graphs = Mapping[str, Mapping[str, GraphEntry]]
 # Two or more: torch.export takes 0 and 1 for constants. All different, so that no two sizes are taken for one.
 EXAMPLE_SIZES = {"B": 2, "S": 5, "T": 11}
 
+INDUCTOR = {
+    # The number of threads is that of the machine that runs, not that of the one that compiles.
+    "cpp.dynamic_threads": True,
+    # Two precompiled headers take longer to make than a handful of graphs saves by them.
+    "aot_inductor.precompile_headers": False,
+    "cpp_cache_precompile_headers": False,
+    # Believe /proc/cpuinfo instead of compiling a test program for every instruction set.
+    "cpp.vec_isa_ok": True,
+}
+
 
 class NativeError(Exception):
-    """AOTInductor or the C++ compiler failed."""
+    """There is no C++ compiler, or it or AOTInductor failed."""
 
 
 def cpu_identity() -> str:
@@ -48,25 +60,44 @@ def cpu_identity() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {digest}"
 
 
+def has_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def compile_native(folder: Path, graphs: Graphs, progress: Progress) -> dict[str, dict[str, GraphEntry]]:
-    """Compile every graph of an unfinished artifact into native/, and return the entries with their paths.
+    """Compile the layers of an unfinished artifact into native/, and return all entries, theirs with the path.
 
     Raises NativeError naming the graph and the last line that the compiler said.
     """
+    if not has_compiler():
+        raise NativeError("native code needs a C++ compiler (g++, or the one that CXX names); none was found")
     (folder / "native").mkdir()
-    jobs = [(block, phase, entry) for block, phases in graphs.items() for phase, entry in phases.items()]
+    compiled = {block: dict(phases) for block, phases in graphs.items()}
+    jobs = [(block, phase) for block in graphs for phase, entry in graphs[block].items() if _has_cache(entry)]
+    workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    count = min(os.cpu_count() or 1, len(jobs))
 
-    def one(job: tuple[str, str, GraphEntry]) -> tuple[str, str, GraphEntry]:
-        block, phase, entry = job
+    def one(job: tuple[str, str]) -> None:
+        block, phase = job
+        entry = graphs[block][phase]
         name = f"native/{block}_{phase}.pt2"
-        progress(f"native code: {block}, {phase}")
-        _in_own_process(folder, entry, folder / name, f"{block}, {phase}")
-        return block, phase, dataclasses.replace(entry, native=name)
+        progress(f"native code of {block}, {phase}")
+        worker = workers.get()
+        try:
+            worker.compile(folder / entry.source, entry.inputs, folder / name, f"{block}, {phase}")
+        finally:
+            workers.put(worker)
+        compiled[block][phase] = dataclasses.replace(entry, native=name)
 
-    compiled: dict[str, dict[str, GraphEntry]] = {block: {} for block in graphs}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for block, phase, entry in pool.map(one, jobs):
-            compiled[block][phase] = entry
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max_workers=max(1, count)) as pool:
+        started = [_Worker(scratch) for _ in range(count)]
+        try:
+            for worker in started:
+                workers.put(worker)
+            list(pool.map(one, jobs))
+        finally:
+            for worker in started:
+                worker.stop()
     return compiled
 
 
@@ -75,18 +106,47 @@ def load_native(path: Path) -> Callable[..., Any]:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def _in_own_process(folder: Path, entry: GraphEntry, output: Path, what: str) -> None:
-    job = {
-        "source": str(folder / entry.source),
-        "inputs": [dataclasses.asdict(port) for port in entry.inputs],
-        "output": str(output),
-    }
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "dsv3_compile.native"]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment, check=False)
-    if done.returncode or not output.exists():
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
-        raise NativeError(f"native code of {what}: {lines[-1].strip()}")
+def _has_cache(entry: GraphEntry) -> bool:
+    return any(port.role == "cache" for port in entry.inputs)
+
+
+class _Worker:
+    """A process that compiles one graph at a time: this module, run as a program."""
+
+    def __init__(self, scratch: str) -> None:
+        self.messages = tempfile.TemporaryFile("w+")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TORCHINDUCTOR_CACHE_DIR": scratch,  # of no use to anybody once the graph is packaged
+        }
+        command = [sys.executable, "-m", "dsv3_compile.native"]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.messages, text=True, env=environment
+        )
+
+    def compile(self, source: Path, inputs: tuple[Port, ...], output: Path, what: str) -> None:
+        job = {"source": str(source), "inputs": list(map(dataclasses.asdict, inputs)), "output": str(output)}
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer.strip() != "done":
+            raise NativeError(f"native code of {what}: {answer.strip() or self._last_message()}")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.messages.close()
+
+    def _last_message(self) -> str:
+        self.messages.seek(0)
+        lines = [line.strip() for line in self.messages if line.strip()]
+        return lines[-1] if lines else "the worker process ended"
 
 
 class _Graph(nn.Module):
@@ -109,16 +169,24 @@ def compile_graph(source: Path, inputs: list[Port], output: Path) -> None:
         dynamic.append({axis: dims[size] for axis, size in enumerate(port.shape) if isinstance(size, str)})
     with torch.no_grad():
         exported = torch.export.export(_Graph(load_graph(source)), tuple(examples), dynamic_shapes=(tuple(dynamic),))
-        # A cache is temporary: the compiler's intermediate files are of no use to anybody afterwards.
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(output))
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(output), inductor_configs=dict(INDUCTOR))
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
-    ports = [Port(**{**port, "shape": tuple(port["shape"])}) for port in job["inputs"]]
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
-        compile_graph(Path(job["source"]), ports, Path(job["output"]))
+    """Read jobs, one a line; answer each with "done" or with what went wrong."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print is not an answer
+    for line in sys.stdin:
+        job = json.loads(line)
+        ports = [Port(**{**port, "shape": tuple(port["shape"])}) for port in job["inputs"]]
+        try:
+            compile_graph(Path(job["source"]), ports, Path(job["output"]))
+            answer = "done"
+        except Exception as error:
+            first = str(error).strip().splitlines() or [""]
+            answer = f"{type(error).__name__}: {first[0]}"
+        answers.write(answer + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
