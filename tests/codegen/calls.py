@@ -1,0 +1,99 @@
+"""One small call of every op that has a kernel: operands as the compiler sees them, and arguments to run."""
+
+import math
+
+import torch
+
+from codegen.record import TensorSpec
+
+INT64, INT32, FLOAT32 = torch.int64, torch.int32, torch.float32
+
+# Widths that are not powers of two, three heads, experts that do not fill a power of two.
+HEADS, RANK, ROPE, EXPERTS, TOP_K, HIDDEN, WIDTH = 3, 40, 12, 6, 2, 72, 24
+
+
+def operands(op, dtype=torch.bfloat16):
+    def tensor(*shape, dtype=dtype):
+        return TensorSpec(shape, dtype)
+
+    tokens = ("B", "S")
+    half = tensor(*tokens, ROPE // 2, dtype=FLOAT32)
+    positions = tensor(*tokens, dtype=INT64)
+    cache = tensor("B", "T", RANK), tensor("B", "T", ROPE)
+    pairs = tensor("N", TOP_K, dtype=INT64), tensor("N", TOP_K, dtype=FLOAT32)
+    return {
+        "rms_norm": (tensor(*tokens, HIDDEN), tensor(HIDDEN), 1e-6),
+        "add_rms_norm": (tensor(*tokens, HIDDEN), tensor(*tokens, HIDDEN), tensor(HIDDEN), 1e-6),
+        "swiglu": (tensor(*tokens, 2 * WIDTH),),
+        "rotary": (tensor(*tokens, HEADS, ROPE), half, half, True),
+        "write_cache_": (tensor(*tokens, RANK + ROPE), tensor(RANK), half, half, positions, *cache, 1e-6, False),
+        "mla_attention": (
+            tensor(*tokens, HEADS, RANK),
+            tensor(*tokens, HEADS, ROPE),
+            *cache,
+            positions,
+            0.2,
+        ),
+        "attention": (
+            tensor(*tokens, HEADS, RANK + ROPE),
+            tensor("B", "T", HEADS, RANK + ROPE),
+            tensor("B", "T", HEADS, RANK),
+            positions,
+            0.2,
+        ),
+        "route": (
+            tensor("N", EXPERTS, dtype=FLOAT32),
+            tensor(EXPERTS, dtype=FLOAT32),
+            "sigmoid",
+            TOP_K,
+            3,
+            2,
+            "top2",
+            -math.inf,
+            True,
+            1e-20,
+            2.5,
+        ),
+        "sort_pairs": (pairs[0], EXPERTS),
+        "grouped_linear": (tensor("M", HIDDEN), tensor(EXPERTS, WIDTH, HIDDEN), tensor(EXPERTS, dtype=INT32)),
+        "routed_swiglu": (
+            tensor("N", HIDDEN),
+            *pairs,
+            tensor(EXPERTS, 2 * WIDTH, HIDDEN),
+            tensor(EXPERTS, HIDDEN, WIDTH),
+        ),
+    }[op]
+
+
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "swiglu",
+    "rotary",
+    "write_cache_",
+    "mla_attention",
+    "attention",
+    "route",
+    "sort_pairs",
+    "grouped_linear",
+    "routed_swiglu",
+)
+
+
+def arguments(op, sizes, dtype=torch.float32):
+    """Random arguments for the operands of `op` at these sizes; integers are valid positions, experts, offsets."""
+    drawn = []
+    for operand in operands(op, dtype):
+        if not isinstance(operand, TensorSpec):
+            drawn.append(operand)
+            continue
+        shape = [sizes.get(size, size) for size in operand.shape]
+        if operand.dtype == INT64:
+            drawn.append(torch.arange(math.prod(shape)).view(shape) % (EXPERTS if "N" in operand.shape else sizes["S"]))
+        elif operand.dtype == INT32:
+            drawn.append(
+                (torch.rand(shape) * sizes["M"]).to(INT32).sort().values.index_fill(0, torch.tensor(-1), sizes["M"])
+            )
+        else:
+            drawn.append(torch.randn(shape).to(operand.dtype))
+    return drawn

@@ -1,0 +1,108 @@
+"""Emitted kernels: readable text, usable without this project, machine code for every target."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.emit import emit_kernel, emit_kernels, write_kernel
+from codegen.targets import target
+from codegen.tuning import available
+from tests.codegen.calls import OPS, arguments, operands
+
+# A target without forms of its own gets the plain kernels.
+SM_90 = dataclasses.replace(target("sm_90"), name="sm_90 without its own forms")
+GPUS = [target("sm_80"), SM_90, target("sm_100"), target("gfx942")]
+
+ALONE = """
+import importlib.util, sys, torch
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("codegen", "passes", "dsv3_compile", "model_def"):
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Blocked())
+for case in torch.load("cases.pt"):
+    spec = importlib.util.spec_from_file_location("kernel", case["file"])
+    kernel = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernel)
+    found = getattr(kernel, case["op"])(*case["arguments"])
+    if found is None:
+        found = case["arguments"][5:7]
+    torch.testing.assert_close(found, case["expected"], atol=1e-4, rtol=1e-4)
+    print(case["op"])
+"""
+
+
+def test_the_list_of_ops_is_complete():
+    assert all(available(op) for op in OPS)
+
+
+def test_every_emitted_kernel_runs_without_this_project(tmp_path):
+    cases = []
+    sizes = {"B": 2, "S": 3, "T": 5, "N": 7, "M": 9}
+    for op in OPS:
+        kernel = write_kernel(op, operands(op, torch.float32), SM_90)
+        (tmp_path / f"{kernel.name}.py").write_text(kernel.source)
+        inputs = arguments(op, sizes)
+        copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        expected = getattr(torch.ops.dsv3, op)(*copies)
+        expected = copies[5:7] if expected is None else expected
+        cases.append({"op": op, "file": f"{kernel.name}.py", "arguments": inputs, "expected": expected})
+    torch.save(cases, tmp_path / "cases.pt")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n" + ALONE],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == list(OPS)
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "route", "mla_attention", "routed_swiglu"])
+def test_emitted_text(op, golden):
+    golden(write_kernel(op, operands(op), target("sm_80")).source, f"kernels/{op}.py")
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name.split()[0])
+def test_machine_code_for_every_kernel_without_a_gpu(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # compiled here and now, not found in a cache
+    for kernel in emit_kernels([(op, operands(op)) for op in OPS], gpu).values():
+        assert kernel.binaries
+        for entry in kernel.metadata["binaries"]:
+            code = kernel.binaries[entry["file"]]
+            assert code.startswith(b"\x7fELF") and entry["symbol"].encode() in code
+            assert entry["registers"] > 0 and entry["shared_bytes"] <= gpu.shared_memory
+
+
+def test_the_same_constants_are_emitted_once():
+    norm, other = operands("swiglu"), operands("swiglu", torch.float16)
+    calls = [("swiglu", norm), ("swiglu", norm), ("swiglu", other)]
+    assert len(emit_kernels(calls, target("sm_80"))) == 2
+
+
+def test_a_name_says_op_dtype_and_sizes():
+    kernel = write_kernel("grouped_linear", operands("grouped_linear"), target("sm_80"))
+    assert kernel.name.startswith("grouped_linear__bfloat16_E6_D72_")
+    assert kernel.name.isidentifier()
+
+
+def test_a_launcher_refuses_other_constants(tmp_path):
+    kernel = write_kernel("rms_norm", operands("rms_norm"), target("sm_80"))
+    namespace = {}
+    (tmp_path / "kernel.py").write_text(kernel.source)
+    exec(compile(kernel.source.replace("@triton.jit", ""), "kernel", "exec"), namespace)
+    with pytest.raises(ValueError, match="D is 64; this kernel was written for 72"):
+        namespace["rms_norm"](torch.randn(2, 64), torch.randn(64), 1e-6)
+
+
+def test_a_kernel_that_does_not_fit_is_named():
+    small = dataclasses.replace(target("sm_80"), shared_memory=1024)
+    with pytest.raises(ValueError, match="mla_attention_kernel needs .* bytes of shared memory on sm_80"):
+        emit_kernel("mla_attention", operands("mla_attention"), small)

@@ -1,0 +1,241 @@
+"""routed_swiglu for sm_80, cut from codegen/kernels/routed_swiglu.py; inputs are bfloat16, int64, float32, bfloat16, bfloat16."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def expect(**constants: tuple[object, object]) -> None:
+    """These kernels serve the constants that they were cut for: given value, value cut for."""
+    for name, (given, cut_for) in constants.items():
+        if given != cut_for:
+            raise ValueError(f"{name} is {given!r}; this kernel was written for {cut_for!r}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [.., D] as [rows, D] with neighbouring columns; a copy only where no such view exists."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@triton.jit
+def find_run(
+    offsets,
+    tile,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """(expert, first row, end of its run) of a row tile; expert = E for tiles behind the last one.
+
+    Runs are cut into tiles of BLOCK_M rows each, so that no tile straddles two experts.
+    """
+    expert = tl.arange(0, BLOCK_E)
+    end = tl.load(offsets + expert, mask=expert < E, other=0)
+    begin = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < E), other=0)
+    tiles = (end - begin + BLOCK_M - 1) // BLOCK_M
+    tiles_to_here = tl.cumsum(tiles, 0)
+    found = tl.sum(((tiles_to_here <= tile) & (expert < E)).to(tl.int32))
+    here = expert == found
+    first = tl.sum(tl.where(here, begin + (tile - tiles_to_here + tiles) * BLOCK_M, 0))
+    return found, first, tl.sum(tl.where(here, end, 0))
+
+
+@triton.jit
+def grouped_linear_kernel(
+    x,
+    weight,
+    offsets,
+    order,
+    out,
+    x_stride,
+    BLOCK_M: tl.constexpr,
+):
+    E: tl.constexpr = 6
+    OUT: tl.constexpr = 72
+    D: tl.constexpr = 24
+    BLOCK_E: tl.constexpr = 8
+    BLOCK_N: tl.constexpr = 64
+    BLOCK_K: tl.constexpr = 64
+    expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
+    if expert == E:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    x_row = x + row.to(tl.int64)[:, None] * x_stride
+    w_row = weight + expert.to(tl.int64) * (OUT * D) + column[None, :] * D
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = start + depth < D
+        a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(w_row + (start + depth)[:, None], mask=(column < OUT)[None, :] & inside[:, None], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    target = row.to(tl.int64)
+    target = tl.load(order + row, mask=row < end, other=0)
+    written = (row < end)[:, None] & (column < OUT)[None, :]
+    tl.store(out + target[:, None] * OUT + column[None, :], total.to(out.dtype.element_ty), mask=written)
+
+
+def row_tiles(rows: int, experts: int, block: int) -> int:
+    """How many row tiles there can be at most, however the rows are spread over the experts."""
+    return min(rows, experts + rows // block)
+
+
+@triton.jit
+def sort_pairs_kernel(
+    indices,
+    order,
+    offsets,
+    pairs,
+):
+    BLOCK_M: tl.constexpr = 1024
+    # Every program reads all indices twice; they are few against the weights and stay in the L2 cache.
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_M)
+    before = tl.zeros((BLOCK_M,), tl.int32)
+    for first in range(0, pairs, BLOCK_M):
+        index = tl.load(indices + first + lane, mask=first + lane < pairs, other=2**31 - 1)
+        before += (index < expert).to(tl.int32)
+    start = tl.sum(before)
+    for first in range(0, pairs, BLOCK_M):
+        index = tl.load(indices + first + lane, mask=first + lane < pairs, other=2**31 - 1)
+        mine = (index == expert).to(tl.int32)
+        place = start + tl.cumsum(mine, 0) - 1
+        tl.store(order + place, (first + lane).to(tl.int64), mask=mine != 0)
+        start += tl.sum(mine)
+    tl.store(offsets + expert, start)
+
+
+def sort_pairs(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 → (order [M] int64, offsets [E] int32)."""
+    pairs = indices.shape[0] * indices.shape[1]
+    order = torch.empty((pairs,), dtype=torch.int64, device=indices.device)
+    offsets = torch.empty((experts,), dtype=torch.int32, device=indices.device)
+    sort_pairs_kernel[(experts,)](
+        indices.contiguous(),
+        order,
+        offsets,
+        pairs,
+        num_warps=4,
+    )
+    return order, offsets
+
+
+# Rows per tile: few where the average expert gets few rows (decode), more where weights are reused (prefill).
+BLOCK_M_FEW = 16
+BLOCK_M_MANY = 64
+BLOCK_I = 32
+BLOCK_D = 64
+BLOCK_COMBINE = 1024
+
+
+@triton.jit
+def gate_up_kernel(
+    x,
+    gate_up,
+    offsets,
+    order,
+    hidden,
+    x_stride,
+    BLOCK_M: tl.constexpr,
+):
+    E: tl.constexpr = 6
+    K: tl.constexpr = 2
+    D: tl.constexpr = 72
+    WIDTH: tl.constexpr = 24
+    BLOCK_E: tl.constexpr = 8
+    BLOCK_I: tl.constexpr = 32
+    BLOCK_K: tl.constexpr = 64
+    expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
+    if expert == E:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    token = tl.load(order + row, mask=row < end, other=0) // K
+    column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    depth = tl.arange(0, BLOCK_K)
+    x_row = x + token[:, None] * x_stride
+    gate_row = gate_up + expert.to(tl.int64) * (2 * WIDTH * D) + column[None, :] * D
+    gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    for start in range(0, D, BLOCK_K):
+        inside = start + depth < D
+        a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
+        wanted = (column < WIDTH)[None, :] & inside[:, None]
+        b = tl.load(gate_row + (start + depth)[:, None], mask=wanted, other=0.0)
+        c = tl.load(gate_row + WIDTH * D + (start + depth)[:, None], mask=wanted, other=0.0)
+        gate = tl.dot(a, b, gate, input_precision="ieee")
+        up = tl.dot(a, c, up, input_precision="ieee")
+    value = gate * tl.sigmoid(gate) * up
+    written = (row < end)[:, None] & (column < WIDTH)[None, :]
+    place = hidden + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(place, value.to(hidden.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def combine_kernel(
+    y,
+    weights,
+    out,
+):
+    K: tl.constexpr = 2
+    D: tl.constexpr = 72
+    BLOCK_COMBINE: tl.constexpr = 1024
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_COMBINE + tl.arange(0, BLOCK_COMBINE)
+    inside = column < D
+    total = tl.zeros((BLOCK_COMBINE,), tl.float32)
+    for k in tl.static_range(K):
+        weight = tl.load(weights + token * K + k).to(tl.float32)
+        total += weight * tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D]."""
+    x = as_rows(x)
+    tokens, top_k = indices.shape
+    experts, hidden_width, width = down.shape
+    pairs = tokens * top_k
+    order, offsets = sort_pairs(indices, experts)
+    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, hidden_width), dtype=x.dtype, device=x.device)
+    block = BLOCK_M_FEW if pairs <= BLOCK_M_FEW * experts else BLOCK_M_MANY
+    tiles = row_tiles(pairs, experts, block)
+    expect(E=(experts, 6), K=(top_k, 2), D=(hidden_width, 72), WIDTH=(width, 24))
+    gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
+        x,
+        gate_up.contiguous(),
+        offsets,
+        order,
+        hidden,
+        x.stride(0),
+        BLOCK_M=block,
+        num_warps=4,
+        num_stages=3,
+    )
+    # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
+    expect(E=(experts, 6), OUT=(hidden_width, 72), D=(width, 24))
+    grouped_linear_kernel[(triton.cdiv(hidden_width, BLOCK_D), tiles)](
+        hidden,
+        down.contiguous(),
+        offsets,
+        order,
+        y,
+        width,
+        BLOCK_M=block,
+        num_warps=4,
+        num_stages=3,
+    )
+    expect(K=(top_k, 2), D=(hidden_width, 72))
+    combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
+        y,
+        weights.contiguous(),
+        out,
+        num_warps=4,
+    )
+    return out
