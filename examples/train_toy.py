@@ -1,6 +1,6 @@
 """Train the toy model: a small DeepSeek-V3 that adds numbers, from nothing to a Hugging Face folder.
 
-    python examples/train_toy.py --output toy/                                       minutes on two cores
+    python examples/train_toy.py --output toy/                                       nine minutes on two cores
     python examples/train_toy.py --steps 2500 --device cuda --output model_def/toy   the one that ships
 
 As in the V3 report: the bias of an expert goes up when it is used too little and down when too much, a small
@@ -107,6 +107,7 @@ class Balance:
         worst = 0.0
         for router, (_, used_NE) in self.seen.items():
             load_E = used_NE.float().mean(0)
+            assert router.e_score_correction_bias is not None
             router.e_score_correction_bias += BIAS_SPEED * (load_E.mean() - load_E).sign()
             worst = max(worst, float(load_E.max() / load_E.mean()))
         return worst
@@ -180,12 +181,8 @@ def checkpoint(model: Toy, config: ModelConfig) -> dict[str, Tensor]:
     """Tensors under their published names, experts one by one, in the stored dtype."""
     found: dict[str, Tensor] = {}
     decoder = model.decoder
-    modules = {
-        "embed": decoder.embed,
-        "head": decoder.head,
-        "mtp": model.mtp,
-        **dict(enumerate(decoder.layers)),
-    }
+    modules: dict[str | int, nn.Module] = dict(enumerate(decoder.layers))
+    modules |= {"embed": decoder.embed, "head": decoder.head, "mtp": model.mtp}
     for block, module in modules.items():
         state = module.state_dict()
         for name, targets in sources(config, block).items():
