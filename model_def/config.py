@@ -35,6 +35,16 @@ ARCHITECTURES = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "custom": "DeepseekV3ForCausalLM",
 }
+# Every published file has these, null at times. Without them implementations assume different numbers.
+NEVER_ABSENT = (
+    "q_lora_rank",
+    "n_routed_experts",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
 ROPE_KEYS = {f.name for f in fields(RopeScaling)} | {"type", "rope_type", "rope_theta", "truncate"}
 
 
@@ -127,6 +137,8 @@ class ModelConfig:
         if document.get("model_type") == "deepseek_v2":
             values.setdefault("topk_method", "greedy")
         missing = [f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        if document.get("model_type") != "custom":
+            missing += [name for name in NEVER_ABSENT if name not in document]
         if missing:
             raise ConfigError(f"{missing[0]} is missing")
         return cls(**values)
@@ -152,7 +164,7 @@ class ModelConfig:
         document: dict[str, Any] = {"architectures": [ARCHITECTURES[self.model_type]]}
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None and f.name != "q_lora_rank":
+            if value is None and f.name not in NEVER_ABSENT:
                 continue
             if f.name == "rope_scaling":
                 scaling = {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
@@ -245,7 +257,7 @@ class ModelConfig:
 
 
 def forced_fields(model_type: Any) -> dict[str, Any]:
-    if model_type not in FORCED:
+    if not isinstance(model_type, str) or model_type not in FORCED:
         raise ConfigError(f"model_type is {model_type!r}; accepted: {', '.join(FORCED)}")
     return FORCED[model_type]
 
@@ -285,6 +297,6 @@ def _quantization(given: Any) -> BlockQuantization:
 
 
 def _given(value: Any) -> int:
-    """A size that `_check` has made sure is there."""
+    """A size that `check_model` has made sure is there."""
     assert isinstance(value, int)
     return value

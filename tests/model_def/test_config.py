@@ -127,6 +127,7 @@ def test_one_group_and_all_groups_mean_no_group_limit() -> None:
 
 IMPOSSIBLE = [
     ({"model_type": "llama"}, "model_type is 'llama'; accepted: deepseek_v2, deepseek_v3, kimi_k2, custom"),
+    ({"model_type": ["deepseek_v3"]}, "model_type is ['deepseek_v3']; accepted"),
     ({"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'"),
     ({"hidden_size": None}, "hidden_size is missing"),
     ({"hidden_size": "20"}, "hidden_size is '20'; accepted: int"),
@@ -196,6 +197,13 @@ def test_impossible_configs_are_one_clear_line(changes: dict[str, Any], message:
         ModelConfig.from_dict(BASE | changes)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "q_lora_rank", "n_routed_experts", "n_group", "norm_topk_prob"])
+def test_absent_keys_are_named_rather_than_guessed(name: str) -> None:
+    document = {key: value for key, value in BASE.items() if key != name}
+    with pytest.raises(ConfigError, match=f"^{name} is missing$"):
+        ModelConfig.from_dict(document)
 
 
 def test_forced_fields_cannot_be_contradicted_in_code() -> None:
