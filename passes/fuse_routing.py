@@ -24,6 +24,7 @@ from passes.rewrite import (
     Var,
     dtype_of,
     matched,
+    over_last_axis,
     same_shape,
     settled,
     substitute,
@@ -81,7 +82,7 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     scores, bias = scores_and_bias(choice)
     if scores is None:
         return None
-    if not over_last_axis(topk) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
+    if not over_last_axis(topk, 2, -1) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
         raise Refused(topk, f"{topk.name} does not choose the largest of the last axis")
     if not widens(torch.float32, dtype_of(scores)):
         raise Refused(scores, f"{scores.name} is rounded to {dtype_of(scores)}, which changes the chosen experts")
@@ -113,13 +114,6 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
 def piece(node: fx.Node, number: int) -> fx.Node | None:
     """The node that takes one result of a call with several, if anybody does."""
     return next((u for u in node.users if is_call(u, operator.getitem) and u.args[1] == number and users(u)), None)
-
-
-def over_last_axis(node: fx.Node, position: int = 2) -> bool:
-    """Does the call's axis argument, at `position`, name the last axis alone?"""
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", -1)
-    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
-    return [a % len(shape_of(node.args[0])) for a in axes] == [len(shape_of(node.args[0])) - 1]
 
 
 def masked_choice(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node, bool, float] | None]:
@@ -210,7 +204,7 @@ def groups_of_mask(masking: fx.Node, node: fx.Node, lead: str, kept: bool) -> tu
             pass
         elif letters[-1] == "e" and is_call(node, *VIEWS) and len(shape_of(node.args[0])) == len(lead) + 2:
             letters = lead + GROUPED  # experts of one group are neighbours
-        elif letters[-1] == "e" and is_call(node, aten.repeat_interleave) and over_last_axis(node):
+        elif letters[-1] == "e" and is_call(node, aten.repeat_interleave) and over_last_axis(node, 2):
             letters = lead + "g"
         elif sources is not None and letters[-1] != "e":
             before = {source: letters[d] for d, source in enumerate(sources) if source is not None}
@@ -236,7 +230,7 @@ def group_score(ranked: fx.Node) -> tuple[str, fx.Node]:
         best = settled(ranked.args[0])
         if is_call(best, operator.getitem) and best.args[1] == 0 and is_call(best.args[0], aten.topk):
             topk = best.args[0]
-            if over_last_axis(topk) and topk.args[1] in (1, 2):
+            if over_last_axis(topk, 2, -1) and topk.args[1] in (1, 2):
                 return ("max", "top2")[topk.args[1] - 1], settled(topk.args[0])
             raise Refused(ranked, f"groups are ranked by the sum of the {topk.args[1]} best; known are 1 and 2")
     raise Refused(ranked, f"groups are ranked by {ranked.name}; known are their best, and the sum of their two best")

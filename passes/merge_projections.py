@@ -12,7 +12,7 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, shape_of, source_line, sweep
 from passes.products import product_of
-from passes.rewrite import dtype_of, erase_dead, settled, weights_only
+from passes.rewrite import bring_before, dtype_of, erase_dead, settled, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -121,12 +121,3 @@ def merge(graph: fx.Graph, siblings: list[Projection]) -> str:
         erase_dead(graph, sibling.node)
     where = source_line(product)
     return f"{names} → {product.name}" + (f" ({where})" if where else "")
-
-
-def bring_before(place: fx.Node, weight: fx.Node) -> None:
-    """Move what a weight is computed from before `place`, where it stands behind it."""
-    if weight.op == "placeholder" or weight < place:
-        return
-    for source in weight.all_input_nodes:
-        bring_before(place, source)
-    place.prepend(weight)

@@ -29,6 +29,14 @@ VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.flatten, 
 ASSERTIONS = (aten._assert_tensor_metadata,)
 
 
+def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> bool:
+    """Does the call's axis argument, at `position`, name the last axis of its input alone?"""
+    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
+    last = len(shape_of(node.args[0])) - 1
+    return len(axes) == 1 and axes[0] in (-1, last)
+
+
 def same_shape(left: fx.Node, right: fx.Node) -> bool:
     a, b = shape_of(left), shape_of(right)
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
@@ -147,7 +155,7 @@ class Number(Pattern):
 class Op(Pattern):
     """A call of one of `targets` whose leading arguments match `inputs` and which passes `check`.
 
-    A tuple among the inputs is a list argument.
+    A tuple among the inputs is a list argument, None an argument of any kind.
     """
 
     targets: tuple[Any, ...]
@@ -176,7 +184,10 @@ def _search_all(patterns: tuple[Any, ...], values: Any, found: Found) -> Iterato
         yield found
         return
     first, *rest = patterns
-    if isinstance(first, tuple):
+    starts: Iterator[Found]
+    if first is None:
+        starts = iter((found,))
+    elif isinstance(first, tuple):
         listed = isinstance(values[0], (list, tuple)) and len(values[0]) == len(first)
         starts = _search_all(first, values[0], found) if listed else iter(())
     else:
@@ -241,7 +252,7 @@ class Rewrite(Pass):
     before: ClassVar[Pattern]
 
     def when(self, match: Match) -> str | None:
-        """The reason for leaving this match alone, or None."""
+        """The reason for leaving this match alone, '' if it is none worth telling, or None."""
         return match.leak()
 
     def after(self, graph: fx.Graph, match: Match) -> fx.Node:
@@ -272,7 +283,8 @@ class Rewrite(Pass):
                 substitute(graph, root, new)
                 outcome.matches.append(matched(root, new))
                 return
-            reasons.append(reason)
+            if reason:
+                reasons.append(reason)
         if reasons:
             outcome.refuse(root, reasons[0])
 
@@ -324,10 +336,13 @@ def erase_dead(graph: fx.Graph, node: fx.Node) -> None:
             erase_dead(graph, source)
 
 
-def last_of(graph: fx.Graph, nodes: list[fx.Node]) -> fx.Node:
-    """The one of the nodes that the graph computes last."""
-    chosen = set(nodes)
-    return next(node for node in reversed(graph.nodes) if node in chosen)
+def bring_before(place: fx.Node, weight: fx.Node) -> None:
+    """Move what a weight is computed from before `place`, where it stands behind it."""
+    if weight.op == "placeholder" or weight < place:
+        return
+    for source in weight.all_input_nodes:
+        bring_before(place, source)
+    place.prepend(weight)
 
 
 class Refused(Exception):
