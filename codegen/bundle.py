@@ -22,9 +22,11 @@ def bundle(path: Path, entry: str, numbers: Mapping[str, int]) -> str:
 
     numbers: values for the file's own upper-case numbers. Raises ValueError naming the file and what is wrong: an
     import of anything but the standard library, torch and triton; a statement that is not a definition; a number
-    that the file does not have.
+    that the file does not have; no entry function.
     """
     files = list(_with_dependencies(path, []))
+    if entry not in {name for statement in ast.parse(files[-1][1]).body for name in _defined(statement)}:
+        raise ValueError(f"{path.name}: does not define {entry}, its launcher")
     files[-1] = (path, _set_numbers(path, files[-1][1], numbers))
     wanted: dict[Path, set[str]] = {file: set() for file, _ in files}
     wanted[path] = {entry}

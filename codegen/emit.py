@@ -63,7 +63,7 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
     constants = {kernel: agreed([one for one in launches if one.kernel == kernel]) for kernel in kernels}
     origin = path.relative_to(KERNELS.parent.parent).as_posix()
     dtypes = [str(o.dtype).removeprefix("torch.") for o in operands if isinstance(o, TensorSpec)]
-    heading = f'"""{op} for {target.name}, cut from {origin}; inputs are {", ".join(dtypes)}."""\n\n'
+    heading = f'"""{op} for {target.name}, cut from {origin}.\n\nInputs: {", ".join(dtypes)}.\n"""\n\n'
     source = heading + specialise(text, op, launches)
     return KernelSource(_name(op, dtypes[0], constants, source), op, source, constants, tuple(launches))
 

@@ -36,7 +36,8 @@ CHECK = '''def expect(**constants: tuple[object, object]) -> None:
 def specialise(text: str, entry: str, launches: Sequence[Launch]) -> str:
     """The module cut for the constants and options on which all launches of a kernel agree.
 
-    Constants that differ between launches stay parameters. Launches must come from running `entry` of this text.
+    Constants that differ between launches stay parameters, and so do the file's own upper-case numbers. Launches
+    must come from running `entry` of this text.
     """
     kernels = list(dict.fromkeys(launch.kernel for launch in launches))
     text = _fix(text, {name: agreed([one for one in launches if one.kernel == name]) for name in kernels})
@@ -72,7 +73,7 @@ def _fix(text: str, fixed: Mapping[str, Mapping[str, Any]]) -> str:
         parameters = [
             parameter
             for parameter in function.args.args
-            if parameter.arg in values and all(site.can_lose(function, parameter.arg) for site in own)
+            if parameter.arg in values and all(_fixed_by(site, function, parameter.arg) for site in own)
         ]
         _write_constants(edits, function, parameters, values)
         for site in own:
@@ -111,14 +112,29 @@ def _write_constants(
 def _write_options(edits: Edits, site: Site, function: ast.FunctionDef, values: Mapping[str, Any]) -> None:
     names = {parameter.arg for parameter in function.args.args}
     for keyword in site.call.keywords:
-        if keyword.arg in values and keyword.arg not in names:
+        if (
+            keyword.arg is not None
+            and keyword.arg in values
+            and keyword.arg not in names
+            and not _is_number_of_file(keyword.value)
+        ):
             edits.replace(*edits.span(keyword.value), literal(values[keyword.arg]))
+
+
+def _fixed_by(site: Site, function: ast.FunctionDef, name: str) -> bool:
+    """Is it a constant of the call? The file's own numbers are passed on, so that they can be tuned in one place."""
+    node = site.argument(function, name)
+    given = node.value if isinstance(node, ast.keyword) else node
+    return site.can_lose(function, name) and not _is_number_of_file(given)
+
+
+def _is_number_of_file(given: ast.expr | None) -> bool:
+    return isinstance(given, ast.Name) and given.id.isupper()
 
 
 def _worth_checking(name: str, given: ast.expr) -> bool:
     """Literals cannot differ, nor can tiles, which follow from what is checked."""
-    tile = name.startswith("BLOCK") or (isinstance(given, ast.Name) and given.id.isupper())
-    return not isinstance(given, ast.Constant) and not tile
+    return not isinstance(given, ast.Constant) and not name.startswith("BLOCK")
 
 
 def _check(expected: Mapping[str, tuple[str, str]], column: int) -> str:

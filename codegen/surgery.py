@@ -68,7 +68,8 @@ class Site:
         for keyword in self.call.keywords:
             if keyword.arg == name:
                 return keyword
-        at = parameter_names(function).index(name)
+        names = parameter_names(function)
+        at = names.index(name) if name in names else len(self.call.args)
         return self.call.args[at] if at < len(self.call.args) else None
 
     def can_lose(self, function: ast.FunctionDef, name: str) -> bool:

@@ -72,9 +72,10 @@ def grouped_linear_kernel(
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
         b = tl.load(w_row + (start + depth)[:, None], mask=(column < OUT)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    target = row.to(tl.int64)
     if SCATTER:
         target = tl.load(order + row, mask=row < end, other=0)
+    else:
+        target = row.to(tl.int64)
     written = (row < end)[:, None] & (column < OUT)[None, :]
     tl.store(out + target[:, None] * OUT + column[None, :], total.to(out.dtype.element_ty), mask=written)
 

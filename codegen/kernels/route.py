@@ -51,11 +51,9 @@ def route_kernel(
     choice = tl.where(valid, choice, -float("inf"))
 
     if TOP_GROUPS < GROUPS:
-        best, at = tl.max(choice, 1, return_indices=True)
-        group_value = best
-        if TOP2:
-            if SIZE > 1:
-                group_value += tl.max(tl.where(member[None, :] == at[:, None], -float("inf"), choice), 1)
+        group_value, at = tl.max(choice, 1, return_indices=True)
+        if TOP2 and SIZE > 1:
+            group_value += tl.max(tl.where(member[None, :] == at[:, None], -float("inf"), choice), 1)
         dropped = group < GROUPS
         for _ in range(TOP_GROUPS):
             largest = tl.max(tl.where(dropped, group_value, -float("inf")), 0)

@@ -50,6 +50,8 @@ def scale(x, factor):
 AFTER = '''import triton
 import triton.language as tl
 
+BLOCK = 64
+
 
 def expect(**constants: tuple[object, object]) -> None:
     """These kernels serve the constants that they were cut for: given value, value cut for."""
@@ -63,10 +65,10 @@ def scale_kernel(
     x,
     out,
     WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Scale."""
     FACTOR: tl.constexpr = 2.5
-    BLOCK: tl.constexpr = 64
     # A row each.
     at = tl.arange(0, BLOCK)
     value = tl.load(x + at) * FACTOR
@@ -83,6 +85,7 @@ def scale(x, factor):
         x,
         out,
         WIDE=rows > 8,
+        BLOCK=BLOCK,
         num_warps=4,
     )
     return out

@@ -1,4 +1,7 @@
-"""add_rms_norm for sm_80, cut from codegen/kernels/add_rms_norm.py; inputs are bfloat16, bfloat16, bfloat16."""
+"""add_rms_norm for sm_80, cut from codegen/kernels/add_rms_norm.py.
+
+Inputs: bfloat16, bfloat16, bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,10 @@ def rms_norm_kernel(
     total,
     x_stride,
     residual_stride,
+    BLOCK_D: tl.constexpr,
 ):
     EPS: tl.constexpr = 1e-06
     D: tl.constexpr = 72
-    BLOCK_D: tl.constexpr = 128
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
@@ -53,6 +56,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    BLOCK_D = triton.next_power_of_2(x.shape[-1])
     expect(EPS=(eps, 1e-06), D=(x.shape[-1], 72))
     rms_norm_kernel[(x_rows.shape[0],)](
         x_rows,
@@ -62,6 +66,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         total,
         x_rows.stride(0),
         residual_rows.stride(0),
+        BLOCK_D=BLOCK_D,
         num_warps=1,
     )
     return normed, total

@@ -1,4 +1,7 @@
-"""mla_attention for sm_80, cut from codegen/kernels/mla_attention.py; inputs are bfloat16, bfloat16, bfloat16, bfloat16, int64."""
+"""mla_attention for sm_80, cut from codegen/kernels/mla_attention.py.
+
+Inputs: bfloat16, bfloat16, bfloat16, bfloat16, int64.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,13 @@ def packed(x: Tensor) -> Tensor:
 
 BLOCK_M_FEW = 16  # rows (query position, head) per tile, where there are no more
 BLOCK_M_MANY = 32
+BLOCK_T = 32
 MERGE_C = 128
+MERGE_SPLITS = 16
 MIN_SPLIT = 256  # cached positions that are worth a program of their own
 PROGRAMS = 216  # that keep the device busy
+NUM_WARPS = 8
+NUM_STAGES = 2
 
 
 @triton.jit
@@ -56,16 +63,16 @@ def mla_attention_kernel(
     rope_stride_b,
     rope_stride_t,
     BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     SCALE: tl.constexpr = 0.2
     H: tl.constexpr = 3
     C: tl.constexpr = 40
     R: tl.constexpr = 12
-    BLOCK_T: tl.constexpr = 32
     BLOCK_C: tl.constexpr = 64
     BLOCK_R: tl.constexpr = 16
-    MIN_SPLIT: tl.constexpr = 256
     LOG2_E: tl.constexpr = 1.4426950408889634
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,10 +147,10 @@ def merge_splits_kernel(
     out,
     rows,
     splits,
+    MERGE_C: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
 ):
     C: tl.constexpr = 40
-    MERGE_C: tl.constexpr = 128
-    MERGE_SPLITS: tl.constexpr = 16
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0)
     c = tl.program_id(1) * MERGE_C + tl.arange(0, MERGE_C)
@@ -203,9 +210,11 @@ def mla_attention(
         *latent.stride()[:2],
         *rope_key.stride()[:2],
         BLOCK_M=block,
+        BLOCK_T=BLOCK_T,
+        MIN_SPLIT=MIN_SPLIT,
         SPLIT=splits > 1,
-        num_warps=8,
-        num_stages=2,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
     if splits > 1:
         expect(C=(rank, 40))
@@ -216,6 +225,8 @@ def mla_attention(
             out,
             rows,
             splits,
+            MERGE_C=MERGE_C,
+            MERGE_SPLITS=MERGE_SPLITS,
             num_warps=4,
         )
     return out

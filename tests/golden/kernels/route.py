@@ -1,4 +1,7 @@
-"""route for sm_80, cut from codegen/kernels/route.py; inputs are float32, float32."""
+"""route for sm_80, cut from codegen/kernels/route.py.
+
+Inputs: float32, float32.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,7 @@ def route_kernel(
     choice += tl.load(bias + expert, mask=valid, other=0.0).to(tl.float32)
     choice = tl.where(valid, choice, -float("inf"))
 
-    best, at = tl.max(choice, 1, return_indices=True)
-    group_value = best
+    group_value, at = tl.max(choice, 1, return_indices=True)
     group_value += tl.max(tl.where(member[None, :] == at[:, None], -float("inf"), choice), 1)
     dropped = group < GROUPS
     for _ in range(TOP_GROUPS):

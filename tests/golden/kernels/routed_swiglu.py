@@ -1,4 +1,7 @@
-"""routed_swiglu for sm_80, cut from codegen/kernels/routed_swiglu.py; inputs are bfloat16, int64, float32, bfloat16, bfloat16."""
+"""routed_swiglu for sm_80, cut from codegen/kernels/routed_swiglu.py.
+
+Inputs: bfloat16, int64, float32, bfloat16, bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -53,13 +56,13 @@ def grouped_linear_kernel(
     out,
     x_stride,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     E: tl.constexpr = 6
     OUT: tl.constexpr = 72
     D: tl.constexpr = 24
     BLOCK_E: tl.constexpr = 8
-    BLOCK_N: tl.constexpr = 64
-    BLOCK_K: tl.constexpr = 64
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
         return
@@ -74,7 +77,6 @@ def grouped_linear_kernel(
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
         b = tl.load(w_row + (start + depth)[:, None], mask=(column < OUT)[None, :] & inside[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    target = row.to(tl.int64)
     target = tl.load(order + row, mask=row < end, other=0)
     written = (row < end)[:, None] & (column < OUT)[None, :]
     tl.store(out + target[:, None] * OUT + column[None, :], total.to(out.dtype.element_ty), mask=written)
@@ -85,14 +87,17 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
     return min(rows, experts + rows // block)
 
 
+BLOCK_M = 1024
+
+
 @triton.jit
 def sort_pairs_kernel(
     indices,
     order,
     offsets,
     pairs,
+    BLOCK_M: tl.constexpr,
 ):
-    BLOCK_M: tl.constexpr = 1024
     # Every program reads all indices twice; they are few against the weights and stay in the L2 cache.
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK_M)
@@ -120,6 +125,7 @@ def sort_pairs(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         order,
         offsets,
         pairs,
+        BLOCK_M=BLOCK_M,
         num_warps=4,
     )
     return order, offsets
@@ -130,7 +136,10 @@ BLOCK_M_FEW = 16
 BLOCK_M_MANY = 64
 BLOCK_I = 32
 BLOCK_D = 64
+BLOCK_K = 64
 BLOCK_COMBINE = 1024
+NUM_WARPS = 4
+NUM_STAGES = 3
 
 
 @triton.jit
@@ -142,14 +151,14 @@ def gate_up_kernel(
     hidden,
     x_stride,
     BLOCK_M: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     E: tl.constexpr = 6
     K: tl.constexpr = 2
     D: tl.constexpr = 72
     WIDTH: tl.constexpr = 24
     BLOCK_E: tl.constexpr = 8
-    BLOCK_I: tl.constexpr = 32
-    BLOCK_K: tl.constexpr = 64
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
         return
@@ -180,10 +189,10 @@ def combine_kernel(
     y,
     weights,
     out,
+    BLOCK_COMBINE: tl.constexpr,
 ):
     K: tl.constexpr = 2
     D: tl.constexpr = 72
-    BLOCK_COMBINE: tl.constexpr = 1024
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COMBINE + tl.arange(0, BLOCK_COMBINE)
     inside = column < D
@@ -215,8 +224,10 @@ def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, 
         hidden,
         x.stride(0),
         BLOCK_M=block,
-        num_warps=4,
-        num_stages=3,
+        BLOCK_I=BLOCK_I,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
     # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
     expect(E=(experts, 6), OUT=(hidden_width, 72), D=(width, 24))
@@ -228,14 +239,17 @@ def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, 
         y,
         width,
         BLOCK_M=block,
-        num_warps=4,
-        num_stages=3,
+        BLOCK_N=BLOCK_D,
+        BLOCK_K=BLOCK_K,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
     )
     expect(K=(top_k, 2), D=(hidden_width, 72))
     combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
         y,
         weights.contiguous(),
         out,
+        BLOCK_COMBINE=BLOCK_COMBINE,
         num_warps=4,
     )
     return out

@@ -1,0 +1,105 @@
+"""The plain-Triton parts of the Hopper expert layer, in the interpreter: run by test_moe.py."""
+
+import math
+
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.kernels.sm_90.plan_experts import plan_experts
+from codegen.kernels.sm_90.route import route
+from codegen.kernels.sm_90.routed_swiglu import combine
+from codegen.kernels.sm_90.single_token import swiglu_of_pairs, weighted_down
+
+SIGMOID = ("sigmoid", "top2", -math.inf, True)
+SOFTMAX = ("softmax", "max", 0.0, False)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """torch.empty gives NaN or a huge integer: what a kernel leaves unwritten shows."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def both_routes(logits, bias, top_k, groups, top_groups, settings):
+    scoring, group_score, masked, normalise = settings
+    arguments = (logits, bias, scoring, top_k, groups, top_groups, group_score, masked, normalise, 1e-20, 2.5)
+    return route(*arguments), torch.ops.dsv3.route(*arguments)
+
+
+@pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, groups, top_groups",
+    [(1, 1, 1, 1, 1), (3, 7, 3, 1, 1), (4, 15, 4, 5, 2), (2, 60, 6, 3, 2), (3, 6, 2, 6, 3), (2, 16, 8, 4, 4)],
+)
+def test_routes_agree(tokens, experts, top_k, groups, top_groups, biased, settings):
+    bias = torch.randn(experts) if biased else None
+    found, expected = both_routes(torch.randn(tokens, experts), bias, top_k, groups, top_groups, settings)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
+def test_lowest_index_wins_ties(settings):
+    logits = torch.randint(-1, 2, (16, 12)).float()
+    found, expected = both_routes(logits, None, 5, 4, 2, settings)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_dropped_groups_are_chosen_lowest_first_when_too_few_are_left():
+    found, expected = both_routes(torch.randn(3, 12), torch.randn(12) - 1, 7, 6, 2, SIGMOID)
+    torch.testing.assert_close(found, expected)
+
+
+def test_minus_zero_ties_with_zero():
+    found, expected = both_routes(torch.zeros(1, 4), torch.tensor([-0.5, -0.5, -0.5, -0.7]), 2, 1, 1, SIGMOID)
+    assert torch.equal(found[0], expected[0])
+
+
+def draw_pairs(tokens, top_k, experts):
+    return torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+
+
+# The last has more pairs than the plan gathers in the launch that counts.
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, rows", [(1, 4, 9, 8), (5, 3, 11, 2), (64, 8, 30, 16), (700, 8, 20, 64)]
+)
+def test_a_plan_holds_every_pair_once_in_sorted_order(tokens, top_k, experts, rows):
+    x, indices = torch.randn(tokens, 40), draw_pairs(tokens, top_k, experts)
+    plan = plan_experts(x, indices, experts, rows)
+    order = indices.flatten().argsort(stable=True)
+    assert torch.equal(plan.order.long(), order)
+    assert torch.equal(plan.gathered, x[order // top_k])
+
+
+@pytest.mark.parametrize("tokens, top_k, experts, rows", [(5, 3, 11, 2), (64, 8, 30, 16), (40, 2, 3, 20)])
+def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, experts, rows):
+    indices = draw_pairs(tokens, top_k, experts)
+    plan = plan_experts(torch.randn(tokens, 8), indices, experts, rows)
+    expected, begin = [], 0
+    for expert, count in enumerate(torch.bincount(indices.flatten(), minlength=experts).tolist()):
+        size = math.ceil(count / math.ceil(count / rows)) if count else 1
+        expected += [(expert, first, min(first + size, begin + count)) for first in range(begin, begin + count, size)]
+        begin += count
+    used = int(plan.tiles[3, 0])
+    assert [tuple(tile) for tile in plan.tiles[:3, :used].T.tolist()] == expected
+
+
+@pytest.mark.parametrize("tokens, hidden, width", [(1, 72, 40), (3, 33, 17)])
+def test_single_tokens_agree(tokens, hidden, width):
+    x, indices, weights = torch.randn(tokens, hidden), draw_pairs(tokens, 3, 5), torch.rand(tokens, 3)
+    gate_up, down = torch.randn(5, 2 * width, hidden), torch.randn(5, hidden, width)
+    expected = torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down)
+    found = weighted_down(swiglu_of_pairs(x, indices, gate_up, (4, 64), 4), indices, weights, down, (4, 32), 4)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_combine_sums_the_pairs_of_a_token():
+    y = torch.randn(5 * 3, 1030)
+    torch.testing.assert_close(combine(y, 3), y.view(5, 3, -1).sum(1))

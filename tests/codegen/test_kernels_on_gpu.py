@@ -1,0 +1,110 @@
+"""The plain kernels on the GPU of this machine, at widths of real models, in bfloat16, which the interpreter lacks."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BF16 = torch.bfloat16
+
+
+def normal(*shape, dtype=BF16):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def both(op, *arguments):
+    """(kernel's result, reference's result in float32), on copies of the arguments."""
+    launcher = getattr(importlib.import_module(f"codegen.kernels.{op}"), op)
+    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == BF16 else x for x in copies]
+    found, expected = launcher(*copies), getattr(torch.ops.dsv3, op)(*wide)
+    return (copies[5:7], wide[5:7]) if found is None else (found, expected)
+
+
+def assert_near(found, expected, tolerance=1e-2):
+    if isinstance(found, torch.Tensor):
+        found, expected = [found], [expected]
+    for one, other in zip(found, expected, strict=True):
+        error = (one.double() - other.double()).norm() / other.double().norm()
+        assert one.isfinite().all() and error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("rows, width", [(1, 7168), (33, 1536), (4097, 512)])
+def test_norms(rows, width):
+    x, residual, weight = normal(rows, width), normal(rows, width), normal(width)
+    assert_near(*both("rms_norm", x, weight, 1e-6))
+    assert_near(*both("add_rms_norm", x, residual, weight, 1e-6))
+
+
+def test_swiglu_and_rotary():
+    assert_near(*both("swiglu", normal(33, 4096)))
+    angle = normal(2, 9, 32, dtype=torch.float32)
+    assert_near(*both("rotary", normal(2, 9, 128, 192)[..., 128:], angle.cos(), angle.sin(), True))
+
+
+def test_cache_write():
+    angle = normal(3, 1, 32, dtype=torch.float32)
+    positions = torch.tensor([[5], [0], [63]], device="cuda")
+    caches = normal(3, 64, 512), normal(3, 64, 64)
+    arguments = (normal(3, 1, 576), normal(512), angle.cos(), angle.sin(), positions, *caches, 1e-6, True)
+    assert_near(*both("write_cache_", *arguments))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (3, 24, 12), (20, 384, 32)])
+@pytest.mark.parametrize("queries, batch", [(1, 1), (1, 5), (4, 2)])
+def test_mla_attention(heads, rank, rope, queries, batch, dtype):
+    if dtype == torch.float32 and rank > 256:
+        pytest.skip("a tile of 512 float32 columns does not fit")
+    context = 3001
+    last = torch.randint(queries, context, (batch, 1), device="cuda")
+    last[0] = context - 1
+    positions = last - torch.arange(queries, device="cuda").flip(0)
+    q = normal(batch, queries, heads, rank, dtype=dtype), normal(batch, queries, heads, rope, dtype=dtype)
+    cache = normal(batch, context, rank, dtype=dtype), normal(batch, context, rope, dtype=dtype)
+    found, expected = both("mla_attention", *q, *cache, positions, 1 / math.sqrt(rank + rope))
+    assert_near(found, expected, 1e-2 if dtype == BF16 else 1e-5)
+
+
+@pytest.mark.parametrize("queries, heads, groups, widths", [(1, 16, 16, (192, 128)), (517, 6, 2, (128, 128))])
+def test_attention(queries, heads, groups, widths):
+    q, k, v = normal(2, queries, heads, widths[0]), normal(2, 600, groups, widths[0]), normal(2, 600, groups, widths[1])
+    positions = torch.tensor([[0], [600 - queries]], device="cuda") + torch.arange(queries, device="cuda")
+    assert_near(*both("attention", q, k, v, positions, 0.07))
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+@pytest.mark.parametrize(
+    "experts, top_k, groups, top_groups, scoring, group_score, masked",
+    [
+        (256, 8, 8, 4, "sigmoid", "top2", -math.inf),
+        (160, 6, 8, 3, "softmax", "max", 0.0),
+        (384, 8, 1, 1, "sigmoid", "top2", -math.inf),
+    ],
+)
+def test_route(tokens, experts, top_k, groups, top_groups, scoring, group_score, masked):
+    logits, bias = normal(tokens, experts, dtype=torch.float32), normal(experts, dtype=torch.float32)
+    (indices, weights), (expected, expected_weights) = both(
+        "route", logits, bias, scoring, top_k, groups, top_groups, group_score, masked, True, 1e-20, 2.5
+    )
+    same = (indices == expected).all(1)
+    assert same.double().mean() > 0.995  # exp differs in the last bit between the two, which can turn a tie
+    torch.testing.assert_close(weights[same], expected_weights[same])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 700])
+def test_experts(tokens):
+    experts, top_k, hidden, width = 64, 6, 2048, 1408
+    indices = torch.stack([torch.randperm(experts, device="cuda")[:top_k] for _ in range(tokens)])
+    found, expected = both("sort_pairs", indices, experts)
+    torch.testing.assert_close(found, expected)
+    x, weights = normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+    gate_up = normal(experts, 2 * width, hidden) / hidden**0.5
+    down = normal(experts, hidden, width) / width**0.5
+    assert_near(*both("routed_swiglu", x, indices, weights, gate_up, down))
+    order, offsets = expected
+    assert_near(*both("grouped_linear", x[order // top_k], gate_up, offsets))
