@@ -27,12 +27,17 @@ from codegen.kernels.sm_90.plan_experts import ExpertPlan
 
 @dataclass(frozen=True)
 class Tile:
-    """`outputs` rows of a weight times `depth` columns per step; `stages` steps in flight; `warps` multiply."""
+    """Up to `rows` tokens, or `more_rows` more where an expert has them, times `outputs` rows of a weight.
 
+    `depth` columns per step, `stages` steps in flight, `warps` that multiply.
+    """
+
+    rows: int
     outputs: int
     depth: int
     stages: int
     warps: int
+    more_rows: int = 0
     programs_per_sm: int = 1
     registers: int | None = None  # per thread, so that programs share a multiprocessor
 
@@ -41,31 +46,40 @@ class Tile:
 def _load(
     weight_desc,
     x_desc,
+    more_desc,
     tiles_ptr,
     max_tiles,
     steps,
     weights_smem,
     x_smem,
+    more_smem,
     full,
     empty,
     EXPERT_ROWS: gl.constexpr,
     OUTPUT_TILES: gl.constexpr,
     PARTS: gl.constexpr,
     PART_ROWS: gl.constexpr,
+    ROWS: gl.constexpr,
+    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
-    STEP_BYTES: gl.constexpr,
 ):
     """The loading warp: it never waits for an item to end, so reading goes on across items."""
+    ELEMENT: gl.constexpr = weight_desc.dtype.primitive_bitwidth // 8
+    WEIGHT_BYTES: gl.constexpr = PARTS * BLOCK_O * BLOCK_D * ELEMENT
+    STEP_BYTES: gl.constexpr = WEIGHT_BYTES + ROWS * BLOCK_D * ELEMENT
+    FULL_STEP_BYTES: gl.constexpr = STEP_BYTES + MORE_ROWS * BLOCK_D * ELEMENT
     items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
     first = gl.program_id(0)
     # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
     ahead = gl.where(first < items, gl.minimum(steps, STAGES), 0)
-    expert = gl.load(tiles_ptr + gl.minimum(first, items - 1) // OUTPUT_TILES)
-    weight_row = expert * EXPERT_ROWS + (first % OUTPUT_TILES) * BLOCK_O
+    tile = gl.minimum(first, items - 1) // OUTPUT_TILES
+    weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (first % OUTPUT_TILES) * BLOCK_O
+    many = gl.load(tiles_ptr + 2 * max_tiles + tile) - gl.load(tiles_ptr + max_tiles + tile) > ROWS
     for slot in range(ahead):
-        mbarrier.expect(full.index(slot), STEP_BYTES)
+        mbarrier.expect(full.index(slot), STEP_BYTES, pred=not many)
+        mbarrier.expect(full.index(slot), FULL_STEP_BYTES, pred=many)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
                 weight_desc,
@@ -79,13 +93,14 @@ def _load(
     phase = 1
     for item in range(first, items, gl.num_programs(0)):
         tile = item // OUTPUT_TILES
-        expert = gl.load(tiles_ptr + tile)
         row = gl.load(tiles_ptr + max_tiles + tile)
-        weight_row = expert * EXPERT_ROWS + (item % OUTPUT_TILES) * BLOCK_O
+        many = gl.load(tiles_ptr + 2 * max_tiles + tile) - row > ROWS
+        weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (item % OUTPUT_TILES) * BLOCK_O
         for step in range(steps):
             mbarrier.wait(empty.index(slot), phase)
             fresh = count >= ahead
-            mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh)
+            mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh & (not many))
+            mbarrier.expect(full.index(slot), FULL_STEP_BYTES, pred=fresh & many)
             for part in gl.static_range(PARTS):
                 tma.async_copy_global_to_shared(
                     weight_desc,
@@ -95,11 +110,100 @@ def _load(
                     pred=fresh,
                 )
             tma.async_copy_global_to_shared(x_desc, [row, step * BLOCK_D], full.index(slot), x_smem.index(slot))
+            if MORE_ROWS > 0:
+                tma.async_copy_global_to_shared(
+                    more_desc, [row + ROWS, step * BLOCK_D], full.index(slot), more_smem.index(slot), pred=many
+                )
             count += 1
             slot += 1
             if slot == STAGES:
                 slot = 0
                 phase ^= 1
+
+
+@gluon.jit
+def _accumulate(
+    weights_smem,
+    x_smem,
+    more_smem,
+    full,
+    empty,
+    slot,
+    phase,
+    steps,
+    PARTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    MORE_ROWS: gl.constexpr,
+    BLOCK_O: gl.constexpr,
+    STAGES: gl.constexpr,
+    MANY: gl.constexpr,
+):
+    """One item's products: per part of the weight a [BLOCK_O, ROWS] sum, and if MANY a [BLOCK_O, MORE_ROWS] one."""
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
+    MORE: gl.constexpr = MORE_ROWS if MANY else 8
+    more_products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, MORE, 16])
+    first = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
+    second = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
+    first_more = gl.zeros((BLOCK_O, MORE), gl.float32, more_products)
+    second_more = gl.zeros((BLOCK_O, MORE), gl.float32, more_products)
+    for step in range(steps):
+        mbarrier.wait(full.index(slot), phase)
+        tokens = x_smem.index(slot).permute((1, 0))
+        first = warpgroup_mma(weights_smem.index(slot * PARTS), tokens, first, is_async=True)
+        if PARTS == 2:
+            second = warpgroup_mma(weights_smem.index(slot * PARTS + 1), tokens, second, is_async=True)
+        if MANY:
+            others = more_smem.index(slot).permute((1, 0))
+            first_more = warpgroup_mma(weights_smem.index(slot * PARTS), others, first_more, is_async=True)
+            if PARTS == 2:
+                second_more = warpgroup_mma(weights_smem.index(slot * PARTS + 1), others, second_more, is_async=True)
+        # One step stays in flight; the step before it has been read.
+        first, second, first_more, second_more = _settle(
+            first, second, first_more, second_more, PARTS * (2 if MANY else 1), PARTS, MANY
+        )
+        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+    first, second, first_more, second_more = _settle(first, second, first_more, second_more, 0, PARTS, MANY)
+    mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
+    return first, second, first_more, second_more, slot, phase
+
+
+@gluon.jit
+def _settle(first, second, first_more, second_more, LEFT: gl.constexpr, PARTS: gl.constexpr, MANY: gl.constexpr):
+    """Wait until at most LEFT products are in flight."""
+    if MANY and PARTS == 2:
+        first, second, first_more, second_more = warpgroup_mma_wait(LEFT, deps=(first, second, first_more, second_more))
+    elif MANY:
+        first, first_more = warpgroup_mma_wait(LEFT, deps=(first, first_more))
+    elif PARTS == 2:
+        first, second = warpgroup_mma_wait(LEFT, deps=(first, second))
+    else:
+        first = warpgroup_mma_wait(LEFT, deps=(first,))
+    return first, second, first_more, second_more
+
+
+@gluon.jit
+def _finish(first, second, begin, end, output_begin, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU: gl.constexpr):
+    """What the product ends with: SwiGLU in sorted order, or the pair's weight, scattered back to pair order."""
+    ROWS: gl.constexpr = first.shape[1]
+    # Eight neighbouring outputs of one token per thread: 16-byte stores.
+    stored: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, gl.num_warps()], [0, 1])
+    row = begin + gl.arange(0, ROWS, gl.SliceLayout(0, stored))
+    output = output_begin + gl.arange(0, first.shape[0], gl.SliceLayout(1, stored))
+    if SWIGLU:
+        result = first / (1.0 + gl.exp(-first)) * second
+        out_row = row.to(gl.int64)
+    else:
+        weighed = begin + gl.arange(0, ROWS, gl.SliceLayout(0, first.type.layout))
+        weight = gl.load(pair_weights_ptr + gl.load(order_ptr + weighed, mask=weighed < end, other=0))
+        result = first * weight[None, :]
+        out_row = gl.load(order_ptr + row, mask=row < end, other=0).to(gl.int64)
+    values = gl.convert_layout(result.to(out_ptr.dtype.element_ty), stored)
+    written = (output < width)[:, None] & (row < end)[None, :]
+    gl.store(out_ptr + out_row[None, :] * width + output[:, None], values, mask=written)
 
 
 @gluon.jit
@@ -113,20 +217,18 @@ def _multiply(
     width,
     weights_smem,
     x_smem,
+    more_smem,
     full,
     empty,
     OUTPUT_TILES: gl.constexpr,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
+    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     STAGES: gl.constexpr,
     SWIGLU: gl.constexpr,
 ):
-    """The multiplying warps: [BLOCK_O, ROWS] of outputs times tokens, and what the product ends with."""
-    WARPS: gl.constexpr = gl.num_warps()
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
-    # Eight neighbouring outputs of one token per thread: 16-byte stores.
-    stored: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    """The multiplying warps."""
     items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
     slot = 0
     phase = 0
@@ -134,48 +236,29 @@ def _multiply(
         tile = item // OUTPUT_TILES
         begin = gl.load(tiles_ptr + max_tiles + tile)
         end = gl.load(tiles_ptr + 2 * max_tiles + tile)
-        first = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
-        second = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
-        for step in range(steps):
-            mbarrier.wait(full.index(slot), phase)
-            tokens = x_smem.index(slot).permute((1, 0))
-            first = warpgroup_mma(weights_smem.index(slot * PARTS), tokens, first, is_async=True)
-            if PARTS == 2:
-                second = warpgroup_mma(weights_smem.index(slot * PARTS + 1), tokens, second, is_async=True)
-                first, second = warpgroup_mma_wait(PARTS, deps=(first, second))
-            else:
-                first = warpgroup_mma_wait(PARTS, deps=(first,))
-            # One step stays in flight; the step before it has been read.
-            mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
-        if PARTS == 2:
-            first, second = warpgroup_mma_wait(0, deps=(first, second))
+        output = (item % OUTPUT_TILES) * BLOCK_O
+        if MORE_ROWS > 0 and end - begin > ROWS:
+            first, second, first_more, second_more, slot, phase = _accumulate(
+                weights_smem, x_smem, more_smem, full, empty, slot, phase, steps,
+                PARTS, ROWS, MORE_ROWS, BLOCK_O, STAGES, True,
+            )  # fmt: skip
+            _finish(first, second, begin, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU)
+            _finish(
+                first_more, second_more, begin + ROWS, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU
+            )
         else:
-            first = warpgroup_mma_wait(0, deps=(first,))
-        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
-
-        row = begin + gl.arange(0, ROWS, gl.SliceLayout(0, stored))
-        output = (item % OUTPUT_TILES) * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(1, stored))
-        if SWIGLU:
-            result = first / (1.0 + gl.exp(-first)) * second
-            out_row = row.to(gl.int64)
-        else:
-            weighed = begin + gl.arange(0, ROWS, gl.SliceLayout(0, products))
-            weight = gl.load(pair_weights_ptr + gl.load(order_ptr + weighed, mask=weighed < end, other=0))
-            result = first * weight[None, :]
-            out_row = gl.load(order_ptr + row, mask=row < end, other=0).to(gl.int64)
-        values = gl.convert_layout(result.to(out_ptr.dtype.element_ty), stored)
-        written = (output < width)[:, None] & (row < end)[None, :]
-        gl.store(out_ptr + out_row[None, :] * width + output[:, None], values, mask=written)
+            first, second, _, _, slot, phase = _accumulate(
+                weights_smem, x_smem, more_smem, full, empty, slot, phase, steps,
+                PARTS, ROWS, MORE_ROWS, BLOCK_O, STAGES, False,
+            )  # fmt: skip
+            _finish(first, second, begin, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU)
 
 
 @gluon.jit
-def _product_kernel(
+def product_kernel(
     weight_desc,
     x_desc,
+    more_desc,
     out_ptr,
     order_ptr,
     pair_weights_ptr,
@@ -187,6 +270,7 @@ def _product_kernel(
     OUTPUT_TILES: gl.constexpr,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
+    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
@@ -196,6 +280,9 @@ def _product_kernel(
     dtype: gl.constexpr = weight_desc.dtype
     weights_smem = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_O, BLOCK_D], weight_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_D], x_desc.layout)
+    more_smem = x_smem
+    if MORE_ROWS > 0:
+        more_smem = gl.allocate_shared_memory(dtype, [STAGES, MORE_ROWS, BLOCK_D], more_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -205,63 +292,26 @@ def _product_kernel(
         # The plan itself is the predecessor's output; after this the successor may rely on it.
         gdc_wait()
     gdc_launch_dependents()
-    STEP_BYTES: gl.constexpr = (PARTS * BLOCK_O + ROWS) * BLOCK_D * (dtype.primitive_bitwidth // 8)
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    out_ptr,
-                    order_ptr,
-                    pair_weights_ptr,
-                    tiles_ptr,
-                    max_tiles,
-                    steps,
-                    width,
-                    weights_smem,
-                    x_smem,
-                    full,
-                    empty,
-                    OUTPUT_TILES,
-                    PARTS,
-                    ROWS,
-                    BLOCK_O,
-                    STAGES,
-                    SWIGLU,
-                ),
-            ),
-            (
-                _load,
-                (
-                    weight_desc,
-                    x_desc,
-                    tiles_ptr,
-                    max_tiles,
-                    steps,
-                    weights_smem,
-                    x_smem,
-                    full,
-                    empty,
-                    EXPERT_ROWS,
-                    OUTPUT_TILES,
-                    PARTS,
-                    EXPERT_ROWS // 2,
-                    BLOCK_O,
-                    BLOCK_D,
-                    STAGES,
-                    STEP_BYTES,
-                ),
-            ),
+            (_multiply, (
+                out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, steps, width,
+                weights_smem, x_smem, more_smem, full, empty,
+                OUTPUT_TILES, PARTS, ROWS, MORE_ROWS, BLOCK_O, STAGES, SWIGLU,
+            )),
+            (_load, (
+                weight_desc, x_desc, more_desc, tiles_ptr, max_tiles, steps,
+                weights_smem, x_smem, more_smem, full, empty,
+                EXPERT_ROWS, OUTPUT_TILES, PARTS, EXPERT_ROWS // 2, ROWS, MORE_ROWS, BLOCK_O, BLOCK_D, STAGES,
+            )),
         ],
         [1],
         [40],
-    )
+    )  # fmt: skip
 
 
-def grouped_product(
-    x: Tensor, weight: Tensor, plan: ExpertPlan, rows: int, tile: Tile, pair_weights: Tensor | None
-) -> Tensor:
-    """One grouped product over the tiles of `plan`, which holds at most `rows` tokens each.
+def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pair_weights: Tensor | None) -> Tensor:
+    """One grouped product over the tiles of `plan`, made for tile.rows + tile.more_rows.
 
     Without pair weights: x [M, D] sorted, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
     With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
@@ -269,19 +319,21 @@ def grouped_product(
     experts, expert_rows, depth = weight.shape
     swiglu = pair_weights is None
     width = expert_rows // 2 if swiglu else expert_rows
-    weight_box, x_box = [tile.outputs, tile.depth], [rows, tile.depth]
+    weight_box, x_box = [tile.outputs, tile.depth], [tile.rows, tile.depth]
+    more_box = [tile.more_rows or tile.rows, tile.depth]
     dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     output_tiles = triton.cdiv(width, tile.outputs)
     programs = min(processors * tile.programs_per_sm, plan.tiles.shape[1] * output_tiles)
-    _product_kernel[(programs,)](
+    product_kernel[(programs,)](
         TensorDescriptor.from_tensor(
             weight.view(experts * expert_rows, depth),
             weight_box,
             gl.NVMMASharedLayout.get_default_for(weight_box, dtype),
         ),
         TensorDescriptor.from_tensor(x, x_box, gl.NVMMASharedLayout.get_default_for(x_box, dtype)),
+        TensorDescriptor.from_tensor(x, more_box, gl.NVMMASharedLayout.get_default_for(more_box, dtype)),
         out,
         plan.order,
         out if pair_weights is None else pair_weights,
@@ -292,7 +344,8 @@ def grouped_product(
         EXPERT_ROWS=expert_rows,
         OUTPUT_TILES=output_tiles,
         PARTS=2 if swiglu else 1,
-        ROWS=rows,
+        ROWS=tile.rows,
+        MORE_ROWS=tile.more_rows,
         BLOCK_O=tile.outputs,
         BLOCK_D=tile.depth,
         STAGES=tile.stages,

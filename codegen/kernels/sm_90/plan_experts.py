@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.launch import overlapped
+MANY_PAIRS = 4096
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ExpertPlan:
 
 
 @triton.jit
-def _plan_kernel(
+def plan_kernel(
     indices_ptr,
     x_ptr,
     order_ptr,
@@ -39,6 +39,7 @@ def _plan_kernel(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
+    GATHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,12 +65,14 @@ def _plan_kernel(
         tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
     if end > begin:
         if tl.program_id(1) == 0:
-            for row in range(begin, end, ROWS):
-                tile = tiles_ptr + first_tile + (row - begin) // ROWS
+            # Equal tiles rather than full ones and a rest: a product's width is rounded up per tile.
+            parts = (end - begin + ROWS - 1) // ROWS
+            size = (end - begin + parts - 1) // parts
+            for part in range(0, parts):
+                tile = tiles_ptr + first_tile + part
                 tl.store(tile, expert)
-                tl.store(tile + max_tiles, row)
-                tl.store(tile + 2 * max_tiles, tl.minimum(row + ROWS, end))
-        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+                tl.store(tile + max_tiles, begin + part * size)
+                tl.store(tile + 2 * max_tiles, tl.minimum(begin + (part + 1) * size, end))
         row = begin
         for block in range(0, pairs, BLOCK_M):
             chosen = tl.load(indices_ptr + block + place, mask=block + place < pairs, other=-1).to(tl.int32)
@@ -78,14 +81,40 @@ def _plan_kernel(
             # Every column program writes the same numbers: it reads them back without waiting for another.
             tl.store(order_ptr + rank, block + place, mask=mine != 0)
             row += tl.sum(mine)
-        tl.debug_barrier()
-        for block in range(begin, end, BLOCK_R):
-            rows = block + tl.arange(0, BLOCK_R)
-            pair = tl.load(order_ptr + rows, mask=rows < end, other=0)
-            inside = (rows < end)[:, None] & (column < width)[None, :]
-            token = (pair // TOP_K).to(tl.int64)
-            values = tl.load(x_ptr + token[:, None] * width + column[None, :], mask=inside)
-            tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * width + column[None, :], values, mask=inside)
+        if GATHER:
+            tl.debug_barrier()
+            column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            for block in range(begin, end, BLOCK_R):
+                rows = block + tl.arange(0, BLOCK_R)
+                _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, width, TOP_K)
+
+
+@triton.jit
+def _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, width, TOP_K: tl.constexpr):
+    token = (tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K).to(tl.int64)
+    inside = (rows < end)[:, None] & (column < width)[None, :]
+    values = tl.load(x_ptr + token[:, None] * width + column[None, :], mask=inside)
+    tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * width + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def gather_kernel(
+    x_ptr,
+    order_ptr,
+    gathered_ptr,
+    pairs,
+    width,
+    TOP_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+):
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, pairs, column, width, TOP_K)
 
 
 def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
@@ -97,7 +126,10 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
     tiles = torch.empty((4, max_tiles), dtype=torch.int32, device=x.device)
     gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     block_d = min(1024, triton.next_power_of_2(width))
-    _plan_kernel[(experts, triton.cdiv(width, block_d))](
+    columns = triton.cdiv(width, block_d)
+    # One launch while counting is cheap; with many pairs, counting once per block of columns costs more.
+    together = pairs <= MANY_PAIRS
+    plan_kernel[(experts, columns if together else 1)](
         indices,
         x,
         order,
@@ -109,11 +141,27 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
         EXPERTS=experts,
         TOP_K=top_k,
         ROWS=rows,
+        GATHER=together,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=min(4096, max(128, triton.next_power_of_2(pairs))),
         BLOCK_D=block_d,
         BLOCK_R=8,
         num_warps=8,
-        **overlapped(x),
+        OVERLAPPED=x.is_cuda,
+        launch_pdl=x.is_cuda,
     )
+    if not together:
+        gather_kernel[(triton.cdiv(pairs, 4), columns)](
+            x,
+            order,
+            gathered,
+            pairs,
+            width,
+            TOP_K=top_k,
+            BLOCK_R=4,
+            BLOCK_D=block_d,
+            num_warps=4,
+            OVERLAPPED=x.is_cuda,
+            launch_pdl=x.is_cuda,
+        )
     return ExpertPlan(order, tiles, gathered)

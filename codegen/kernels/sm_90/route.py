@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.launch import overlapped
-
 _LOWEST = tl.constexpr(-(2**31))
 _BEHIND = tl.constexpr(2**31 - 1)
 
@@ -22,7 +20,12 @@ def _sortable(values):
 
 
 @triton.jit
-def _route_kernel(
+def _floats(keys):
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def route_kernel(
     logits_ptr,
     bias_ptr,
     indices_ptr,
@@ -71,35 +74,34 @@ def _route_kernel(
     if HAS_BIAS:
         choice += bias[None, :]
 
+    key = tl.where(is_expert[None, :], _sortable(choice), _LOWEST)
     if TOP_GROUPS < GROUPS:
-        grouped = tl.reshape(tl.where(is_expert[None, :], choice, float("-inf")), (BLOCK_N, BLOCK_G, BLOCK_S))
-        value = tl.max(grouped, 2)
+        grouped = tl.reshape(key, (BLOCK_N, BLOCK_G, BLOCK_S))
+        best = tl.max(grouped, 2)
+        value = _floats(best)
         if TOP2 and GROUP_SIZE > 1:
             place = tl.arange(0, BLOCK_S)[None, None, :]
-            first = tl.min(tl.where(grouped == value[:, :, None], place, BLOCK_S), 2)
-            value += tl.max(tl.where(place == first[:, :, None], float("-inf"), grouped), 2)
+            first = tl.min(tl.where(grouped == best[:, :, None], place, BLOCK_S), 2)
+            value += _floats(tl.max(tl.where(place == first[:, :, None], _LOWEST, grouped), 2))
         number = tl.arange(0, BLOCK_G)[None, :]
         group_key = tl.where(number < GROUPS, _sortable(value), _LOWEST)
         dropped = number < GROUPS
         for _ in tl.static_range(TOP_GROUPS):
             best = tl.max(group_key, 1)
-            chosen = tl.min(tl.where((group_key == best[:, None]) & dropped, number, BLOCK_G), 1)
-            dropped = dropped & (number != chosen[:, None])
-            group_key = tl.where(number == chosen[:, None], _LOWEST, group_key)
-        spread = tl.broadcast_to(dropped.to(tl.int32)[:, :, None], (BLOCK_N, BLOCK_G, BLOCK_S))
-        choice = tl.where(tl.reshape(spread, (BLOCK_N, BLOCK_G * BLOCK_S)) != 0, masked, choice)
+            kept = tl.min(tl.where((group_key == best[:, None]) & dropped, number, BLOCK_G), 1)
+            dropped = dropped & (number != kept[:, None])
+            group_key = tl.where(number == kept[:, None], _LOWEST, group_key)
+        masked_key = _sortable(tl.full((BLOCK_N, BLOCK_G, BLOCK_S), masked, tl.float32))
+        limited = tl.where(dropped[:, :, None], masked_key, grouped)
+        key = tl.where(is_expert[None, :], tl.reshape(limited, (BLOCK_N, BLOCK_G * BLOCK_S)), _LOWEST)
 
-    key = tl.where(is_expert[None, :], _sortable(choice), _LOWEST)
-    left = tl.broadcast_to(tl.where(is_expert, expert, _BEHIND)[None, :], (BLOCK_N, BLOCK_G * BLOCK_S))
     slot = tl.arange(0, BLOCK_K)[None, :]
     chosen_experts = tl.zeros((BLOCK_N, BLOCK_K), tl.int32)
     for k in tl.static_range(TOP_K):
         best = tl.max(key, 1)
-        index = tl.min(tl.where(key == best[:, None], left, _BEHIND), 1)
+        index = tl.min(tl.where(key == best[:, None], expert[None, :], _BEHIND), 1)
         chosen_experts = tl.where(slot == k, index[:, None], chosen_experts)
-        taken = left == index[:, None]
-        key = tl.where(taken, _LOWEST, key)
-        left = tl.where(taken, _BEHIND, left)
+        key = tl.where(expert[None, :] == index[:, None], _LOWEST, key)
     # Reading the chosen logits again is one cached load; carrying their scores would be a reduction each.
     place = row[:, None] * TOP_K + slot
     written = (row < tokens)[:, None] & (slot < TOP_K)
@@ -128,7 +130,6 @@ def route(
     normalise: bool,
     epsilon: float,
     scale: float,
-    block_n: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Kernel of the op `route`: logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32).
 
@@ -140,8 +141,8 @@ def route(
     weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
     if tokens == 0:
         return indices, weights
-    block_n = block_n or (1 if tokens <= 1024 else 2)
-    _route_kernel[(triton.cdiv(tokens, block_n),)](
+    block_n = 2 if tokens > 1 else 1
+    route_kernel[(triton.cdiv(tokens, block_n),)](
         logits.contiguous(),
         bias,
         indices,
@@ -163,6 +164,7 @@ def route(
         BLOCK_S=triton.next_power_of_2(experts // groups),
         BLOCK_K=triton.next_power_of_2(top_k),
         num_warps=1,
-        **overlapped(logits),
+        OVERLAPPED=logits.is_cuda,
+        launch_pdl=logits.is_cuda,
     )
     return indices, weights

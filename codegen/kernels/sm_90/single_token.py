@@ -8,11 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.launch import overlapped
-
 
 @triton.jit
-def _gate_up_kernel(
+def single_gate_up_kernel(
     x_ptr,
     indices_ptr,
     gate_up_ptr,
@@ -50,7 +48,7 @@ def _gate_up_kernel(
 
 
 @triton.jit
-def _down_kernel(
+def single_down_kernel(
     hidden_ptr,
     indices_ptr,
     weights_ptr,
@@ -90,7 +88,7 @@ def swiglu_of_pairs(x: Tensor, indices: Tensor, gate_up: Tensor, block: tuple[in
     tokens, top_k = indices.shape
     width, depth = gate_up.shape[1] // 2, gate_up.shape[2]
     hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
-    _gate_up_kernel[(triton.cdiv(width, block[0]), tokens * top_k)](
+    single_gate_up_kernel[(triton.cdiv(width, block[0]), tokens * top_k)](
         x,
         indices,
         gate_up,
@@ -101,7 +99,8 @@ def swiglu_of_pairs(x: Tensor, indices: Tensor, gate_up: Tensor, block: tuple[in
         BLOCK_I=block[0],
         BLOCK_D=block[1],
         num_warps=warps,
-        **overlapped(x),
+        OVERLAPPED=x.is_cuda,
+        launch_pdl=x.is_cuda,
     )
     return hidden
 
@@ -113,7 +112,7 @@ def weighted_down(
     tokens, top_k = indices.shape
     depth, width = down.shape[1:]
     out = torch.empty((tokens, depth), dtype=hidden.dtype, device=hidden.device)
-    _down_kernel[(triton.cdiv(depth, block[0]), tokens)](
+    single_down_kernel[(triton.cdiv(depth, block[0]), tokens)](
         hidden,
         indices,
         weights,
@@ -125,6 +124,7 @@ def weighted_down(
         BLOCK_O=block[0],
         BLOCK_I=block[1],
         num_warps=warps,
-        **overlapped(hidden),
+        OVERLAPPED=hidden.is_cuda,
+        launch_pdl=hidden.is_cuda,
     )
     return out

@@ -1,70 +1,219 @@
-"""A product with few rows: every weight is read once, with vector arithmetic, by many small programs."""
+"""A product with few rows on Hopper: every weight passes through shared memory once, through a TMA ring.
+
+wgmma wants 64 weight rows at a time, too many to occupy the chip where the weight has few. So a tile may be 64/SLICES
+weight rows, each cut into SLICES parts along the reduction; the tokens are cut the same way, and of the product of
+all parts with all parts the matching ones are summed. Products cost nothing here; reading does.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.launch import overlapped
+BLOCK_D = 64
+MOST_ROWS = 64
+RING_BYTES = 100 * 1024  # two programs share a multiprocessor
 
 
-@triton.jit
-def _skinny_kernel(
-    x_ptr,
-    weight_ptr,
+@gluon.jit
+def _load_slices(
+    weight_desc,
+    x_desc,
+    items,
+    steps,
+    weight_smem,
+    x_smem,
+    full,
+    empty,
+    OUTPUTS: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+    STEP_BYTES: gl.constexpr,
+):
+    first = gl.program_id(0)
+    # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
+    ahead = gl.where(first < items, gl.minimum(steps, STAGES), 0)
+    for slot in range(ahead):
+        mbarrier.expect(full.index(slot), STEP_BYTES)
+        tma.async_copy_global_to_shared(
+            weight_desc, [first * OUTPUTS, 0, slot * BLOCK_D], full.index(slot), weight_smem.index(slot)
+        )
+    gdc_wait()
+    count = 0
+    slot = 0
+    phase = 1
+    for item in range(first, items, gl.num_programs(0)):
+        for step in range(steps):
+            mbarrier.wait(empty.index(slot), phase)
+            fresh = count >= ahead
+            mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh)
+            tma.async_copy_global_to_shared(
+                weight_desc, [item * OUTPUTS, 0, step * BLOCK_D], full.index(slot), weight_smem.index(slot), pred=fresh
+            )
+            tma.async_copy_global_to_shared(x_desc, [0, 0, step * BLOCK_D], full.index(slot), x_smem.index(slot))
+            count += 1
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _multiply_slices(
     out_ptr,
     rows,
-    depth,
     width,
-    ROWS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    items,
+    steps,
+    weight_smem,
+    x_smem,
+    full,
+    empty,
+    SLICES: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    total = tl.zeros((ROWS, BLOCK_O, BLOCK_D), tl.float32)
-    weight_ptr += output.to(tl.int64)[:, None] * depth + column[None, :]
-    x_ptr += row[:, None] * depth + column[None, :]
-    is_output = (output < width)[:, None]
-    # Weights do not depend on the kernel before: the first of them are under way while it still drains.
-    weight = tl.load(weight_ptr, mask=is_output & (column < depth)[None, :], other=0.0)
-    if OVERLAPPED:
-        gdc_wait()
-        gdc_launch_dependents()
-    for start in range(0, depth, BLOCK_D):
-        following = start + BLOCK_D + column < depth
-        inside = start + column < depth
-        x = tl.load(x_ptr + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-        ahead = tl.load(weight_ptr + start + BLOCK_D, mask=is_output & following[None, :], other=0.0)
-        total += weight.to(tl.float32)[None, :, :] * x.to(tl.float32)[:, None, :]
-        weight = ahead
-    out = tl.sum(total, 2).to(out_ptr.dtype.element_ty)
-    place = row[:, None] * width + output[None, :]
-    tl.store(out_ptr + place, out, mask=(row < rows)[:, None] & (output < width)[None, :])
+    OUTPUTS: gl.constexpr = 64 // SLICES
+    COLUMNS: gl.constexpr = ROWS * SLICES
+    dtype: gl.constexpr = weight_smem.dtype
+    weight_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_D], dtype)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, BLOCK_D], dtype)
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    stored: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    slot = 0
+    phase = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        total = gl.zeros((64, COLUMNS), gl.float32, products)
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            weight = weight_smem.index(slot)._reinterpret(dtype, [64, BLOCK_D], weight_layout)
+            x = x_smem.index(slot)._reinterpret(dtype, [COLUMNS, BLOCK_D], x_layout)
+            total = warpgroup_mma(weight, x.permute((1, 0)), total, is_async=True)
+            # One step stays in flight; the step before it has been read.
+            total = warpgroup_mma_wait(1, deps=(total,))
+            mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        total = warpgroup_mma_wait(0, deps=(total,))
+        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
+        if SLICES > 1:
+            part = gl.arange(0, 64, gl.SliceLayout(1, products)) % SLICES
+            other = gl.arange(0, COLUMNS, gl.SliceLayout(0, products)) % SLICES
+            matching = gl.where(part[:, None] == other[None, :], total, 0.0)
+            by_column = gl.sum(gl.reshape(matching, (OUTPUTS, SLICES, COLUMNS)), 1)
+            result = gl.sum(gl.reshape(by_column, (OUTPUTS, ROWS, SLICES)), 2)
+        else:
+            result = total
+        values = gl.convert_layout(result.to(out_ptr.dtype.element_ty), stored)
+        output = item * OUTPUTS + gl.arange(0, OUTPUTS, gl.SliceLayout(1, stored))
+        row = gl.arange(0, ROWS, gl.SliceLayout(0, stored))
+        written = (output < width)[:, None] & (row < rows)[None, :]
+        gl.store(out_ptr + row[None, :] * width + output[:, None], values, mask=written)
 
 
-def skinny_linear(x: Tensor, weight: Tensor, block: tuple[int, int] = (4, 512), warps: int = 4) -> Tensor:
-    """x [N, D], weight [O, D] → [N, O] in the dtype of x, for a handful of rows; accumulates in fp32."""
+@gluon.jit
+def skinny_linear_kernel(
+    weight_desc,
+    x_desc,
+    out_ptr,
+    rows,
+    width,
+    items,
+    steps,
+    SLICES: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    dtype: gl.constexpr = weight_desc.dtype
+    OUTPUTS: gl.constexpr = 64 // SLICES
+    weight_smem = gl.allocate_shared_memory(dtype, [STAGES, OUTPUTS, SLICES, BLOCK_D], weight_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, SLICES, BLOCK_D], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    gdc_launch_dependents()
+    STEP_BYTES: gl.constexpr = (64 + ROWS * SLICES) * BLOCK_D * (dtype.primitive_bitwidth // 8)
+    gl.warp_specialize(
+        [
+            (_multiply_slices, (
+                out_ptr, rows, width, items, steps, weight_smem, x_smem, full, empty, SLICES, ROWS, BLOCK_D, STAGES,
+            )),
+            (_load_slices, (
+                weight_desc, x_desc, items, steps, weight_smem, x_smem, full, empty,
+                OUTPUTS, BLOCK_D, STAGES, STEP_BYTES,
+            )),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+
+
+def _boxes(x: Tensor, slices: int, box: list[int]) -> TensorDescriptor:
+    """A descriptor of x [rows, D] as [rows, slices, D/slices], in boxes."""
+    rows, depth = x.shape
+    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
+    return TensorDescriptor(x, [rows, slices, depth // slices], [x.stride(0), depth // slices, 1], box, layout)
+
+
+def slices_for(width: int, rows: int) -> int:
+    """Enough tiles for the chip, and no more: every tile reads the tokens again."""
+    if rows > 16:
+        return 1
+    return 2 if width >= 100 * 32 else 4 if width >= 50 * 16 else 8
+
+
+def serves(x: Tensor, weight: Tensor) -> str | None:
+    """None, or the reason why another product must be used."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
+        return f"{x.dtype} times {weight.dtype}: tensor copies and products want one 16-bit float"
+    if x.shape[0] > MOST_ROWS:
+        return f"{x.shape[0]} rows; reading weights is not what limits a product of more than {MOST_ROWS}"
+    if weight.shape[1] % (8 * slices_for(weight.shape[0], x.shape[0])):
+        return f"rows of {weight.shape[1]} elements cannot be cut into parts of a multiple of 16 bytes"
+    return None
+
+
+def skinny_linear(x: Tensor, weight: Tensor, slices: int | None = None) -> Tensor:
+    """x [N, D], weight [O, D] → x · weightᵀ, [N, O] in the dtype of x, for N up to 64; accumulates in fp32."""
     rows, depth = x.shape
     width = weight.shape[0]
+    slices = slices or slices_for(width, rows)
+    tile = max(8, triton.next_power_of_2(rows))
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    tile = min(8, triton.next_power_of_2(rows))
-    _skinny_kernel[(triton.cdiv(width, block[0]), triton.cdiv(rows, tile))](
-        x,
-        weight,
+    items = triton.cdiv(width, 64 // slices)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    skinny_linear_kernel[(min(items, 2 * processors),)](
+        _boxes(weight, slices, [64 // slices, slices, BLOCK_D]),
+        _boxes(x, slices, [tile, slices, BLOCK_D]),
         out,
         rows,
-        depth,
         width,
+        items,
+        triton.cdiv(depth // slices, BLOCK_D),
+        SLICES=slices,
         ROWS=tile,
-        BLOCK_O=block[0],
-        BLOCK_D=block[1],
-        num_warps=warps,
-        **overlapped(x),
+        BLOCK_D=BLOCK_D,
+        STAGES=RING_BYTES // ((64 + tile * slices) * BLOCK_D * 2),
+        num_warps=4,
+        maxnreg=128,
+        launch_pdl=True,
     )
     return out
