@@ -130,6 +130,8 @@ def _read_same(node: fx.Node) -> Value:
 def _read_view(node: fx.Node) -> Value:
     """Split and merge axes: walk over both shapes and cut the input's axes where the output's dims end."""
     value, wanted = _read(node.args[0]), [size_expr(s) for s in shape_of(node)]
+    if value.through == frozenset() and _merges_features(node):
+        raise NotLinear("a plain tensor whose features are merged is an operand as it stands")
     axes = [axis for group in value.dims for axis in group]
     dims: list[tuple[Axis, ...]] = []
     for size in wanted:
@@ -161,6 +163,12 @@ def _read_view(node: fx.Node) -> Value:
     if value.joined is not None and any(value.joined in g and len(g) > 1 for g in dims):
         raise NotLinear("a concatenated axis is merged")
     return replace(value, dims=tuple(dims))
+
+
+def _merges_features(node: fx.Node) -> bool:
+    """Does the view make one fixed last dim out of several?"""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    return bool(after) and isinstance(after[-1], int) and isinstance(before[-1], int) and after[-1] > before[-1]
 
 
 def _read_unsqueeze(node: fx.Node) -> Value:

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from model_def.presets import PRESETS
 from passes.fuse_attention import FuseAttention
 from passes.order_contractions import OrderContractions
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.harness import apply, count, layer_graph, module_graph, reasons
 from tests.passes.mla import HeadFirst, Mla, inputs
 
 dsv3 = torch.ops.dsv3
@@ -74,3 +75,11 @@ def test_near_misses_stay(module, reason):
     outcome = apply(FuseAttention(), graph)
     assert not outcome.matches and reason in reasons(outcome)
     assert count(graph, torch.ops.aten.softmax) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_definition_decodes_on_its_latent(dtype):
+    graph = layer_graph(PRESETS["toy"], 0, dtype)
+    apply(OrderContractions(decode="absorbed"), graph)
+    apply(FuseAttention(), graph)
+    assert count(graph, dsv3.mla_attention) == 1
