@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+import dsv3_compile.driver as driver
 from dsv3_compile.capture import capture
-from dsv3_compile.driver import build
 from dsv3_compile.options import Options
 from dsv3_compile.program import BlockGraph, Program
 from model_def import names
 from model_def.config import ModelConfig
 from model_def.decoder import Decoder
 from model_def.presets import PRESETS
+from passes.verify import clone
 
 TINY = replace(
     PRESETS["deepseek-v3"],
@@ -48,13 +51,21 @@ OPTIONS = Options(max_batch=3, max_length=32, no_weights=True)
 
 
 @functools.cache  # captured once for all tests that only look
-def blocks(dtype: torch.dtype = torch.bfloat16) -> dict[tuple[str, str], BlockGraph]:
-    return capture(TINY, dtype)
+def blocks() -> dict[tuple[str, str], BlockGraph]:
+    return capture(TINY, torch.float32)
+
+
+def captured_before(config: ModelConfig, dtype: torch.dtype, step: Any) -> dict[tuple[str, str], BlockGraph]:
+    """Stands in for `capture` where capturing is not what a test is about."""
+    if (config, dtype) != (TINY, torch.float32):
+        return capture(config, dtype, step)
+    return {key: BlockGraph(block.name, block.phase, clone(block.module)) for key, block in blocks().items()}
 
 
 @functools.cache  # compiled and certified once
 def program() -> Program:
-    return build(TINY, OPTIONS)
+    with patch.object(driver, "capture", captured_before):
+        return driver.build(TINY, OPTIONS)
 
 
 def trained_looking(config: ModelConfig, seed: int = 0) -> Decoder:

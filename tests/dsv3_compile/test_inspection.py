@@ -1,0 +1,79 @@
+"""The report of a compile, as a document and as text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dsv3_compile.inspection import document, print_graph, refusals, short, table
+from tests.dsv3_compile import tiny
+
+
+@pytest.fixture(scope="module")
+def report():
+    return document(tiny.program(), tiny.OPTIONS)
+
+
+def test_it_is_json(report):
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_it_covers_every_block_and_phase(report):
+    found = [(block["name"], block["phase"], block["layers"]) for block in report["blocks"]]
+    layers = {"embed": [], "dense": [0], "moe": [1, 2, 3], "head": []}
+    assert found == [(name, phase, layers[name]) for name in layers for phase in ("prefill", "decode")]
+
+
+def test_a_pass_tells_what_it_did(report):
+    (moe,) = [b for b in report["blocks"] if (b["name"], b["phase"]) == ("moe", "decode")]
+    (row,) = [row for row in moe["passes"] if row["name"] == "order-contractions"]
+    assert set(row) == {
+        "name",
+        "spec",
+        "matches",
+        "refusals",
+        "seconds",
+        "nodes_before",
+        "nodes_after",
+        "cost_before",
+        "cost_after",
+        "certificate",
+    }
+    assert row["cost_after"]["at"]["flops"] < row["cost_before"]["at"]["flops"]
+    assert "T" in row["cost_before"]["flops"]
+    assert set(row["certificate"]) >= {"max_rel_error", "dtype", "sizes"}
+    assert row["certificate"]["sizes"] == {"B": 3, "T": 5}
+
+
+def test_refusals_carry_node_source_and_reason(report):
+    (prefill,) = [b for b in report["blocks"] if (b["name"], b["phase"]) == ("dense", "prefill")]
+    (row,) = [row for row in prefill["passes"] if row["name"] == "order-contractions"]
+    assert row["refusals"] and set(row["refusals"][0]) == {"node", "source", "reason"}
+    assert any(line.startswith("dense prefill: order-contractions refused ") for line in refusals(report))
+
+
+def test_the_table_has_a_row_for_every_pass_that_did_something(report):
+    text = table(report)
+    assert "moe × 3, decode  (B=3 S=1 T=32)" in text
+    for block in report["blocks"]:
+        for row in block["passes"]:
+            if row["matches"]:
+                assert f"  {row['name']} " in text
+    assert all(len(line) <= 120 and line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (1234, "1.23 k"), (999_600, "1 M"), (5.2e12, "5.2 T"), (2e18, "2e+03 P")],
+)
+def test_numbers_keep_three_digits(number, text):
+    assert short(number) == text
+
+
+def test_a_printed_graph_is_the_same_every_time():
+    module = tiny.blocks()["dense", "decode"].module
+    text = print_graph(module)
+    assert text == print_graph(module)
+    assert text.startswith("def run(\n    input_layernorm_weight,")
+    assert "# cache float32 [B, T, 22]" in text
