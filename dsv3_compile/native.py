@@ -39,8 +39,6 @@ INDUCTOR = {
     # Two precompiled headers take longer to make than a handful of graphs saves by them.
     "aot_inductor.precompile_headers": False,
     "cpp_cache_precompile_headers": False,
-    # Believe /proc/cpuinfo instead of compiling a test program for every instruction set.
-    "cpp.vec_isa_ok": True,
 }
 
 
@@ -119,6 +117,8 @@ class _Worker:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "TORCHINDUCTOR_CACHE_DIR": scratch,  # of no use to anybody once the graph is packaged
+            # Believe /proc/cpuinfo instead of compiling a test program for every instruction set.
+            "TORCHINDUCTOR_VEC_ISA_OK": "1",
         }
         command = [sys.executable, "-m", "dsv3_compile.native"]
         pipe = subprocess.PIPE
