@@ -15,7 +15,10 @@ from passes.base import Context, Outcome, Pass, Refusal, sweep
 from passes.canonicalise import Canonicalise
 from passes.cost import Cost, cost
 from passes.fuse_attention import FuseAttention
+from passes.fuse_cache_write import FuseCacheWrite
 from passes.fuse_experts import FuseExperts
+from passes.fuse_norm import FuseNorm
+from passes.fuse_rotary import FuseRotary
 from passes.fuse_routing import FuseRouting
 from passes.fuse_swiglu import FuseSwiglu
 from passes.hoist_weights import HoistWeights
@@ -33,6 +36,9 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
     FuseAttention(),
     MergeProjections(),
     FuseSwiglu(),
+    FuseRotary(),
+    FuseCacheWrite(),
+    FuseNorm(),
     FuseExperts(),
     HoistWeights(),
     Lower(),
