@@ -18,7 +18,7 @@ from dsv3_compile.driver import Event, Progress, silent
 from dsv3_compile.runtime import Model, load
 from model_def import names
 from model_def.checkpoint import Checkpoint
-from model_def.decoder import Layer
+from model_def.decoder import Decoder, Layer
 
 PROMPT, BATCH = 12, 3  # positions and rows of the prompt; one decode step follows
 BOUNDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -76,23 +76,23 @@ def compare(model: Model, checkpoint: Checkpoint) -> Iterator[Comparison]:
     parts = {"prefill": slice(0, PROMPT), "decode": slice(PROMPT, PROMPT + 1)}
     states: dict[str, tuple[Tensor, ...]] = {}
     for step, block, weights in zip(steps, names.blocks(config), model.weights, strict=True):
-        reference = reference_block(checkpoint, block)
-        caches = _empty_caches(reference)
+        module = reference_block(checkpoint, block)
+        caches = _empty_caches(module)
         ours = caches
         for phase, part in parts.items():
             here = positions[:, part].contiguous()
             graph = model.graphs[step.block, phase]
             if block == "embed":
-                expected = reference(ids[:, part], here)
+                expected = module(ids[:, part], here)
                 found = graph({**weights, "input_ids_BS": ids[:, part].contiguous(), "positions_BS": here})
                 states[phase] = expected
             elif block == "head":
-                expected = (reference(states[phase][0]),)
+                expected = (module(states[phase][0]),)
                 found = graph({**weights, "x_BSD": _as(states[phase][0], model)})
             else:
                 x, cos, sin = states[phase]
                 length = part.stop
-                expected = reference(x, cos, sin, here, *(c[:, :length] for c in caches))
+                expected = module(x, cos, sin, here, *(c[:, :length] for c in caches))
                 caches = [_extended(c) for c in expected[1:]]
                 values = {"x_BSD": _as(x, model), "cos_BSF": cos, "sin_BSF": sin, "positions_BS": here}
                 handed = [_as(c[:, :length], model) for c in ours]
@@ -103,16 +103,29 @@ def compare(model: Model, checkpoint: Checkpoint) -> Iterator[Comparison]:
             yield _comparison(step.block, step.layer, phase, found, expected)
 
 
+def reference(checkpoint: Checkpoint) -> Decoder:
+    """The definition of the whole model, in float32, with its weights."""
+    decoder = Decoder(checkpoint.config, torch.float32)
+    for block in names.blocks(checkpoint.config):
+        module = decoder.layers[block] if isinstance(block, int) else getattr(decoder, block)
+        _read_into(module, checkpoint, block)
+    return decoder.eval().requires_grad_(False)
+
+
 def reference_block(checkpoint: Checkpoint, block: names.Block) -> nn.Module:
     """One block of the definition, in float32, with its weights."""
     module = names.build(checkpoint.config, block, torch.float32)
+    _read_into(module, checkpoint, block)
+    return module.eval().requires_grad_(False)
+
+
+def _read_into(module: nn.Module, checkpoint: Checkpoint, block: names.Block) -> None:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     with torch.no_grad():
         for name, sources in names.sources(checkpoint.config, block).items():
             loaded = [checkpoint.tensor(source) for source in sources]
             stacked = tensors[name].dim() > loaded[0].dim()
             tensors[name].copy_(torch.stack(loaded) if stacked else loaded[0])
-    return module.eval().requires_grad_(False)
 
 
 def _empty_caches(block: nn.Module) -> list[Tensor]:
