@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +23,13 @@ from codegen.targets import Target
 # Sizes to try for every free size: one row, few, many. Odd ones, so that no alignment is seen that is not there.
 TRIED_SIZES = (1, 23, 4099)
 ALIGNMENT = 16
+ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 _LOCK = threading.Lock()
 
 
@@ -158,6 +165,15 @@ def _size(size: Any, letters: Mapping[str, str]) -> int | str:
 
 
 def _value(size: int | str, sizes: Mapping[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    return int(eval(size, {"__builtins__": {}, "floor": math.floor}, dict(sizes)))
+    """A size's number; ValueError if its text is not arithmetic in free sizes."""
+
+    def evaluate(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+            return ARITHMETIC[type(node.op)](evaluate(node.left), evaluate(node.right))
+        raise ValueError(f"size {size!r} is not arithmetic (+ - * // %) in free sizes and whole numbers")
+
+    return size if isinstance(size, int) else evaluate(ast.parse(size, mode="eval").body)

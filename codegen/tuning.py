@@ -39,7 +39,8 @@ def choose(op: str, operands: Sequence[Operand], target: Target) -> Path:
     own = KERNELS / target.name / f"{op}.py"
     if own.is_file():
         module = importlib.import_module(f"codegen.kernels.{target.name}.{op}")
-        if fitting(getattr(module, "serves", None), operands, target):
+        # A file of this name may also be a helper of other kernels: then it defines no launcher.
+        if hasattr(module, op) and fitting(getattr(module, "serves", None), operands, target):
             return own
     return KERNELS / f"{op}.py"
 

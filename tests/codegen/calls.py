@@ -65,6 +65,31 @@ def operands(op, dtype=torch.bfloat16):
     }[op]
 
 
+def real_operands(op):
+    """Decode of a model with 16 heads over a latent of 512 and 64 experts, any number of requests."""
+
+    def tensor(*shape, dtype=torch.bfloat16):
+        return TensorSpec(shape, dtype)
+
+    pairs = tensor("B", 6, dtype=INT64), tensor("B", 6, dtype=FLOAT32)
+    return {
+        "mla_attention": (
+            tensor("B", 1, 16, 512),
+            tensor("B", 1, 16, 64),
+            tensor("B", "T", 512),
+            tensor("B", "T", 64),
+            tensor("B", 1, dtype=INT64),
+            0.1,
+        ),
+        "route": (
+            tensor("B", 64, dtype=FLOAT32),
+            tensor(64, dtype=FLOAT32),
+            *("sigmoid", 6, 1, 1, "top2", -math.inf, True, 1e-20, 2.5),
+        ),
+        "routed_swiglu": (tensor("B", 2048), *pairs, tensor(64, 2816, 2048), tensor(64, 2048, 1408)),
+    }[op]
+
+
 OPS = (
     "rms_norm",
     "add_rms_norm",

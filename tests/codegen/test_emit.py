@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.emit import emit_kernel, emit_kernels, write_kernel
 from codegen.targets import target
-from codegen.tuning import available
-from tests.codegen.calls import OPS, arguments, operands
+from codegen.tuning import KERNELS, available, choose
+from tests.codegen.calls import OPS, arguments, operands, real_operands
 
 # A target without forms of its own gets the plain kernels.
 SM_90 = dataclasses.replace(target("sm_90"), name="sm_90 without its own forms")
@@ -79,6 +80,25 @@ def test_machine_code_for_every_kernel_without_a_gpu(gpu, tmp_path, monkeypatch)
             code = kernel.binaries[entry["file"]]
             assert code.startswith(b"\x7fELF") and entry["symbol"].encode() in code
             assert entry["registers"] > 0 and entry["shared_bytes"] <= gpu.shared_memory
+
+
+def own_forms():
+    """(target, op) for every form of a kernel that is written for one target."""
+    files = [file for file in KERNELS.glob("*/*.py") if file.stem in OPS]
+    return [
+        (f.parent.name, f.stem)
+        for f in files
+        if hasattr(import_module(f"codegen.kernels.{f.parent.name}.{f.stem}"), f.stem)
+    ]
+
+
+@pytest.mark.parametrize("name, op", own_forms())
+def test_forms_for_one_target_are_emitted_at_widths_of_a_real_model(name, op):
+    gpu, wide = target(name), real_operands(op)
+    assert choose(op, wide, gpu) == KERNELS / name / f"{op}.py"
+    kernel = emit_kernel(op, wide, gpu)
+    assert "codegen" not in kernel.source.split('"""', 2)[2]
+    assert kernel.binaries and all(code.startswith(b"\x7fELF") for code in kernel.binaries.values())
 
 
 def test_the_same_constants_are_emitted_once():

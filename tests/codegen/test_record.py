@@ -66,6 +66,14 @@ def test_an_operand_of_another_kind_is_named():
         spec_of([1, 2])
 
 
+def test_sizes_are_arithmetic_in_free_sizes():
+    x, weight = TensorSpec(("B*(S + 1)//2", 8), torch.bfloat16), TensorSpec((8,), torch.bfloat16)
+    assert x.free_sizes() == {"B", "S"}
+    assert record_launches(rms_norm, (x, weight, 1e-6), SM_80)
+    with pytest.raises(ValueError, match=r"size 'exit\(\)' is not arithmetic"):
+        record_launches(rms_norm, (TensorSpec(("exit()", 8), torch.bfloat16), weight, 1e-6), SM_80)
+
+
 def test_a_form_must_serve_every_size():
     def up_to_a_hundred(x, weight, eps):
         return None if x.shape[0] <= 100 else "more than 100 rows"

@@ -1,5 +1,8 @@
 """choose: the target's own form where it serves, the plain one otherwise; tiles that exist."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from codegen import tuning
@@ -19,15 +22,13 @@ def test_own_form_unless_it_gives_a_reason(tmp_path, monkeypatch):
     (tmp_path / "sm_80" / "rms_norm.py").touch()
     monkeypatch.setattr(tuning, "KERNELS", tmp_path)
 
-    class Form:
-        @staticmethod
-        def serves(x, weight, eps):
-            return None if eps < 1e-5 else "eps is too large"
-
-    monkeypatch.setattr(tuning.importlib, "import_module", lambda name: Form)
+    form = SimpleNamespace(rms_norm=None, serves=lambda x, weight, eps: None if eps < 1e-5 else "eps is too large")
+    monkeypatch.setitem(sys.modules, "codegen.kernels.sm_80.rms_norm", form)
     x, weight, _ = operands("rms_norm")
     assert choose("rms_norm", (x, weight, 1e-6), target("sm_80")) == tmp_path / "sm_80" / "rms_norm.py"
     assert choose("rms_norm", (x, weight, 1e-4), target("sm_80")) == tmp_path / "rms_norm.py"
+    del form.rms_norm
+    assert choose("rms_norm", (x, weight, 1e-6), target("sm_80")) == tmp_path / "rms_norm.py"
 
 
 def test_an_op_without_a_kernel_is_named():

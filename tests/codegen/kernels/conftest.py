@@ -1,4 +1,4 @@
-"""Kernel checks (check_*.py) run in the interpreter, in a process of their own: see test_kernels.py."""
+"""Kernel checks (check_*.py) run in the interpreter, in a process that ../test_kernels.py starts."""
 
 from __future__ import annotations
 
