@@ -11,8 +11,9 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of, source_line, sweep
 from passes.fuse_norm import read_norm
+from passes.nodes import CASTS, erase_dead, settled, users
 from passes.products import Part, join, part_of, sources_of_dims
-from passes.rewrite import CASTS, Match, Refused, erase_dead, settled, users
+from passes.rewrite import Match, Refused
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

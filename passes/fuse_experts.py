@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, shape_of
-from passes.rewrite import Found, Match, Number, Op, Pattern, Rewrite, Var, settled, users
+from passes.nodes import settled, users
+from passes.rewrite import Found, Match, Number, Op, Pattern, Rewrite, Var
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

@@ -10,24 +10,8 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, shape_of
-from passes.rewrite import (
-    CASTS,
-    Cast,
-    Found,
-    Match,
-    Number,
-    Op,
-    Pattern,
-    Rewrite,
-    Var,
-    bring_before,
-    dtype_of,
-    keeps,
-    over_last_axis,
-    same_shape,
-    weights_only,
-    widens,
-)
+from passes.nodes import CASTS, bring_before, dtype_of, keeps, over_last_axis, same_shape, weights_only, widens
+from passes.rewrite import Cast, Found, Match, Number, Op, Pattern, Rewrite, Var
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

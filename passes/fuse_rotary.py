@@ -13,22 +13,9 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, same_size, shape_of
+from passes.nodes import VIEWS, cast, dtype_of, keeps, over_last_axis, settled, uncast
 from passes.products import BROADCAST, Part, join, part_of, sources_of_dims
-from passes.rewrite import (
-    VIEWS,
-    Cast,
-    Match,
-    Op,
-    Pattern,
-    Rewrite,
-    Var,
-    cast,
-    dtype_of,
-    keeps,
-    over_last_axis,
-    settled,
-    uncast,
-)
+from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

@@ -13,17 +13,11 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of, sweep
-from passes.products import BROADCAST, sources_of_dims
-from passes.rewrite import (
+from passes.nodes import (
     CASTS,
     VIEWS,
-    Found,
-    Number,
-    Op,
-    Refused,
-    Var,
+    constant_of,
     dtype_of,
-    matched,
     over_last_axis,
     same_shape,
     settled,
@@ -31,6 +25,8 @@ from passes.rewrite import (
     users,
     widens,
 )
+from passes.products import BROADCAST, sources_of_dims
+from passes.rewrite import Found, Number, Op, Refused, Var, matched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -123,28 +119,14 @@ def masked_choice(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node, bool,
     for target, order in ((aten.masked_fill, (0, 1, 2)), (aten.where, (1, 0, 2)), (aten.where, (2, 0, 1))):
         if is_call(inside, target):
             data, mask, value = (inside.args[i] for i in order)
-            number = constant(value)
-            if number is not None and constant(data) is None:
+            number = constant_of(value)
+            if number is not None and constant_of(data) is None:
                 return ungrouped(data), (inside, mask, order == (1, 0, 2), number)
     if is_call(inside, aten.mul) and all(isinstance(a, fx.Node) for a in inside.args[:2]):
         for data, mask in (inside.args[:2], inside.args[1::-1]):
             if scores_and_bias(ungrouped(data))[0] is not None:
                 return ungrouped(data), (inside, mask, True, 0.0)
     return node, None
-
-
-def constant(value: Any) -> float | None:
-    """The number that a scalar or a filled tensor holds everywhere."""
-    value = settled(value)
-    if isinstance(value, (int, float)):
-        return float(value)
-    if is_call(value, aten.full, aten.full_like):
-        return float(value.args[1])
-    if is_call(value, aten.scalar_tensor):
-        return float(value.args[0])
-    if is_call(value, aten.zeros, aten.zeros_like, aten.new_zeros):
-        return 0.0
-    return 1.0 if is_call(value, aten.ones, aten.ones_like, aten.new_ones) else None
 
 
 def ungrouped(node: Any) -> Any:
@@ -210,7 +192,7 @@ def groups_of_mask(masking: fx.Node, node: fx.Node, lead: str, kept: bool) -> tu
             before = {source: letters[d] for d, source in enumerate(sources) if source is not None}
             letters = "".join(before.get(d, BROADCAST) for d in range(len(shape_of(node.args[0]))))
         elif is_call(node, aten.scatter) and letters == lead + "g" and node.args[1] % len(letters) == len(lead):
-            base, value = constant(node.args[0]), constant(node.args[3])
+            base, value = constant_of(node.args[0]), constant_of(node.args[3])
             if (base, value) not in ((0.0, 1.0), (1.0, 0.0)):
                 raise Refused(masking, f"{node.name} is no mask of ones and zeros")
             return node.args[2], kept if value == 1.0 else not kept

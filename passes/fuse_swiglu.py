@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from passes.base import call
+from passes.nodes import dtype_of, keeps
 from passes.products import join, part_of
-from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var, dtype_of, keeps
+from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, shape_of, source_line, sweep
+from passes.nodes import bring_before, dtype_of, erase_dead, settled, weights_only
 from passes.products import product_of
-from passes.rewrite import bring_before, dtype_of, erase_dead, settled, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

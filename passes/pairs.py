@@ -1,40 +1,37 @@
 """A sum over all experts, rebuilt for the chosen (token, expert) pairs only.
 
-Every dim of a tensor in the region carries a label: `E` for the experts, a lower-case letter for a token axis, `.` for
-anything else (a feature), `1` for a dim of size one that is broadcast. A value *on pairs* has shape [M, *features].
+Dims carry labels (passes/layouts.py). A value *on pairs* has shape [M, *features].
 N tokens · K experts per token · E experts · M = N·K pairs, sorted by expert · O features in one.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from passes.base import call, is_call, same_size, shape_of
+from passes.base import is_call, same_size, shape_of
+from passes.layouts import EXPERT, FEATURE, Layouts, aligned_labels, labels_before
+from passes.nodes import CASTS, constant_of, readers, settled
 from passes.products import BROADCAST, Product, part_of, product_of, sources_of_dims
-from passes.rewrite import CASTS, Refused, settled, users
+from passes.rewrite import Refused
 
 aten = torch.ops.aten
 dsv3 = torch.ops.dsv3
 
-EXPERT, FEATURE = "E", "."
-ZEROS = (aten.zeros, aten.zeros_like, aten.new_zeros)
-FULLS = (aten.full, aten.full_like, aten.new_full)
 
-
-class Pairs:
+class Pairs(Layouts):
     """Writes the sparse form of one sum before it. Raises Refused, naming a node, where that would not be exact."""
 
     def __init__(self, graph: fx.Graph, gate: fx.Node, total: fx.Node, path: dict[fx.Node, str]) -> None:
-        self.graph, self.gate, self.total, self.path = graph, gate, total, path
+        super().__init__(graph, total)
+        self.gate, self.total, self.path = gate, total, path
         self.axis = path[gate].index(EXPERT)
         self.tokens = path[gate].replace(EXPERT, "")
         self.experts = shape_of(gate)[self.axis]
-        self.written: dict[Any, fx.Node] = {}
         self.rebuilt: set[fx.Node] = {total}  # dense values that the sparse form does without
 
     def sum(self) -> fx.Node:
@@ -51,19 +48,12 @@ class Pairs:
         rows = self.call(dsv3.combine_pairs.default, value, self.order, self.multiply(weights))
         return self.unflatten_tokens(rows, labels, features)
 
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Insert a call, or take the same one inserted before."""
-        key = (target, str(args), str(kwargs))
-        if key not in self.written:
-            self.written[key] = call(self.graph, target, *args, like=self.total, **kwargs)
-        return self.written[key]
-
     # ---- the gate
 
     def read_gate(self) -> None:
         """Indices and weights of the scatter, [N, K] each, and the order of the pairs."""
         gate, (base, _, chosen, source) = self.gate, self.gate.args[:4]
-        if not (is_call(base, *ZEROS) or (is_call(base, *FULLS) and base.args[1] == 0)):
+        if constant_of(base) != 0:
             raise Refused(gate, f"{gate.name} scatters into {base.name}, which is not all zeros")
         if len(gate.args) > 4 or gate.kwargs:
             raise Refused(gate, f"{gate.name} combines the weights with what was there before")
@@ -88,29 +78,10 @@ class Pairs:
     def expert_of_pair(self) -> fx.Node:
         return self.call(aten.index.Tensor, self.merged(self.indices, 0, 2), [self.order])
 
-    # ---- layouts
-
-    def leading(self, node: fx.Node, labels: str, lead: str) -> fx.Node:
-        """Dims `lead` first, merged to one; then the others. Broadcast dims are dropped."""
-        ones = [d for d, label in enumerate(labels) if label == BROADCAST]
-        if ones:
-            node = self.call(aten.squeeze.dims, node, ones)
-            labels = labels.replace(BROADCAST, "")
-        first = [labels.index(label) for label in lead]
-        node = self.permuted(node, first + [d for d in range(len(labels)) if d not in first])
-        return self.merged(node, 0, len(lead)) if lead else node
+    # ---- tokens
 
     def rows(self, node: fx.Node, labels: str) -> fx.Node:
         return self.leading(node, labels, self.tokens)
-
-    def permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
-        return node if list(order) == sorted(order) else self.call(aten.permute.default, node, list(order))
-
-    def merged(self, node: fx.Node, start: int, count: int) -> fx.Node:
-        """`count` dims from `start` on as one."""
-        if count == 0:
-            return self.call(aten.unsqueeze.default, node, start)
-        return node if count == 1 else self.call(aten.flatten.using_ints, node, start, start + count - 1)
 
     def unflatten_tokens(self, rows: fx.Node, labels: str, features: list[Any]) -> fx.Node:
         """[N, O] → the dims of the sum."""
@@ -380,9 +351,9 @@ class Pairs:
     def refuse_leaks(self) -> None:
         """Dense values that somebody else needs would be computed all the same."""
         for node in self.rebuilt - {self.total}:
-            for user in users(node):
-                if user not in self.rebuilt and user.users:
-                    raise Refused(node, f"{node.name} is used by {user.name} as well")
+            for reader in readers(node):
+                if reader not in self.rebuilt and reader.users:
+                    raise Refused(node, f"{node.name} is used by {reader.name} as well")
 
 
 def distinct(indices: fx.Node, axis: int) -> bool:
@@ -397,25 +368,5 @@ def distinct(indices: fx.Node, axis: int) -> bool:
     if is_call(indices, *CASTS):
         return distinct(indices.args[0], axis)
     sources = sources_of_dims(indices)
-    if sources is not None:
-        return sources[axis] is not None and distinct(indices.args[0], sources[axis])
-    return False
-
-
-def aligned_labels(argument: fx.Node, node: fx.Node, labels: str) -> str:
-    """Labels of an input of a pointwise node, whose shape broadcasts to the node's."""
-    shape, wide = shape_of(argument), shape_of(node)
-    skipped = len(wide) - len(shape)
-    return "".join(
-        label if label == FEATURE or same_size(size, full) else BROADCAST
-        for size, full, label in zip(shape, wide[skipped:], labels[skipped:], strict=True)
-    )
-
-
-def labels_before(node: fx.Node, labels: str, sources: Sequence[int | None]) -> str:
-    """Labels of a rearrangement's input; dims it drops are of size one."""
-    before = [BROADCAST] * len(shape_of(node.args[0]))
-    for source, label in zip(sources, labels, strict=True):
-        if source is not None:
-            before[source] = label
-    return "".join(before)
+    before = None if sources is None else sources[axis]
+    return before is not None and distinct(indices.args[0], before)

@@ -19,71 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, Role, call, is_call, same_size, shape_of, source_line, sweep
+from passes.base import Context, Outcome, Pass, is_call, source_line, sweep
+from passes.nodes import CASTS, dtype_of, readers, settled, substitute, widens
 
 aten = torch.ops.aten
-
-CASTS = (aten._to_copy, aten.to)
-COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
-VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.flatten, aten.unflatten, aten.slice)
-ASSERTIONS = (aten._assert_tensor_metadata,)
-
-
-def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> bool:
-    """Does the call's axis argument, at `position`, name the last axis of its input alone?"""
-    axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
-    last = len(shape_of(node.args[0])) - 1
-    return len(axes) == 1 and axes[0] in (-1, last)
-
-
-def same_shape(left: fx.Node, right: fx.Node) -> bool:
-    a, b = shape_of(left), shape_of(right)
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def dtype_of(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
-
-
-def settled(value: Any) -> Any:
-    """The node behind copies, casts to the same dtype and views of the same shape."""
-    while is_call(value, *CASTS, *COPIES, *VIEWS):
-        source = value.args[0]
-        if dtype_of(source) != dtype_of(value) or not same_shape(source, value):
-            return value
-        value = source
-    return value
-
-
-def uncast(value: Any) -> Any:
-    """The node behind casts that lose nothing."""
-    value = settled(value)
-    while is_call(value, *CASTS) and widens(dtype_of(value.args[0]), dtype_of(value)):
-        value = settled(value.args[0])
-    return value
-
-
-def widens(old: torch.dtype, new: torch.dtype) -> bool:
-    return old.is_floating_point and new.is_floating_point and torch.promote_types(old, new) == new
-
-
-def users(node: fx.Node) -> list[fx.Node]:
-    """Who reads the node, the capture's assertions about its dtype left out."""
-    return [user for user in node.users if not is_call(user, *ASSERTIONS)]
-
-
-def weights_only(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
-    """Is the value computed from weights alone?"""
-    known = {} if known is None else known
-    if node not in known:
-        if node.op == "placeholder":
-            known[node] = node.meta["role"] is Role.WEIGHT
-        else:
-            inputs = node.all_input_nodes
-            known[node] = bool(inputs) and all(weights_only(n, known) for n in inputs)
-    return known[node]
-
 
 # ---- patterns ---------------------------------------------------------------------------------------------------
 
@@ -239,7 +178,7 @@ class Match:
     def leak(self) -> str | None:
         """Why an intermediate value must stay: somebody else reads it."""
         for node in self.inner:
-            outside = [u for u in users(node) if u not in self.inner and settled(u) not in self.inner]
+            outside = [reader for reader in readers(node) if reader not in self.inner]
             if node is not self.root and outside:
                 return f"{node.name} is used by {outside[0].name} as well"
         return None
@@ -293,56 +232,6 @@ def matched(old: fx.Node, new: fx.Node) -> str:
     """One line of prose about a replacement."""
     where = source_line(old)
     return f"{old.name} → {new.name}" + (f" ({where})" if where else "")
-
-
-def substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """Let the users of `old` read `new`, cast to the dtype they expect, and erase what is dead now."""
-    if dtype_of(new) != dtype_of(old):
-        for user in users(old):
-            if is_call(user, *CASTS) and dtype_of(user) == dtype_of(new):
-                user.replace_all_uses_with(new)
-                graph.erase_node(user)
-        with graph.inserting_after(new):
-            replacement = cast(graph, new, dtype_of(old)) if users(old) else new
-    else:
-        replacement = new
-    old.replace_all_uses_with(replacement)
-    erase_dead(graph, old)
-
-
-def keeps(node: fx.Node, dtype: torch.dtype) -> bool:
-    """Does anybody see more of the node's value than `dtype` holds?"""
-    return not widens(dtype_of(node), dtype) and not all(
-        is_call(user, *CASTS) and widens(dtype_of(user), dtype) for user in users(node)
-    )
-
-
-def cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    if dtype_of(node) == dtype:
-        return node
-    return call(graph, aten._to_copy.default, node, dtype=dtype, like=node)
-
-
-def erase_dead(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase the node and what only it kept alive, so that nothing counts as used by dead code."""
-    if users(node) or node.op in ("placeholder", "output"):
-        return
-    for assertion in list(node.users):
-        graph.erase_node(assertion)
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for source in inputs:
-        if not source._erased:
-            erase_dead(graph, source)
-
-
-def bring_before(place: fx.Node, weight: fx.Node) -> None:
-    """Move what a weight is computed from before `place`, where it stands behind it."""
-    if weight.op == "placeholder" or weight < place:
-        return
-    for source in weight.all_input_nodes:
-        bring_before(place, source)
-    place.prepend(weight)
 
 
 class Refused(Exception):

@@ -9,9 +9,11 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, calls, is_call, shape_of, sweep
-from passes.pairs import EXPERT, FEATURE, Pairs
+from passes.layouts import EXPERT, FEATURE
+from passes.nodes import CASTS, substitute
+from passes.pairs import Pairs
 from passes.products import BROADCAST, product_of, sources_of_dims
-from passes.rewrite import CASTS, Refused, matched, substitute
+from passes.rewrite import Refused, matched
 
 aten = torch.ops.aten
 
@@ -31,8 +33,6 @@ class SparsifyExperts(Pass):
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         outcome, graph = Outcome(), graph_module.graph
         for gate in calls(graph, aten.scatter, aten.scatter_add):
-            if not gate.meta["val"].is_floating_point():
-                continue
             for total, path in list(sums_over_experts(gate)):
                 try:
                     with graph.inserting_before(total):
@@ -62,7 +62,7 @@ def sums_over_experts(gate: fx.Node) -> Iterator[tuple[fx.Node, dict[fx.Node, st
             continue
         if EXPERT in labels:
             reached[node] = labels
-        elif any(label == FEATURE and c != BROADCAST for c, label in zip(product_of(node).out, labels, strict=True)):
+        elif _has_features(node, labels):
             yield node, {node: labels} | {n: reached[n] for n in _ancestors(node, reached)}
 
 
@@ -70,10 +70,15 @@ def _labels_after(node: fx.Node, reached: dict[fx.Node, str]) -> str | None:
     """Labels of a node that is linear in the gate; None for any other."""
     product = product_of(node)
     if product is not None:
-        named: dict[str, str] = {}
-        for operand, letters in product.operands:
-            labels = reached.get(operand, "")
-            named |= {c: label for c, label in zip(letters, labels, strict=False) if label != FEATURE}
+        pairs = {
+            (c, label)
+            for operand, letters in product.operands
+            for c, label in zip(letters, reached.get(operand, ""), strict=False)
+            if label != FEATURE
+        }
+        named = dict(pairs)
+        if not len(pairs) == len(named) == len(set(named.values())):
+            return None  # two gates that are not aligned
         return "".join(named.get(c, FEATURE) for c in product.out)
     if node.op != "call_function" or node.args[0] not in reached:
         return None
@@ -84,6 +89,13 @@ def _labels_after(node: fx.Node, reached: dict[fx.Node, str]) -> str | None:
         return after if EXPERT in after else None
     scaled = is_call(node, aten.mul, aten.div, aten.neg, *CASTS) and len(shape_of(node)) == len(before)
     return before if scaled and not any(n in reached for n in node.all_input_nodes[1:]) else None
+
+
+def _has_features(total: fx.Node, labels: str) -> bool:
+    """Is more than the gate itself summed?"""
+    product = product_of(total)
+    assert product is not None
+    return any(label == FEATURE and c != BROADCAST for c, label in zip(product.out, labels, strict=True))
 
 
 def _ancestors(node: fx.Node, among: dict[fx.Node, str]) -> set[fx.Node]:

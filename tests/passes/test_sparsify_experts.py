@@ -146,9 +146,11 @@ def test_gate_may_be_renormalised_after_the_scatter():
     assert count(graph, dsv3.grouped_linear) == 2
 
 
-def test_gate_may_be_a_mask_times_the_scores():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_gate_may_be_a_mask_times_the_scores(dtype):
     def gate(scores):
-        return scores * torch.zeros_like(scores).scatter(-1, scores.topk(K, -1).indices, 1.0)
+        chosen = scores.topk(K, -1).indices
+        return scores * torch.zeros_like(scores, dtype=dtype).scatter(-1, chosen, 1)
 
     graph = graph_with(one_product, gate)
     assert len(certified(SparsifyExperts(), graph).matches) == 1
@@ -221,6 +223,13 @@ def gate_of_repeated_experts(scores):
 )
 def test_near_misses_of_the_gate(gate, reason):
     assert untouched(SparsifyExperts(), graph_with(one_product, gate)) == reason
+
+
+def test_two_gates_of_different_tokens_are_no_gate():
+    def total(m, x, g):
+        return torch.einsum("ne,me,eoi->noi", g, g, m.w2)
+
+    assert untouched(SparsifyExperts(), graph_with(total)) == ""
 
 
 def test_a_gate_behind_a_nonlinearity_is_no_gate():
