@@ -86,7 +86,8 @@ class Model:
         }
         tensors: dict[str, Tensor] = {}
         for shard in artifact.listed("weights"):
-            tensors |= load_file(shard)
+            # Copied to aligned memory: in the mapped file, rounding would depend on where a tensor happens to lie.
+            tensors |= {name: tensor.clone() for name, tensor in load_file(shard).items()}
         self.weights = [{name: tensors[key] for name, key in step.weights.items()} for step in manifest.schedule]
 
     def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Cache]:

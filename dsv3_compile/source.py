@@ -54,21 +54,14 @@ def graph_source(module: fx.GraphModule, title: str) -> str:
     graph = module.graph
     letters = axis_letters(module)
     constants = {node.name: _constant(module, node) for node in graph.nodes if node.op == "get_attr"}
-    lines = [
-        f'"""{title}"""',
-        "",
-        "import math",
-        "import torch",
-        "",
-        "aten = torch.ops.aten",
-        "dsv3 = torch.ops.dsv3",
-    ]
-    lines += [f"{name} = {text}" for name, text in constants.items()]
-    lines += ["", "", f"def {FUNCTION}("]
-    lines += [_commented(f"    {n.name},", _described(n, letters)) for n in placeholders(graph)]
-    lines += ["):"]
-    lines += _body(graph, letters)
-    return "\n".join(lines) + "\n"
+    body = [f"def {FUNCTION}("]
+    body += [_commented(f"    {n.name},", _described(n, letters)) for n in placeholders(graph)]
+    body += ["):", *_body(graph, letters)]
+    header = [f'"""{title}"""', ""]
+    header += ["import math", ""] if any("math." in line for line in body) else []
+    header += ["import torch", "", "aten = torch.ops.aten", "dsv3 = torch.ops.dsv3"]
+    header += [f"{name} = {text}" for name, text in constants.items()]
+    return "\n".join([*header, "", "", *body]) + "\n"
 
 
 def load_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
@@ -204,4 +197,4 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> str:
     tensor = operator.attrgetter(str(node.target))(module)
     if not isinstance(tensor, Tensor) or tensor.numel() > LARGEST_CONSTANT:
         raise ValueError(f"{node.name} is a constant of {getattr(tensor, 'shape', type(tensor))}; make it a weight")
-    return f"torch.tensor({tensor.tolist()!r}, dtype={tensor.dtype}, device={str(tensor.device)!r})"
+    return f"torch.tensor({_argument(tensor.tolist())}, dtype={tensor.dtype}, device={str(tensor.device)!r})"

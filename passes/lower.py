@@ -72,7 +72,28 @@ def _why_not(write: Write, graph: fx.Graph) -> str | None:
     for cache in write.caches:
         if cache.meta.get("role") is not Role.CACHE:
             return f"{cache.name} is not a cache that was handed in"
-        for user in cache.users:
-            if user is not write.node and order[user] > order[write.node]:
-                return f"{user.name} reads {cache.name} after it is written"
+        for reader in _readers(cache):
+            if reader is not write.node and order[reader] > order[write.node]:
+                return f"{reader.name} reads {cache.name} after it is written"
     return None
+
+
+def _readers(cache: fx.Node) -> Iterator[fx.Node]:
+    """Everything that reads the memory of a cache, through views as well."""
+    for user in cache.users:
+        yield user
+        if _may_be_view(user):
+            yield from _readers(user)
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    target = node.target
+    if target is getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    if target.namespace == "dsv3":
+        return False  # the vocabulary returns new tensors
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd  # reshape and its like: a view or a copy
+    aliases = any(result.alias_info is not None for result in target._schema.returns)
+    return aliases or target.has_kernel_for_dispatch_key(composite)

@@ -1,0 +1,152 @@
+"""The folder: intact or refused, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dsv3_compile.artifact import SCHEMA, Artifact, ArtifactError, check_output, read_manifest, writing
+from dsv3_compile.packaging import write_artifact
+from model_def.decoder import Decoder
+from tests.dsv3_compile import tiny
+
+
+@pytest.fixture
+def copy(artifact_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact_folder, tmp_path / "copy"))
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_intact_artifact_opens(artifact_folder: Path) -> None:
+    manifest = Artifact.open(artifact_folder).manifest
+    assert [step.block for step in manifest.schedule] == ["embed", "dense", "moe", "moe", "moe", "head"]
+    assert manifest.config["kv_lora_rank"] == tiny.TINY.kv_lora_rank
+
+
+def test_every_file_is_guarded_against_one_flipped_bit(copy: Path) -> None:
+    names = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file())
+    assert {"manifest.json", "manifest.sha256", "report/passes.json"} < set(names)
+    generator = random.Random(0)
+    for name in names:
+        before = (copy / name).read_bytes()
+        flip_bit(copy / name, generator.randrange(len(before)))
+        with pytest.raises(ArtifactError, match=r"SHA-256|JSON|schema"):
+            Artifact.open(copy)
+        (copy / name).write_bytes(before)
+    Artifact.open(copy)
+
+
+def test_a_missing_file_is_named(copy: Path) -> None:
+    (copy / "graphs" / "moe_decode.py").unlink()
+    with pytest.raises(ArtifactError, match=r"graphs/moe_decode\.py: file is missing"):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize("name", ["graphs/__init__.py", "extra", "weights/.hidden"])
+def test_an_extra_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).touch()
+    with pytest.raises(ArtifactError, match=f"{name}: .*does not list"):
+        Artifact.open(copy)
+
+
+def test_a_link_in_place_of_a_folder_is_an_extra_file(copy: Path, tmp_path: Path) -> None:
+    (copy / "linked").symlink_to(tmp_path)
+    with pytest.raises(ArtifactError, match="linked"):
+        Artifact.open(copy)
+
+
+def test_a_newer_schema_is_refused_before_anything_else(copy: Path) -> None:
+    document = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**document, "schema": SCHEMA + 1, "unheard": "of"}))
+    with pytest.raises(ArtifactError, match=f"schema {SCHEMA + 1} is newer than {SCHEMA}"):
+        Artifact.open(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": "1"}', '{"schema": 0}'])
+def test_a_manifest_that_is_none_is_refused(copy: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"manifest\.json: (is not JSON|schema is)"):
+        read_manifest(copy)
+
+
+def test_a_folder_that_is_no_artifact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="expected an artifact folder"):
+        Artifact.open(tmp_path)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), writing(tmp_path / "out") as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_replaces_an_artifact(copy: Path) -> None:
+    with writing(copy) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in copy.iterdir()] == ["new"]
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_failed_write_keeps_the_artifact_that_was_there(copy: Path) -> None:
+    with pytest.raises(RuntimeError), writing(copy):
+        raise RuntimeError
+    Artifact.open(copy)
+
+
+def test_a_write_refuses_to_replace_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists and is not an artifact"):
+        check_output(tmp_path)
+    with pytest.raises(ArtifactError, match="exists and is not an artifact"):
+        check_output(tmp_path / "notes.txt")
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_kept(tmp_path: Path) -> None:
+    dead = multiprocessing.get_context("fork").Process(target=int)
+    dead.start()
+    dead.join()
+    gone, kept = tmp_path / f".out.{dead.pid}.partial", tmp_path / f".out.{os.getppid()}.partial"
+    gone.mkdir()
+    kept.mkdir()
+    with writing(tmp_path / "out"):
+        pass
+    assert not gone.exists() and kept.exists()
+
+
+def test_a_process_killed_at_any_moment_leaves_a_whole_artifact_or_none(tmp_path: Path, definition: Decoder) -> None:
+    program, read = tiny.program(), tiny.checkpoint_of(definition).__getitem__
+    output = tmp_path / "out"
+
+    def write() -> None:
+        write_artifact(program, output, passes=[], max_batch=3, max_length=32, read=read)
+
+    start = time.perf_counter()
+    write()
+    duration = time.perf_counter() - start
+    shutil.rmtree(output)
+    generator, found = random.Random(0), set()
+    for _ in range(24):
+        process = multiprocessing.get_context("fork").Process(target=write)
+        process.start()
+        time.sleep(generator.uniform(0, 1.5 * duration))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found.add(output.exists())
+        if output.exists():
+            Artifact.open(output)
+            shutil.rmtree(output)
+    assert found == {True, False}, "no kill fell into the write, or all did"

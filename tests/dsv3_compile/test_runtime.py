@@ -1,0 +1,176 @@
+"""A loaded artifact against the definition: ragged batches, growing caches, generation, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import dsv3_compile.runtime as runtime
+from dsv3_compile.artifact import ArtifactError
+from dsv3_compile.packaging import write_artifact
+from dsv3_compile.runtime import Model, load
+from model_def.decoder import Decoder
+from tests.dsv3_compile import tiny
+
+VOCABULARY, LONGEST = tiny.TINY.vocab_size, tiny.TINY.max_position_embeddings
+
+
+@pytest.fixture(scope="module")
+def model(artifact_folder: Path) -> Model:
+    return load(artifact_folder)
+
+
+def last_logits(definition: Decoder, tokens: list[int]) -> Tensor:
+    row = torch.tensor([tokens])
+    return definition(row, torch.arange(len(tokens))[None], definition.empty_caches(1, len(tokens)))[0][0, -1]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_a_ragged_batch_gives_every_row_its_own_logits(model: Model, definition: Decoder) -> None:
+    tokens = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+    texts = [tokens[row, :length].tolist() for row, length in enumerate((9, 1, 4))]
+    logits, cache = model.prefill(tokens, [9, 1, 4])
+    assert logits.dtype == torch.float32 and logits.shape == (3, 9, VOCABULARY)
+    for row, text in enumerate(texts):
+        assert_close(logits[row, len(text) - 1], last_logits(definition, text))
+    for step in range(4):
+        following = (tokens[:, step : step + 1] + 7) % VOCABULARY
+        logits, cache = model.decode(following, cache)
+        for row, text in enumerate(texts):
+            text.append(int(following[row]))
+            assert_close(logits[row, 0], last_logits(definition, text))
+
+
+def test_the_cache_grows_by_doubling_and_keeps_what_it_holds(
+    model: Model, definition: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "SMALLEST_CAPACITY", 4)
+    text = [5, 6, 7]
+    _, cache = model.prefill(torch.tensor([text]))
+    capacities = [cache.capacity]
+    for token in range(10, 17):
+        logits, cache = model.decode(torch.tensor([[token]]), cache)
+        capacities.append(cache.capacity)
+        text.append(token)
+    assert capacities == [4, 4, 8, 8, 8, 8, 16, 16]
+    assert_close(logits[0, 0], last_logits(definition, text))
+
+
+def test_decode_writes_the_cache_in_place(model: Model) -> None:
+    _, cache = model.prefill(torch.tensor([[1, 2, 3]]))
+    before = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+    _, cache = model.decode(torch.tensor([[4]]), cache)
+    assert before == [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+
+
+def test_rows_behind_the_position_are_not_read(model: Model) -> None:
+    prompt, token = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
+    expected, _ = model.decode(token, model.prefill(prompt)[1])
+    _, cache = model.prefill(prompt)
+    for layer in cache.layers:
+        for tensor in layer:
+            tensor[:, 4:] = 1e4
+    assert torch.equal(model.decode(token, cache)[0], expected)
+
+
+def test_a_full_context_is_refused(model: Model) -> None:
+    _, cache = model.prefill(torch.zeros(1, LONGEST, dtype=torch.int64))
+    with pytest.raises(ValueError, match=f"context is full.*{LONGEST} positions"):
+        model.decode(torch.tensor([[1]]), cache)
+
+
+def test_generation_is_greedy_decoding(model: Model, definition: Decoder) -> None:
+    prompts = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
+    found = model.generate(prompts, 5, lengths=[4, 2])
+    for row, text in enumerate(([3, 4, 5, 6], [7, 8])):
+        for token in found[row].tolist():
+            assert token == int(last_logits(definition, text).argmax())
+            text.append(token)
+
+
+def test_a_row_stops_at_an_end_token_and_is_filled_with_it(model: Model) -> None:
+    prompts = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
+    free = model.generate(prompts, 6, eos=[])
+    end = int(free[0, 1])
+    assert end not in free[1].tolist(), "the rows must differ for this test to mean anything"
+    found = model.generate(prompts, 6, eos=end)
+    first = free[0].tolist().index(end)
+    assert found[0].tolist() == free[0, : first + 1].tolist() + [end] * (5 - first)
+    assert torch.equal(found[1], free[1])
+
+
+def test_generation_ends_when_every_row_has_ended(model: Model) -> None:
+    free = model.generate(torch.tensor([[3, 4, 5, 6]]), 6, eos=[])
+    assert model.generate(torch.tensor([[3, 4, 5, 6]]), 6, eos=int(free[0, 0])).shape == (1, 1)
+
+
+def test_streaming_yields_what_generate_gives(model: Model) -> None:
+    prompts = torch.tensor([[3, 4, 5, 6]])
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    steps = list(model.stream(prompts, 5, **options))
+    assert torch.equal(torch.stack(steps, 1), model.generate(prompts, 5, **options))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.zeros(1, 3), "int64"),
+        (torch.zeros(3, dtype=torch.int64), "int64"),
+        (torch.zeros(1, 0, dtype=torch.int64), "int64"),
+        (torch.tensor([[0, VOCABULARY]]), f"token id {VOCABULARY}"),
+        (torch.tensor([[0, -1]]), "token id -1"),
+        (torch.zeros(tiny.OPTIONS.max_batch + 1, 2, dtype=torch.int64), "batch"),
+        (torch.zeros(1, LONGEST + 1, dtype=torch.int64), "positions"),
+    ],
+)
+def test_impossible_prompts_are_refused(model: Model, ids: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.prefill(ids)
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 3], [3, 4], [[1, 2]]])
+def test_impossible_lengths_are_refused(model: Model, lengths: list) -> None:
+    with pytest.raises(ValueError, match="lengths is"):
+        model.prefill(torch.zeros(2, 3, dtype=torch.int64), lengths)
+
+
+def test_decode_takes_one_token_per_row(model: Model) -> None:
+    _, cache = model.prefill(torch.zeros(2, 3, dtype=torch.int64))
+    for shape in ((1, 1), (2, 2)):
+        with pytest.raises(ValueError, match=r"expected \[2, 1\]"):
+            model.decode(torch.zeros(shape, dtype=torch.int64), cache)
+
+
+def test_an_artifact_without_weights_is_refused(tmp_path: Path) -> None:
+    write_artifact(tiny.program(), tmp_path / "out", passes=[], max_batch=3, max_length=32)
+    with pytest.raises(ArtifactError, match="no weights"):
+        load(tmp_path / "out")
+
+
+def test_weights_are_written_in_shards_of_bounded_size(tmp_path: Path, artifact_folder: Path, definition) -> None:
+    with patch("dsv3_compile.packaging.SHARD_BYTES", 20_000):
+        read = tiny.checkpoint_of(definition).__getitem__
+        write_artifact(tiny.program(), tmp_path / "out", passes=[], max_batch=3, max_length=32, read=read)
+    shards = sorted((tmp_path / "out" / "weights").iterdir())
+    assert len(shards) > 2
+    prompt = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load(tmp_path / "out").prefill(prompt)[0], load(artifact_folder).prefill(prompt)[0])
+
+
+def test_loading_and_running_needs_no_definition_of_the_model(artifact_folder: Path) -> None:
+    program = (
+        "import sys, torch, dsv3_compile\n"
+        f"dsv3_compile.load({str(artifact_folder)!r}).generate(torch.tensor([[1, 2]]), 2)\n"
+        "print([name for name in sys.modules if name.split('.')[0] == 'model_def'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
