@@ -12,7 +12,7 @@ import torch
 import model_def
 from dsv3_compile.artifact import Artifact, check_output
 from dsv3_compile.capture import block_names, capture
-from dsv3_compile.inspection import document
+from dsv3_compile.inspection import document, print_graph
 from dsv3_compile.options import OptionError, Options, options_from
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
@@ -107,7 +107,7 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         label = f"{name} {phase}"
         context = Context(phase, program.target, workloads[phase])
         step = _steps(progress, label, len(pipeline.passes))
-        records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step)
+        records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step, print_graph)
         program.records[name, phase] = records
     check_required([record for records in program.records.values() for record in records], options.require)
     for name in dict.fromkeys(name for name, _ in blocks):

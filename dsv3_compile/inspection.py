@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -34,7 +35,8 @@ def document(program: Program, options: Options) -> dict[str, Any]:
 
     blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds name, spec,
     matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
-    (expressions in B, S, T, and `at` the block's workload), and its certificate (null without).
+    (expressions in B, S, T, and `at` the block's workload), its certificate (null without), and its diff: the
+    lines of the printed graph that changed.
     """
     layers: dict[str, list[int]] = {}
     for step in program.schedule:
@@ -70,6 +72,7 @@ def _record(record: PassRecord, workload: Workload) -> dict[str, Any]:
         "cost_before": _cost(record.cost_before, workload),
         "cost_after": _cost(record.cost_after, workload),
         "certificate": None if certificate is None else asdict(certificate),
+        "diff": list(changes(record.text_before, record.text_after)),
     }
 
 
@@ -151,3 +154,15 @@ def print_graph(module: fx.GraphModule) -> str:
     """The graph as a Python function: one line per node, its dtype and shape behind it, the model's line above."""
     text = graph_source(module, "")
     return text[text.index(f"def {FUNCTION}(") :]
+
+
+def changes(before: str, after: str) -> Iterator[str]:
+    """Lines of two printed graphs that differ, each with the line around it, as in a unified diff."""
+    old, new = (_without_frees(text) for text in (before, after))
+    for line in list(difflib.unified_diff(old, new, lineterm="", n=1))[2:]:
+        yield "    ..." if line.startswith("@@") else line
+
+
+def _without_frees(text: str) -> list[str]:
+    """`del` lines move with every change and say nothing new."""
+    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("del ")]

@@ -8,15 +8,12 @@ python examples/inspect_passes.py --only fuse-swiglu --whole      whole graphs i
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterator, Sequence
-
-from torch import fx
 
 from codegen.targets import TARGETS
 from dsv3_compile.capture import capture
 from dsv3_compile.driver import workload
-from dsv3_compile.inspection import print_graph, short
+from dsv3_compile.inspection import changes, print_graph, short
 from dsv3_compile.options import Options
 from model_def.presets import PRESETS
 from passes.base import Context
@@ -44,19 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> list[PassRecord]:
     if chosen.only:
         pipeline.find(chosen.only)
 
-    records = []
+    records = pipeline.run(module, context, printer=print_graph)
     if not chosen.only:
-        print(print_graph(module))
-    for one in pipeline.passes:
-        before = print_graph(module)
-        (record,) = Pipeline((one,)).run(module, context)
-        records.append(record)
+        print(records[0].text_before)
+    for record in records:
         if chosen.only in (None, record.name):
-            print("\n".join(story(record, before, module, context, chosen.whole)))
+            print("\n".join(story(record, context, chosen.whole)))
     return records
 
 
-def story(record: PassRecord, before: str, module: fx.GraphModule, context: Context, whole: bool) -> Iterator[str]:
+def story(record: PassRecord, context: Context, whole: bool) -> Iterator[str]:
     """What one pass did, in lines of text."""
     yield f"──── {record.spec} " + "─" * max(0, 100 - len(record.spec))
     for match in record.matches:
@@ -69,24 +63,11 @@ def story(record: PassRecord, before: str, module: fx.GraphModule, context: Cont
         f"  {record.nodes_before} → {record.nodes_after} nodes, {short(old.flops)} → {short(new.flops)} FLOPs, "
         f"{short(old.bytes)} → {short(new.bytes)} bytes, {record.seconds * 1e3:.0f} ms"
     )
-    after = print_graph(module)
     if whole:
-        yield from ("", "before", before, "after", after)
+        yield from ("", "before", record.text_before, "after", record.text_after)
     else:
-        yield from changes(before, after)
+        yield from changes(record.text_before, record.text_after)
     yield ""
-
-
-def changes(before: str, after: str) -> Iterator[str]:
-    """Lines that differ, each with the line around it."""
-    old, new = (_without_frees(text) for text in (before, after))
-    for line in list(difflib.unified_diff(old, new, lineterm="", n=1))[2:]:
-        yield "    ..." if line.startswith("@@") else line
-
-
-def _without_frees(text: str) -> list[str]:
-    """`del` lines move with every change and say nothing new."""
-    return [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("del ")]
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ class PassRecord:
     cost_before: Cost
     cost_after: Cost
     certificate: Certificate | None  # None when certificates are off
+    text_before: str  # the graph as text; empty without a printer
+    text_after: str
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,23 @@ class Pipeline:
         label: str = "block",
         specimen: Specimen | None = None,
         step: Callable[[str, int], None] = lambda name, number: None,
+        printer: Callable[[fx.GraphModule], str] = lambda module: "",
     ) -> list[PassRecord]:
         """Rewrite `module` in place, pass by pass.
 
         `specimen` is what the certificates run on: `module` itself, or the same block at small sizes, which
         then goes through the same passes with the decisions taken for `module`. None: no certificates.
-        `step` is told each pass's name and number before it runs. Raises CertificateError naming pass and
-        `label`.
+        `step` is told each pass's name and number before it runs; `printer` writes the graphs of the records.
+        Raises CertificateError naming pass and `label`.
         """
         records: list[PassRecord] = []
-        before = cost(module.graph)
+        before = Snapshot.of(module, printer)
         for number, one in enumerate(self.passes):
             step(one.name(), number)
-            records.append(_run_one(one, module, context, label, specimen, before))
-            before = records[-1].cost_after
+            outcome, seconds, certificate = _run_one(one, module, context, f"{one.name()} on {label}", specimen)
+            after = Snapshot.of(module, printer)
+            records.append(_record(one, outcome, seconds, certificate, before, after))
+            before = after
         return records
 
     def find(self, name: str) -> Pass:
@@ -118,36 +123,54 @@ class Pipeline:
         return Pipeline(tuple(one for name, one in passes.items() if name not in left_out))
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A graph between two passes."""
+
+    nodes: int
+    cost: Cost
+    text: str
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, printer: Callable[[fx.GraphModule], str]) -> Snapshot:
+        return cls(len(module.graph.nodes), cost(module.graph), printer(module))
+
+
 def _run_one(
-    one: Pass,
-    module: fx.GraphModule,
-    context: Context,
-    label: str,
-    specimen: Specimen | None,
-    cost_before: Cost,
-) -> PassRecord:
-    nodes_before = len(module.graph.nodes)
+    one: Pass, module: fx.GraphModule, context: Context, label: str, specimen: Specimen | None
+) -> tuple[Outcome, float, Certificate | None]:
     before = clone(module) if specimen is not None and specimen.module is module else None
     started = time.perf_counter()
     outcome = one.run(module, context)
     sweep(module)
     seconds = time.perf_counter() - started
-    certificate = None
-    if specimen is not None:
-        label = f"{one.name()} on {label}"
-        before = before or _follow(one, outcome, context, label, specimen)
-        certificate = specimen.certify(before, label)
+    if specimen is None:
+        return outcome, seconds, None
+    before = before or _follow(one, outcome, context, label, specimen)
+    return outcome, seconds, specimen.certify(before, label)
+
+
+def _record(
+    one: Pass,
+    outcome: Outcome,
+    seconds: float,
+    certificate: Certificate | None,
+    before: Snapshot,
+    after: Snapshot,
+) -> PassRecord:
     return PassRecord(
         name=one.name(),
         spec=repr(one),
         matches=tuple(outcome.matches),
         refusals=tuple(outcome.refusals),
         seconds=seconds,
-        nodes_before=nodes_before,
-        nodes_after=len(module.graph.nodes),
-        cost_before=cost_before,
-        cost_after=cost(module.graph),
+        nodes_before=before.nodes,
+        nodes_after=after.nodes,
+        cost_before=before.cost,
+        cost_after=after.cost,
         certificate=certificate,
+        text_before=before.text,
+        text_after=after.text,
     )
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dsv3_compile.inspection import document, print_graph, refusals, short, table
+from dsv3_compile.inspection import changes, document, print_graph, refusals, short, table
 from tests.dsv3_compile import tiny
 
 
@@ -39,6 +39,7 @@ def test_a_pass_tells_what_it_did(report):
         "cost_before",
         "cost_after",
         "certificate",
+        "diff",
     }
     assert row["cost_after"]["at"]["flops"] < row["cost_before"]["at"]["flops"]
     assert "T" in row["cost_before"]["flops"]
@@ -77,3 +78,25 @@ def test_a_printed_graph_is_the_same_every_time():
     assert text == print_graph(module)
     assert text.startswith("def run(\n    input_layernorm_weight,")
     assert "# cache float32 [B, T, 22]" in text
+
+
+def test_the_difference_of_two_graphs_leaves_out_what_stayed():
+    before = "def run(\n    x,\n):\n    a = f(x)\n    b = g(a)\n    del a\n    c = h(b)\n    return (c,)\n"
+    after = "def run(\n    x,\n):\n    a = f(x)\n    k = gh(a)\n    del a\n    return (k,)\n"
+    assert list(changes(before, after)) == [
+        "    ...",
+        "     a = f(x)",
+        "-    b = g(a)",
+        "-    c = h(b)",
+        "-    return (c,)",
+        "+    k = gh(a)",
+        "+    return (k,)",
+    ]
+    assert list(changes(before, before)) == []
+
+
+def test_a_pass_shows_what_it_changed(report):
+    (moe,) = [b for b in report["blocks"] if (b["name"], b["phase"]) == ("moe", "decode")]
+    rows = {row["name"]: row for row in moe["passes"]}
+    assert any(line.startswith("+") and "dsv3.routed_swiglu" in line for line in rows["fuse-experts"]["diff"])
+    assert all(bool(row["diff"]) >= bool(row["matches"]) for row in rows.values())
