@@ -40,3 +40,20 @@ def test_inspect_passes(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(record.spec in printed for record in records)
     assert "-    linear_3 = aten.linear.default(index_put, self_attn_kv_b_proj_weight)" in printed  # absorbed away
+
+
+def test_compile_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "artifact"
+    before, after = load("compile_and_generate").main(["--questions", "24", "--no-aot", "--keep", str(folder)])
+    assert before == after >= 0.9
+    printed = capsys.readouterr().out
+    assert "12+3456=8643>3468" in printed
+    assert "order-contractions" in printed
+    assert (folder / "manifest.json").is_file()
+
+
+def test_inspect_passes_of_a_model_too_large_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    records = load("inspect_passes").main(["deepseek-v3", "--target", "sm_90", "--only", "order-contractions"])
+    printed = capsys.readouterr().out
+    assert [r.name for r in records if f"──── {r.spec} " in printed] == ["order-contractions"]
+    assert "  matched  " in printed
