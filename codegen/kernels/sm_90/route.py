@@ -36,6 +36,7 @@ def route_kernel(
     scale: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    ALWAYS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -103,7 +104,6 @@ def route_kernel(
         chosen_experts = tl.where(slot == k, index[:, None], chosen_experts)
         key = tl.where(expert[None, :] == index[:, None], _LOWEST, key)
     # Reading the chosen logits again is one cached load; carrying their scores would be a reduction each.
-    place = row[:, None] * TOP_K + slot
     written = (row < tokens)[:, None] & (slot < TOP_K)
     chosen_ptr = logits_ptr + row[:, None] * EXPERTS + chosen_experts
     chosen_logits = tl.load(chosen_ptr, mask=written, other=float("-inf")).to(tl.float32)
@@ -114,6 +114,11 @@ def route_kernel(
     if NORMALISE:
         weights = weights / (tl.sum(weights, 1) + epsilon)[:, None]
     weights = weights * scale
+    if ALWAYS > 0:
+        chosen_experts = tl.where(slot < TOP_K, chosen_experts, EXPERTS + slot - TOP_K)
+        weights = tl.where(slot < TOP_K, weights, 1.0)
+        written = (row < tokens)[:, None] & (slot < TOP_K + ALWAYS)
+    place = row[:, None] * (TOP_K + ALWAYS) + slot
     tl.store(indices_ptr + place, chosen_experts.to(tl.int64), mask=written)
     tl.store(weights_ptr + place, weights, mask=written)
 
@@ -130,15 +135,17 @@ def route(
     normalise: bool,
     epsilon: float,
     scale: float,
+    always: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Kernel of the op `route`: logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32).
 
+    always: experts behind the E that every token gets with weight 1 (shared ones), listed last: K + always columns.
     Any number of experts and groups; ties go to the lowest index. One warp per program: every reduction stays
     inside it.
     """
     tokens, experts = logits.shape
-    indices = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    indices = torch.empty((tokens, top_k + always), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((tokens, top_k + always), dtype=torch.float32, device=logits.device)
     if tokens == 0:
         return indices, weights
     block_n = 2 if tokens > 1 else 1
@@ -153,6 +160,7 @@ def route(
         scale=scale,
         EXPERTS=experts,
         TOP_K=top_k,
+        ALWAYS=always,
         GROUPS=groups,
         TOP_GROUPS=top_groups,
         SIGMOID=scoring == "sigmoid",
@@ -162,7 +170,7 @@ def route(
         BLOCK_N=block_n,
         BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_S=triton.next_power_of_2(experts // groups),
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=triton.next_power_of_2(top_k + always),
         num_warps=1,
         OVERLAPPED=logits.is_cuda,
         launch_pdl=logits.is_cuda,

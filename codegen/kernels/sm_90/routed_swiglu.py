@@ -20,10 +20,12 @@ from codegen.kernels.sm_90.single_token import swiglu_of_pairs, weighted_down
 @triton.jit
 def combine_kernel(
     y_ptr,
+    residual_ptr,
     out_ptr,
     width,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ADD: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -35,16 +37,27 @@ def combine_kernel(
     for pair in tl.static_range(TOP_K):
         row = y_ptr + (token * TOP_K + pair) * width
         total += tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(residual_ptr + token * width + column, mask=column < width, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
-def combine(y: Tensor, top_k: int) -> Tensor:
-    """y [N·K, D] in pair order, weighted → the sum over K, [N, D]."""
+def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
+    """y [N·K, D] in pair order, weighted → the sum over K, plus residual [N, D], [N, D]."""
     tokens, width = y.shape[0] // top_k, y.shape[1]
     out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
     block = min(1024, triton.next_power_of_2(width))
     combine_kernel[(tokens, triton.cdiv(width, block))](
-        y, out, width, TOP_K=top_k, BLOCK_D=block, num_warps=4, OVERLAPPED=y.is_cuda, launch_pdl=y.is_cuda
+        y,
+        residual,
+        out,
+        width,
+        TOP_K=top_k,
+        BLOCK_D=block,
+        ADD=residual is not None,
+        OVERLAPPED=y.is_cuda,
+        num_warps=4,
+        launch_pdl=y.is_cuda,
     )
     return out
 
@@ -72,18 +85,21 @@ def serves(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: T
     return None
 
 
-def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_swiglu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """Kernel of the op `routed_swiglu`: x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I]
-    → [N, D]. Weights of experts that nobody chose are not read; pairs are summed in a fixed order.
+    → [N, D], plus residual [N, D]. Weights of experts that nobody chose are not read; pairs are summed in a fixed
+    order.
     """
     tokens, top_k = indices.shape
     if tokens == 0:
         return torch.empty_like(x)
     if tokens == 1:
         hidden = swiglu_of_pairs(x, indices, gate_up, (4, 1024), 4)
-        return weighted_down(hidden, indices, weights, down, (4, 2048), 4)
+        return weighted_down(hidden, indices, weights, down, (4, 2048), 4, residual)
     experts = gate_up.shape[0]
     _, wide, narrow = next(tiling for tiling in TILINGS if tokens * top_k <= tiling[0] * experts)
     plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)
     hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
-    return combine(grouped_product(hidden, down, plan, narrow, weights), top_k)
+    return combine(grouped_product(hidden, down, plan, narrow, weights), top_k, residual)

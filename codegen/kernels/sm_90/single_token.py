@@ -53,12 +53,14 @@ def single_down_kernel(
     indices_ptr,
     weights_ptr,
     down_ptr,
+    residual_ptr,
     out_ptr,
     depth,
     width,
     TOP_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    ADD: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
     """The weighted sum over the experts of a token is part of the reduction: nothing is left to combine."""
@@ -79,8 +81,11 @@ def single_down_kernel(
             hidden = tl.load(hidden_ptr + pair * width + start + column, mask=inside, other=0.0).to(tl.float32)
             weight = tl.load(row_ptr + start, mask=read, other=0.0, eviction_policy="evict_first")
             total += weight.to(tl.float32) * (hidden * pair_weight)[None, :]
-    out = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token.to(tl.int64) * depth + row, out, mask=row < depth)
+    out = tl.sum(total, 1)
+    place = token.to(tl.int64) * depth + row
+    if ADD:
+        out += tl.load(residual_ptr + place, mask=row < depth, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=row < depth)
 
 
 def swiglu_of_pairs(x: Tensor, indices: Tensor, gate_up: Tensor, block: tuple[int, int], warps: int) -> Tensor:
@@ -106,9 +111,15 @@ def swiglu_of_pairs(x: Tensor, indices: Tensor, gate_up: Tensor, block: tuple[in
 
 
 def weighted_down(
-    hidden: Tensor, indices: Tensor, weights: Tensor, down: Tensor, block: tuple[int, int], warps: int
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    down: Tensor,
+    block: tuple[int, int],
+    warps: int,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """hidden [N·K, I], indices and weights [N, K], down [E, D, I] → the weighted sum over K, [N, D]."""
+    """hidden [N·K, I], indices and weights [N, K], down [E, D, I] → the weighted sum over K, plus residual, [N, D]."""
     tokens, top_k = indices.shape
     depth, width = down.shape[1:]
     out = torch.empty((tokens, depth), dtype=hidden.dtype, device=hidden.device)
@@ -117,12 +128,14 @@ def weighted_down(
         indices,
         weights,
         down,
+        residual,
         out,
         depth,
         width,
         TOP_K=top_k,
         BLOCK_O=block[0],
         BLOCK_I=block[1],
+        ADD=residual is not None,
         num_warps=warps,
         OVERLAPPED=hidden.is_cuda,
         launch_pdl=hidden.is_cuda,

@@ -72,7 +72,9 @@ def _load_slices(
 @gluon.jit
 def _multiply_slices(
     out_ptr,
+    residual_ptr,
     rows,
+    depth,
     width,
     items,
     steps,
@@ -84,6 +86,9 @@ def _multiply_slices(
     ROWS: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
+    NORM: gl.constexpr,
+    EPS: gl.constexpr,
+    ADD: gl.constexpr,
 ):
     OUTPUTS: gl.constexpr = 64 // SLICES
     COLUMNS: gl.constexpr = ROWS * SLICES
@@ -92,15 +97,20 @@ def _multiply_slices(
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([COLUMNS, BLOCK_D], dtype)
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     stored: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    read: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     slot = 0
     phase = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         total = gl.zeros((64, COLUMNS), gl.float32, products)
+        squares = gl.zeros((COLUMNS, BLOCK_D), gl.float32, read)
         for step in range(steps):
             mbarrier.wait(full.index(slot), phase)
             weight = weight_smem.index(slot)._reinterpret(dtype, [64, BLOCK_D], weight_layout)
             x = x_smem.index(slot)._reinterpret(dtype, [COLUMNS, BLOCK_D], x_layout)
             total = warpgroup_mma(weight, x.permute((1, 0)), total, is_async=True)
+            if NORM:
+                wide = x.load(read).to(gl.float32)
+                squares += wide * wide
             # One step stays in flight; the step before it has been read.
             total = warpgroup_mma_wait(1, deps=(total,))
             mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
@@ -118,11 +128,18 @@ def _multiply_slices(
             result = gl.sum(gl.reshape(by_column, (OUTPUTS, ROWS, SLICES)), 2)
         else:
             result = total
-        values = gl.convert_layout(result.to(out_ptr.dtype.element_ty), stored)
+        values = gl.convert_layout(result, stored)
         output = item * OUTPUTS + gl.arange(0, OUTPUTS, gl.SliceLayout(1, stored))
         row = gl.arange(0, ROWS, gl.SliceLayout(0, stored))
         written = (output < width)[:, None] & (row < rows)[None, :]
-        gl.store(out_ptr + row[None, :] * width + output[:, None], values, mask=written)
+        place = row[None, :] * width + output[:, None]
+        if NORM:
+            square = gl.sum(gl.reshape(gl.sum(squares, 1), (ROWS, SLICES)), 1)
+            inverse = gl.rsqrt(square / depth + EPS)
+            values *= gl.convert_layout(inverse, gl.SliceLayout(0, stored))[None, :]
+        if ADD:
+            values += gl.load(residual_ptr + place, mask=written, other=0.0).to(gl.float32)
+        gl.store(out_ptr + place, values.to(out_ptr.dtype.element_ty), mask=written)
 
 
 @gluon.jit
@@ -130,7 +147,9 @@ def skinny_linear_kernel(
     weight_desc,
     x_desc,
     out_ptr,
+    residual_ptr,
     rows,
+    depth,
     width,
     items,
     steps,
@@ -138,6 +157,9 @@ def skinny_linear_kernel(
     ROWS: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
+    NORM: gl.constexpr,
+    EPS: gl.constexpr,
+    ADD: gl.constexpr,
 ):
     dtype: gl.constexpr = weight_desc.dtype
     OUTPUTS: gl.constexpr = 64 // SLICES
@@ -153,7 +175,8 @@ def skinny_linear_kernel(
     gl.warp_specialize(
         [
             (_multiply_slices, (
-                out_ptr, rows, width, items, steps, weight_smem, x_smem, full, empty, SLICES, ROWS, BLOCK_D, STAGES,
+                out_ptr, residual_ptr, rows, depth, width, items, steps, weight_smem, x_smem, full, empty,
+                SLICES, ROWS, BLOCK_D, STAGES, NORM, EPS, ADD,
             )),
             (_load_slices, (
                 weight_desc, x_desc, items, steps, weight_smem, x_smem, full, empty,
@@ -191,8 +214,14 @@ def serves(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def skinny_linear(x: Tensor, weight: Tensor, slices: int | None = None) -> Tensor:
-    """x [N, D], weight [O, D] → x · weightᵀ, [N, O] in the dtype of x, for N up to 64; accumulates in fp32."""
+def skinny_linear(
+    x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None, slices: int | None = None
+) -> Tensor:
+    """x [N, D], weight [O, D] → x · weightᵀ, [N, O] in the dtype of x, for N up to 64; accumulates in fp32.
+
+    With eps the product is divided by sqrt(mean(x²) + eps): the product of an RMSNorm whose weight has been multiplied
+    into `weight`. residual [N, O] is added last.
+    """
     rows, depth = x.shape
     width = weight.shape[0]
     slices = slices or slices_for(width, rows)
@@ -204,7 +233,9 @@ def skinny_linear(x: Tensor, weight: Tensor, slices: int | None = None) -> Tenso
         _boxes(weight, slices, [64 // slices, slices, BLOCK_D]),
         _boxes(x, slices, [tile, slices, BLOCK_D]),
         out,
+        residual,
         rows,
+        depth,
         width,
         items,
         triton.cdiv(depth // slices, BLOCK_D),
@@ -212,6 +243,9 @@ def skinny_linear(x: Tensor, weight: Tensor, slices: int | None = None) -> Tenso
         ROWS=tile,
         BLOCK_D=BLOCK_D,
         STAGES=RING_BYTES // ((64 + tile * slices) * BLOCK_D * 2),
+        NORM=eps is not None,
+        EPS=eps or 0.0,
+        ADD=residual is not None,
         num_warps=4,
         maxnreg=128,
         launch_pdl=True,
