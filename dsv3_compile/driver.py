@@ -12,11 +12,13 @@ import torch
 import model_def
 from dsv3_compile.artifact import Artifact, check_output
 from dsv3_compile.capture import block_names, capture
-from dsv3_compile.inspection import document, print_graph
+from dsv3_compile.inspection import documents
 from dsv3_compile.options import OptionError, Options, options_from
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
+from dsv3_compile.report.history import History
+from dsv3_compile.report.phase_plan import phase_plans
 from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
@@ -71,7 +73,7 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
         max_batch=options.max_batch,
         max_length=options.length_for(found.config.max_position_embeddings),
         read=found.checkpoint.tensor if found.checkpoint else None,
-        report=document(program, options),
+        report=documents(program, options),
         checkpoint=found.checkpoint.folder if found.checkpoint else None,
         native=options.aot,
         progress=lambda line: progress(Event("artifact", line, 0, 1)),
@@ -103,12 +105,17 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
     specimens = specimens_of(blocks, config, dtype, progress) if options.verify else {}
     workloads = {phase: workload(config, options, phase) for phase in PHASES}
     program = Program(config, dtype, options.machine, blocks, schedule(config), workloads)
+    context = Context("prefill", program.target, workloads["prefill"])
+    longest = config.max_position_embeddings
+    program.plans = phase_plans(config, blocks, context, options.max_batch, longest)
     for (name, phase), block in blocks.items():
         label = f"{name} {phase}"
+        history = History(workloads[phase])
         context = Context(phase, program.target, workloads[phase])
         step = _steps(progress, label, len(pipeline.passes))
-        records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step, print_graph)
+        records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step, history)
         program.records[name, phase] = records
+        program.graphs[name, phase] = history.document()
     check_required([record for records in program.records.values() for record in records], options.require)
     for name in dict.fromkeys(name for name, _ in blocks):
         share_weights(program.phases(name))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from codegen.targets import Target
 from dsv3_compile.artifact import Artifact, ArtifactError
 from dsv3_compile.options import Options
 from dsv3_compile.program import Program
@@ -19,15 +20,40 @@ from passes.base import Workload
 from passes.cost import Cost
 from passes.pipeline import PassRecord
 
+SCHEMA = 1  # of the document; report/schema.json describes it
 REPORT = "report/passes.json"
+GRAPHS = "report/graphs.json"
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:
     """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact."""
-    path = Artifact.open(artifact).path(REPORT)
+    return _read(Artifact.open(artifact), REPORT)
+
+
+def inspect_graphs(artifact: str | Path) -> dict[str, Any]:
+    """Its graphs around every pass: see `graphs`. Raises ArtifactError for a folder that is not intact."""
+    return _read(Artifact.open(artifact), GRAPHS)
+
+
+def _read(artifact: Artifact, name: str) -> dict[str, Any]:
+    path = artifact.path(name)
     if not path.is_file():
         raise ArtifactError(f"{path}: the artifact was written without a report")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def documents(program: Program, options: Options) -> dict[str, dict[str, Any]]:
+    """Everything under report/ of an artifact, by file name."""
+    return {Path(REPORT).name: document(program, options), Path(GRAPHS).name: graphs(program)}
+
+
+def graphs(program: Program) -> dict[str, Any]:
+    """Per block and phase ("moe decode") the distinct `snapshots` of its graph, and which `states` they were.
+
+    A snapshot is `text` and `nodes`; states[n] is the number of the snapshot that pass n started from, the last
+    entry that of the finished graph.
+    """
+    return {f"{name} {phase}": found for (name, phase), found in program.graphs.items()}
 
 
 def document(program: Program, options: Options) -> dict[str, Any]:
@@ -35,15 +61,22 @@ def document(program: Program, options: Options) -> dict[str, Any]:
 
     blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds name, spec,
     matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
-    (expressions in B, S, T, and `at` the block's workload), its certificate (null without), and its diff: the
-    lines of the printed graph that changed.
+    (expressions in B, S, T; `at` the block's workload numbers, and the seconds that the target needs at least),
+    its certificate (null without), and its diff: the lines of the printed graph that changed.
+    phase_plans: see report.phase_plan. The schema is report/schema.json.
     """
     layers: dict[str, list[int]] = {}
     for step in program.schedule:
         layers.setdefault(step.block, []).extend([] if step.layer is None else [step.layer])
     return {
+        "schema": SCHEMA,
         "model_type": program.config.model_type,
         "target": program.target.name,
+        "machine": {
+            "bytes_per_second": program.target.bandwidth,
+            "flops_per_second": program.target.flops,
+            "launch_seconds": program.target.launch_seconds,
+        },
         "dtype": str(program.dtype).removeprefix("torch."),
         "options": repr(options),
         "blocks": [
@@ -52,14 +85,15 @@ def document(program: Program, options: Options) -> dict[str, Any]:
                 "phase": phase,
                 "layers": layers[name],
                 "workload": asdict(program.workloads[phase]),
-                "passes": [_record(record, program.workloads[phase]) for record in records],
+                "passes": [_record(record, program.workloads[phase], program.target) for record in records],
             }
             for (name, phase), records in program.records.items()
         ],
+        "phase_plans": program.plans,
     }
 
 
-def _record(record: PassRecord, workload: Workload) -> dict[str, Any]:
+def _record(record: PassRecord, workload: Workload, target: Target) -> dict[str, Any]:
     certificate = record.certificate
     return {
         "name": record.name,
@@ -69,22 +103,23 @@ def _record(record: PassRecord, workload: Workload) -> dict[str, Any]:
         "seconds": record.seconds,
         "nodes_before": record.nodes_before,
         "nodes_after": record.nodes_after,
-        "cost_before": _cost(record.cost_before, workload),
-        "cost_after": _cost(record.cost_after, workload),
+        "cost_before": _cost(record.cost_before, workload, target),
+        "cost_after": _cost(record.cost_after, workload, target),
         "certificate": None if certificate is None else asdict(certificate),
         "diff": list(changes(record.text_before, record.text_after)),
     }
 
 
-def _cost(cost: Cost, workload: Workload) -> dict[str, Any]:
+def _cost(cost: Cost, workload: Workload, target: Target) -> dict[str, Any]:
     here = cost.at(workload)
+    seconds = max(here.flops / target.flops, here.bytes / target.bandwidth) + cost.launches * target.launch_seconds
     return {
         "flops": str(cost.flops),
         "bytes": str(cost.bytes),
         "launches": cost.launches,
         "weight_bytes": cost.weight_bytes,
         "cache_bytes_per_token": cost.cache_bytes_per_token,
-        "at": {"flops": here.flops, "bytes": here.bytes},
+        "at": {"flops": here.flops, "bytes": here.bytes, "seconds": seconds},
     }
 
 

@@ -53,8 +53,8 @@ def write_artifact(
             _write_weights(_announced(bind(program, read), progress), folder / "weights")
         if checkpoint is not None:
             _copy_tokenizer(checkpoint, folder / "tokenizer")
-        if report is not None:
-            _write_json(report, folder / "report" / "passes.json")
+        for name, document in (report or {}).items():
+            _write_json(document, folder / "report" / name)
         manifest = Manifest(
             versions={name: _version(name) for name in ("dsv3-compile", "torch", "triton")},
             target=program.target.name,

@@ -77,6 +77,8 @@ class Program:
     schedule: tuple[Occurrence, ...]
     workloads: dict[str, Workload]  # by phase: sizes at which costs were compared
     records: dict[tuple[str, str], list[PassRecord]] = field(default_factory=dict)
+    graphs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # report.history, for the report
+    plans: list[dict[str, Any]] = field(default_factory=list)  # report.phase_plan, for the report
 
     def phases(self, block: str) -> list[BlockGraph]:
         """The graphs of one block, one per phase, in the order of PHASES."""

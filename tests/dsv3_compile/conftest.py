@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_compile.inspection import document
+from dsv3_compile.inspection import documents
 from dsv3_compile.packaging import write_artifact
 from model_def.checkpoint import write
 from model_def.decoder import Decoder
@@ -40,7 +40,7 @@ def artifact_folder(definition: Decoder, checkpoint_folder: Path, tmp_path_facto
         max_batch=tiny.OPTIONS.max_batch,
         max_length=tiny.TINY.max_position_embeddings,
         read=tiny.checkpoint_of(definition).__getitem__,
-        report=document(program, tiny.OPTIONS),
+        report=documents(program, tiny.OPTIONS),
         checkpoint=checkpoint_folder,
     )
     return folder

@@ -1,0 +1,101 @@
+"""The phase plan: what each form of attention costs over queries and context, and where one overtakes another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from torch import fx
+
+from codegen.targets import Target
+from dsv3_compile.capture import block_names
+from dsv3_compile.program import BlockGraph
+from model_def.config import ModelConfig
+from passes.base import Context, Workload
+from passes.canonicalise import Canonicalise
+from passes.crossover import FormCost, even_queries, even_queries_far, overtakes, price_forms
+from passes.pipeline import Pipeline
+from passes.verify import clone
+
+QUERIES = tuple(sorted({round(2 ** (k / 2)) for k in range(27)}))  # 1 to 8192
+CONTEXTS = (1024, 8192, 65536)
+
+
+def phase_plans(
+    config: ModelConfig, blocks: Mapping[tuple[str, str], BlockGraph], context: Context, max_batch: int, longest: int
+) -> list[dict[str, Any]]:
+    """One plan per distinct attention of a captured model, with the names of the `blocks` that share it.
+
+    `context` is that of prefill; costs in seconds are for one row and for `max_batch`, up to `longest` positions.
+    """
+    sharing: dict[Any, list[str]] = {}
+    for name, spec in zip(block_names(config), config.layers(), strict=True):
+        found = sharing.setdefault(spec.attention, [])
+        found += [] if name in found else [name]
+    plans = []
+    for names in sharing.values():
+        plan = phase_plan(blocks[names[0], "prefill"].module, context, sorted({1, max_batch}), longest)
+        if plan is not None:
+            plans.append({"blocks": names, **plan})
+    return plans
+
+
+def phase_plan(module: fx.GraphModule, context: Context, batches: Sequence[int], longest: int) -> dict[str, Any] | None:
+    """The forms of a captured prefill graph, priced; None when its attention has no form to choose.
+
+    forms: by name, FLOPs and bytes as expressions in B, S and T, and the block's weight bytes. crossovers: per
+    pair of forms the FLOPs break even at `queries` (expression in T) and `far` (for a long context). measured in
+    seconds on the target: `times` per batch and context. curves: FLOPs and seconds over QUERIES, one row per
+    batch.
+    """
+    canonical = clone(module)
+    Pipeline((Canonicalise(),)).run(canonical, context)
+    prices = price_forms(canonical, context)
+    if not prices:
+        return None
+    contexts = [length for length in CONTEXTS if length <= longest] or [longest]
+    by_name = {price.form: price for price in prices}
+    absorbed, expanded = by_name["absorbed"], by_name["expanded"]
+    return {
+        "forms": [
+            {"form": p.form, "flops": str(p.flops), "bytes": str(p.bytes), "weight_bytes": p.weight_bytes}
+            for p in prices
+        ],
+        "crossovers": [_crossover(low, high) for low, high in combinations(prices, 2)],
+        "times": [
+            {
+                "batch": batch,
+                "context": length,
+                "queries": overtakes(absorbed, expanded, context.target, batch, length),
+            }
+            for batch in batches
+            for length in contexts
+        ],
+        "queries": list(QUERIES),
+        "curves": [_curve(p, Workload(1, 0, length), context.target) for length in contexts for p in prices],
+    }
+
+
+def _crossover(low: FormCost, high: FormCost) -> dict[str, Any]:
+    even, far = even_queries(low, high), even_queries_far(low, high)
+    finite = far is not None and math.isfinite(far) and far > 0
+    return {
+        "forms": [low.form, high.form],
+        "queries": str(even) if finite else None,
+        "far": far if finite else None,
+    }
+
+
+def _curve(price: FormCost, at: Workload, target: Target) -> dict[str, Any]:
+    sizes = [Workload(at.batch, queries, at.context) for queries in QUERIES if queries <= at.context]
+    return {
+        "form": price.form,
+        "batch": at.batch,
+        "context": at.context,
+        "flops": [price.flops_at(size) for size in sizes],
+        "seconds": [price.seconds(target, size) for size in sizes],
+    }
+
+

@@ -1,0 +1,113 @@
+"""Where one form of attention overtakes another: expanded, absorbed and folded, priced over queries and context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+from torch import fx
+
+from codegen.targets import Target
+from passes.base import Context, Workload
+from passes.chains import FORMS, find_chains
+from passes.cost import B, NodeCost, S, T, cost, node_costs, symbolic_sizes
+from passes.fuse_attention import FuseAttention
+from passes.hoist_weights import HoistWeights
+from passes.order_contractions import OrderContractions
+from passes.pipeline import Pipeline
+from passes.verify import clone
+
+
+@dataclass(frozen=True)
+class FormCost:
+    """A block with its chains in one form; `nodes` are those that the other forms do not share."""
+
+    form: str
+    flops: sympy.Expr  # of `nodes`, in B, S and T
+    bytes: sympy.Expr
+    weight_bytes: int  # of the whole block
+    nodes: tuple[NodeCost, ...]
+
+    @cached_property
+    def _numbers(self) -> Callable[[int, int, int], list[tuple[float, float]]]:
+        return sympy.lambdify((B, S, T), [(node.flops, node.bytes) for node in self.nodes], modules="math")
+
+    def seconds(self, target: Target, workload: Workload) -> float:
+        """Roofline time of the nodes that are not shared."""
+        numbers = self._numbers(workload.batch, workload.queries, workload.context)
+        return sum(max(flops / target.flops, moved / target.bandwidth) for flops, moved in numbers)
+
+    def flops_at(self, workload: Workload) -> int:
+        numbers = self._numbers(workload.batch, workload.queries, workload.context)
+        return int(sum(flops for flops, _ in numbers))
+
+
+def price_forms(module: fx.GraphModule, context: Context) -> list[FormCost]:
+    """Every form of a canonical prefill graph, as the fused kernels it becomes; empty when it has no choice."""
+    if not any(chain.has_form for chain in find_chains(module.graph)):
+        return []
+    totals, nodes = {}, {}
+    for form in FORMS:
+        graph_module = clone(module)
+        passes = (OrderContractions(**{context.phase: form}), FuseAttention(), HoistWeights())
+        Pipeline(passes).run(graph_module, context)
+        totals[form] = cost(graph_module.graph)
+        found = node_costs(graph_module.graph, symbolic_sizes(graph_module.graph))
+        nodes[form] = {node.name: priced for node, priced in found.items()}
+    shared = {
+        name
+        for name, priced in nodes[FORMS[0]].items()
+        if all(name in others and others[name] == priced for others in nodes.values())
+    }
+    prices = []
+    for form in FORMS:
+        own = tuple(priced for name, priced in nodes[form].items() if name not in shared and _costs(priced))
+        flops, moved = (sympy.expand(sum((sympy.sympify(e) for e in each), sympy.Integer(0))) for each in _columns(own))
+        prices.append(FormCost(form, flops, moved, totals[form].weight_bytes, own))
+    return prices
+
+
+def _costs(priced: NodeCost) -> bool:
+    return priced.flops != 0 or priced.bytes != 0
+
+
+def _columns(nodes: Sequence[NodeCost]) -> tuple[list[Any], list[Any]]:
+    return [n.flops for n in nodes], [n.bytes for n in nodes]
+
+
+def even_queries(left: FormCost, right: FormCost) -> sympy.Expr | None:
+    """Query positions S at which two forms need the same FLOPs, as an expression in T; None when they never do."""
+    found = [s for s in sympy.solve(sympy.Eq(left.flops, right.flops), S) if s.subs(B, 1) != 0]
+    return sympy.simplify(found[0]) if found else None
+
+
+def even_queries_far(left: FormCost, right: FormCost) -> float | None:
+    """The same for a context without end."""
+    even = even_queries(left, right)
+    return None if even is None else float(sympy.limit(even, T, sympy.oo))
+
+
+def overtakes(
+    low: FormCost, high: FormCost, target: Target, batch: int, context: int, largest: int = 1 << 16
+) -> int | None:
+    """Fewest query positions at which `high` takes no longer than `low`; None when that is above `largest`.
+
+    `low` must be the faster one for few queries; its lead may change sign once.
+    """
+
+    def lead(queries: int) -> float:
+        workload = Workload(batch, queries, context)
+        return high.seconds(target, workload) - low.seconds(target, workload)
+
+    if lead(1) <= 0:
+        return 1
+    if lead(largest) > 0:
+        return None
+    below, above = 1, largest
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if lead(middle) > 0 else (below, middle)
+    return above
