@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dsv3_compile.artifact import GraphEntry, Port, Progress
-from dsv3_compile.source import load_graph
+from dsv3_compile.loading import load_graph
 
 Graphs = Mapping[str, Mapping[str, GraphEntry]]
 

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
+from codegen.targets import Target
 from dsv3_compile.artifact import Artifact, GraphEntry, Manifest, Port, Progress, Step, seal, writing
+from dsv3_compile.kernels import bind_kernels, write_kernels
 from dsv3_compile.native import compile_native, cpu_identity
 from dsv3_compile.program import BlockGraph, Occurrence, Program, Reader, bind
-from dsv3_compile.source import axes_of, axis_letters, graph_source
+from dsv3_compile.source import KernelCall, axes_of, axis_letters, graph_source
 from passes.base import Role
 
 SHARD_BYTES = 1 << 30  # how much of the weights is held in memory while writing
@@ -31,7 +33,7 @@ def write_artifact(
     max_batch: int,
     max_length: int,
     read: Reader | None = None,
-    report: Mapping[str, Any] | None = None,
+    report: Mapping[str, Mapping[str, Any]] | None = None,  # by file name
     checkpoint: Path | None = None,
     native: bool = False,
     progress: Progress = lambda line: None,
@@ -43,10 +45,13 @@ def write_artifact(
     native: compile the graphs for this machine's CPU as well, so that loading needs no compiler.
     """
     with writing(output) as folder:
-        graphs = {
-            block: {graph.phase: _write_graph(graph, folder) for graph in program.phases(block)}
-            for block in dict.fromkeys(name for name, _ in program.blocks)
-        }
+        bindings = bind_kernels(program, progress)
+        if bindings.kernels:
+            write_kernels(bindings, folder / "kernels")
+        graphs: dict[str, dict[str, GraphEntry]] = {}
+        for (block, phase), graph in program.blocks.items():
+            entry = _write_graph(graph, folder, program.target, bindings.calls[block, phase])
+            graphs.setdefault(block, {})[phase] = entry
         if native:
             graphs = compile_native(folder, graphs, progress)
         if read is not None:
@@ -73,11 +78,12 @@ def write_artifact(
     return Artifact(Path(output), manifest)
 
 
-def _write_graph(graph: BlockGraph, folder: Path) -> GraphEntry:
+def _write_graph(graph: BlockGraph, folder: Path, target: Target, kernels: Mapping[str, KernelCall]) -> GraphEntry:
     name = f"graphs/{graph.name}_{graph.phase}.py"
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(graph_source(graph.module, f"Block {graph.name}, {graph.phase}."))
+    title = f"Block {graph.name}, {graph.phase}, for {target.name}."
+    path.write_text(graph_source(graph.module, title, kernels))
     letters = axis_letters(graph.module)
     inputs = tuple(_port(node.name, node, letters) for node in graph.inputs())
     caches = graph.inputs(Role.CACHE)

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from codegen.targets import target
 from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
+from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
 from dsv3_compile.sampling import Sampler
-from dsv3_compile.source import load_graph
 
 LOGGER = logging.getLogger(__name__)
 
@@ -54,24 +55,26 @@ class Graph:
         return [port for port in self.entry.inputs if port.role == "cache"]
 
 
-def load(folder: str | Path, *, native: bool = True) -> Model:
+def load(folder: str | Path, *, device: str | None = None, native: bool = True) -> Model:
     """Check an artifact and load it.
 
-    The artifact's graphs are code and are executed. native: use code compiled for this CPU when the artifact has
-    it; otherwise, or on another CPU, the graphs run as Python source with the same results up to rounding.
-    Raises ArtifactError when the folder is not intact or holds no weights.
+    The artifact's graphs are code and are executed. device: the CPU or the first GPU where omitted, as the target
+    asks. native: use code compiled for this CPU when the artifact has it; otherwise, or on another CPU, the graphs
+    run as Python source with the same results up to rounding.
+    Raises ArtifactError when the folder is not intact, holds no weights, or was made for another machine.
     """
-    return Model(Artifact.open(folder), native=native)
+    return Model(Artifact.open(folder), device=device, native=native)
 
 
 class Model:
     """A compiled model with its weights."""
 
-    def __init__(self, artifact: Artifact, *, native: bool = True) -> None:
+    def __init__(self, artifact: Artifact, *, device: str | None = None, native: bool = True) -> None:
         manifest = artifact.manifest
         if manifest.weights == "none":
             raise ArtifactError(f"{artifact.folder}: has no weights; compile it without --no-weights to run it")
         self.artifact = artifact
+        self.device = torch.device(device or _device_for(artifact))
         self.config = manifest.config
         self.max_length = manifest.max_length
         self.max_batch = manifest.max_batch
@@ -87,7 +90,7 @@ class Model:
         tensors: dict[str, Tensor] = {}
         for shard in artifact.listed("weights"):
             # Copied to aligned memory: in the mapped file, rounding would depend on where a tensor happens to lie.
-            tensors |= {name: tensor.clone() for name, tensor in load_file(shard).items()}
+            tensors |= {name: tensor.to(self.device, copy=True) for name, tensor in load_file(shard).items()}
         self.weights = [{name: tensors[key] for name, key in step.weights.items()} for step in manifest.schedule]
 
     def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Cache]:
@@ -106,7 +109,7 @@ class Model:
         The cache is written in place and returned; its buffers are doubled when full, up to the artifact's
         max_length, beyond which ValueError is raised.
         """
-        self._check_ids(next_ids)
+        next_ids = self._checked_ids(next_ids)
         if next_ids.shape != (len(cache.lengths), 1):
             raise ValueError(f"next_ids has shape {list(next_ids.shape)}; expected [{len(cache.lengths)}, 1]")
         self._make_room(cache)
@@ -141,10 +144,10 @@ class Model:
         sampler = Sampler(temperature, top_p, seed)
         ends = self._ends(eos)
         x, cache = self._prefill_trunk(input_ids, lengths)
-        last = x[torch.arange(len(x)), cache.lengths - 1].unsqueeze(1)
+        last = x[torch.arange(len(x), device=self.device), cache.lengths - 1].unsqueeze(1)
         logits = self._head(last, "decode")
-        finished = torch.zeros(len(x), dtype=torch.bool)
-        tokens = torch.zeros(len(x), dtype=torch.int64)
+        finished = torch.zeros(len(x), dtype=torch.bool, device=self.device)
+        tokens = torch.zeros(len(x), dtype=torch.int64, device=self.device)
         for step in range(max_new_tokens):
             tokens = torch.where(finished, tokens, sampler(logits[:, -1]))
             yield tokens
@@ -154,15 +157,15 @@ class Model:
             logits, cache = self.decode(tokens.unsqueeze(1), cache)
 
     def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, Cache]:
-        self._check_ids(input_ids)
+        input_ids = self._checked_ids(input_ids)
         batch, queries = input_ids.shape
         if queries > self.max_length:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
-        lengths = self._check_lengths(lengths, batch, queries)
-        positions = torch.arange(queries).expand(batch, queries).contiguous()
+        lengths = _checked_lengths(lengths, batch, queries).to(self.device)
+        positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
         empty = [
             tuple(
-                torch.zeros(batch, queries, *port.shape[2:], dtype=getattr(torch, port.dtype))
+                torch.zeros(batch, queries, *port.shape[2:], dtype=getattr(torch, port.dtype), device=self.device)
                 for port in self.graphs[step.block, "prefill"].caches()
             )
             for step in self._layer_steps()
@@ -225,7 +228,7 @@ class Model:
         if capacity != cache.capacity:
             cache.layers = [tuple(map(grown, layer)) for layer in cache.layers]
 
-    def _check_ids(self, ids: Tensor) -> None:
+    def _checked_ids(self, ids: Tensor) -> Tensor:
         if ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"token ids are {ids.dtype} {list(ids.shape)}; expected int64 [batch, tokens]")
         if len(ids) > self.max_batch:
@@ -234,18 +237,33 @@ class Model:
         if low < 0 or high >= self.config["vocab_size"]:
             wrong = low if low < 0 else high
             raise ValueError(f"token id {wrong} is not in the vocabulary of {self.config['vocab_size']}")
-
-    @staticmethod
-    def _check_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:
-        if lengths is None:
-            return torch.full((batch,), queries, dtype=torch.int64)
-        lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > queries:
-            raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} numbers from 1 to {queries}")
-        return lengths
+        return ids.to(self.device)
 
     def _ends(self, eos: int | Sequence[int] | None) -> Tensor:
         if eos is None:
             eos = self.config.get("eos_token_id")
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        return torch.tensor(ends, dtype=torch.int64)
+        return torch.tensor(ends, dtype=torch.int64, device=self.device)
+
+
+def _checked_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:
+    if lengths is None:
+        return torch.full((batch,), queries, dtype=torch.int64)
+    lengths = torch.as_tensor(lengths, dtype=torch.int64)
+    if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > queries:
+        raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} numbers from 1 to {queries}")
+    return lengths
+
+
+def _device_for(artifact: Artifact) -> str:
+    """Where an artifact runs. Raises ArtifactError when this machine cannot run it."""
+    made_for = target(artifact.manifest.target)
+    if made_for.backend == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ArtifactError(f"{artifact.folder}: made for {made_for.name}; this machine has no GPU that torch can use")
+    if made_for.backend == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major != int(made_for.arch) // 10:
+            raise ArtifactError(f"{artifact.folder}: made for {made_for.name}; this GPU is sm_{major}{minor}")
+    return "cuda"

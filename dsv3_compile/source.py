@@ -1,7 +1,6 @@
-"""A block's graph as ordinary Python source, and back: what `graphs/*.py` of an artifact holds.
+"""A block's graph as ordinary Python source: what `graphs/*.py` of an artifact holds.
 
-The text needs torch and the `torch.ops.dsv3` vocabulary, nothing else. Loading it executes it, so an artifact
-contains code and must be trusted like any program.
+The text needs torch, the `torch.ops.dsv3` vocabulary and, for a GPU, the kernel files beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import math
 import operator
 import re
 import textwrap
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,9 +46,18 @@ UNSAID = {"pin_memory": False}
 STACK_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(.*)')
 
 
-def graph_source(module: fx.GraphModule, title: str) -> str:
+@dataclass(frozen=True)
+class KernelCall:
+    """A node that runs an emitted kernel: function `op` of `kernels/<kernel>.py` in place of the op itself."""
+
+    op: str
+    kernel: str
+
+
+def graph_source(module: fx.GraphModule, title: str, kernels: Mapping[str, KernelCall] = MappingProxyType({})) -> str:
     """Python text with one function `run`, one line per node, shapes as comments, model lines above their ops.
 
+    kernels: by node name, which nodes run an emitted kernel.
     Raises ValueError naming the node when it is not a call of a torch operator or of arithmetic on sizes.
     """
     graph = module.graph
@@ -56,24 +65,26 @@ def graph_source(module: fx.GraphModule, title: str) -> str:
     constants = {node.name: _constant(module, node) for node in graph.nodes if node.op == "get_attr"}
     body = [f"def {FUNCTION}("]
     body += [_commented(f"    {n.name},", _described(n, letters)) for n in placeholders(graph)]
-    body += ["):", *_body(graph, letters)]
+    aliases = _aliases(kernels)
+    callees = {node: aliases[call] for node, call in kernels.items()}
+    body += ["):", *_body(graph, letters, callees)]
     header = [f'"""{title}"""', ""]
     header += ["import math", ""] if any("math." in line for line in body) else []
     header += ["import torch", "", "aten = torch.ops.aten", "dsv3 = torch.ops.dsv3"]
+    if aliases:
+        imports = [f"from ..kernels.{call.kernel} import {call.op} as {alias}" for call, alias in aliases.items()]
+        header = [*header[:-3], "", *sorted(imports), *header[-3:]]
     header += [f"{name} = {text}" for name, text in constants.items()]
     return "\n".join([*header, "", "", *body]) + "\n"
 
 
-def load_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
-    """Execute a graph's source file and return its function.
-
-    The caller has checked the file against the manifest's hash.
-    """
-    import codegen.ops  # noqa: F401  registers torch.ops.dsv3, which the text calls
-
-    namespace: dict[str, Any] = {"__name__": f"artifact.{path.stem}", "__file__": str(path)}
-    exec(compile(path.read_text(), str(path), "exec"), namespace)
-    return namespace[FUNCTION]
+def _aliases(kernels: Mapping[str, KernelCall]) -> dict[KernelCall, str]:
+    """`swiglu_kernel`, and `swiglu_kernel_2` for the second kernel of an op."""
+    aliases: dict[KernelCall, str] = {}
+    for call in dict.fromkeys(kernels.values()):
+        number = 1 + sum(other.op == call.op for other in aliases)
+        aliases[call] = f"{call.op.rstrip('_')}_kernel" + (f"_{number}" if number > 1 else "")
+    return aliases
 
 
 def axes_of(value: Any, letters: dict[str, str]) -> list[int | str]:
@@ -104,7 +115,7 @@ def _commented(line: str, comment: str) -> str:
     return f"{line:<{COMMENT_COLUMN}}  # {comment}" if comment else line
 
 
-def _body(graph: fx.Graph, letters: dict[str, str]) -> Iterator[str]:
+def _body(graph: fx.Graph, letters: dict[str, str], callees: Mapping[str, str]) -> Iterator[str]:
     dying = _last_uses(graph)
     model_line, dead = "", []
     for node in graph.nodes:
@@ -120,7 +131,7 @@ def _body(graph: fx.Graph, letters: dict[str, str]) -> Iterator[str]:
                 dead = []
             yield f"\n    # {here}"
             model_line = here
-        yield _commented(f"    {node.name} = {_expression(node)}", _described(node, letters))
+        yield _commented(f"    {node.name} = {_expression(node, callees)}", _described(node, letters))
         dead += [n.name for n in dying.get(node, ())]
 
 
@@ -147,16 +158,21 @@ def _model_line(node: fx.Node) -> str:
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}  {frames[-1][2]}" if frames else ""
 
 
-def _expression(node: fx.Node) -> str:
+def _expression(node: fx.Node, callees: Mapping[str, str]) -> str:
     target = node.target
     if target is operator.getitem:
         return f"{_argument(node.args[0])}[{_argument(node.args[1])}]"
     if target in OPERATORS and len(node.args) == 2:
         return f"{_argument(node.args[0])} {OPERATORS[target]} {_argument(node.args[1])}"
-    arguments = [_argument(a) for a in node.args] + [
-        f"{k}={_argument(v)}" for k, v in node.kwargs.items() if UNSAID.get(k, ...) != v
-    ]
-    return f"{_callee(node)}({', '.join(arguments)})"
+    arguments = [_argument(a) for a in node.args]
+    arguments += [f"{k}={_keyword(k, v, node.graph)}" for k, v in node.kwargs.items() if UNSAID.get(k, ...) != v]
+    return f"{callees.get(node.name) or _callee(node)}({', '.join(arguments)})"
+
+
+def _keyword(name: str, value: Any, graph: fx.Graph) -> str:
+    inputs = placeholders(graph)
+    # A graph is captured on the CPU and runs wherever its inputs are.
+    return f"{inputs[0].name}.device" if name == "device" and inputs else _argument(value)
 
 
 def _callee(node: fx.Node) -> str:

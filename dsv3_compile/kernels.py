@@ -1,0 +1,83 @@
+"""Kernels for a GPU target: one for every distinct call of the op vocabulary, and which node runs which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from codegen.emit import EmittedKernel, compile_kernel, write_kernel
+from codegen.record import Operand, spec_of
+from codegen.targets import Target
+from codegen.tuning import available
+from dsv3_compile.artifact import Progress
+from dsv3_compile.program import BlockGraph, Program
+from dsv3_compile.source import KernelCall, axis_letters
+from passes.base import value_of
+
+VOCABULARY = "dsv3"
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """What a program's graphs launch."""
+
+    kernels: dict[str, EmittedKernel]  # by name
+    calls: dict[tuple[str, str], dict[str, KernelCall]]  # (block, phase) → node name → kernel
+
+
+def bind_kernels(program: Program, progress: Progress) -> Bindings:
+    """Write and compile a kernel for every call that has one; the others run as their torch reference.
+
+    Calls that differ only in free sizes share a kernel. Nothing is emitted for the CPU.
+    """
+    found = Bindings({}, {key: {} for key in program.blocks})
+    if program.target.backend == "cpu":
+        return found
+    known: dict[str, str] = {}  # a call's op and operands → kernel name
+    for key, block in program.blocks.items():
+        for node, op, operands in _calls(block):
+            call = f"{op}{operands!r}"
+            if call not in known:
+                progress(f"kernel {op}")
+                known[call] = _emit(op, operands, program.target, found.kernels)
+            found.calls[key][node.name] = KernelCall(op, known[call])
+    return found
+
+
+def write_kernels(bindings: Bindings, folder: Path) -> None:
+    """`<name>.py`, its machine code beside it, and `<name>.json` with what launching the code takes."""
+    folder.mkdir()
+    for name, kernel in bindings.kernels.items():
+        (folder / f"{name}.py").write_text(kernel.source)
+        (folder / f"{name}.json").write_text(json.dumps(kernel.metadata, indent=1) + "\n")
+        for file, code in kernel.binaries.items():
+            (folder / file).write_bytes(code)
+
+
+def _emit(op: str, operands: list[Operand], target: Target, kernels: dict[str, EmittedKernel]) -> str:
+    written = write_kernel(op, operands, target)
+    if written.name not in kernels:
+        kernels[written.name] = compile_kernel(written, target)
+    return written.name
+
+
+def _calls(block: BlockGraph) -> Iterator[tuple[fx.Node, str, list[Operand]]]:
+    letters = axis_letters(block.module)
+    for node in block.module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != VOCABULARY:
+            continue
+        op = node.target._schema.name.removeprefix(f"{VOCABULARY}::")
+        if available(op):
+            yield node, op, [spec_of(value, letters) for value in _arguments(node)]
+
+
+def _arguments(node: fx.Node) -> list[object]:
+    """Fake values and numbers in the order of the op's signature, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    return [value_of(named.get(a.name, a.default_value)) for a in schema.arguments]

@@ -1,0 +1,56 @@
+"""Running the Python files of an artifact.
+
+Loading a file executes it, so an artifact contains code and must be trusted like any program. The caller has
+checked the files against the manifest's hashes; nothing else in the folder is looked at, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+from torch import Tensor
+
+import codegen.ops  # noqa: F401  registers torch.ops.dsv3, which the files call
+from dsv3_compile.source import FUNCTION
+
+
+class _SourceLoader(SourceFileLoader):
+    """Neither reads nor writes byte code: an unlisted .pyc must not run, and the folder must stay as it is."""
+
+    def path_stats(self, path: str) -> dict[str, float]:  # type: ignore[override]
+        raise OSError
+
+
+def load_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of graphs/<name>.py; the kernel files that it imports are loaded with it."""
+    package = _package(path.parent.parent)
+    for file in sorted((path.parent.parent / "kernels").glob("*.py")):
+        name = f"{package}.kernels.{file.stem}"
+        if name not in sys.modules:
+            _load(name, file)
+    return getattr(_load(f"{package}.graphs.{path.stem}", path), FUNCTION)
+
+
+def _package(folder: Path) -> str:
+    """A name for an artifact's files that no other folder shares, and empty packages of that name."""
+    package = f"_artifact_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+    for name in (package, f"{package}.graphs", f"{package}.kernels"):
+        if name not in sys.modules:
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = []
+    return package
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_loader(name, _SourceLoader(name, str(path)))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
