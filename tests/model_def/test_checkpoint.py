@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_def import fp8
-from model_def.checkpoint import DERIVED, INDEX, SINGLE, Checkpoint, CheckpointError, expected_shapes, write
-from model_def.config import ModelConfig
+from model_def.checkpoint import DERIVED, INDEX, SCALE, SINGLE, Checkpoint, CheckpointError, expected_shapes, write
+from model_def.config import BlockQuantization, ModelConfig
+from tests.model_def.builders import all_logits, from_folder
 
 CONFIG = ModelConfig(
     hidden_size=20,
@@ -135,12 +136,29 @@ def test_fp8_is_multiplied_by_the_scale_of_its_block_also_at_partial_edges(shape
 
 def test_an_fp8_checkpoint_is_read_with_its_scales_from_another_file(tmp_path: Path) -> None:
     stored, scales = quantise(weights()[DOWN], (128, 128))
-    given = weights() | {DOWN: stored, DOWN + "_scale_inv": scales}
+    given = weights() | {DOWN: stored, DOWN + SCALE: scales}
     write(tmp_path / "fp8", CONFIG, sorted(given.items(), reverse=True), shard_bytes=1)
     checkpoint = Checkpoint.open(tmp_path / "fp8")
     checkpoint.validate()
     assert checkpoint.dtype(DOWN) == torch.float8_e4m3fn
     assert torch.equal(checkpoint.tensor(DOWN), stored.float() * scales)
+
+
+def test_a_model_read_from_fp8_computes_with_the_dequantised_weights(tmp_path: Path) -> None:
+    block = (16, 6)
+    config = replace(CONFIG, quantization=BlockQuantization(block))
+    stored, plain = {}, {}
+    for name, tensor in weights().items():
+        stored[name] = plain[name] = tensor
+        if tensor.dim() == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.")):
+            stored[name], stored[name + SCALE] = quantise(tensor, block)
+            plain[name] = fp8.dequantise(stored[name], stored[name + SCALE], block)
+    write(tmp_path / "fp8", config, stored.items())
+    write(tmp_path / "plain", CONFIG, plain.items())
+    ids = torch.randint(CONFIG.vocab_size, (1, 9), generator=torch.Generator().manual_seed(2))
+    found, expected = (all_logits(from_folder(tmp_path / name), ids) for name in ("fp8", "plain"))
+    assert expected.std() > 0.1
+    assert torch.equal(found, expected)
 
 
 def test_rotary_frequencies_and_unwanted_layers_are_passed_over(folder: Path) -> None:
@@ -222,18 +240,18 @@ WRONG = {
     ),
     "fp8 without scale": (
         lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)}),
-        f"is F8_E4M3, but {DOWN}_scale_inv is missing",
+        f"is F8_E4M3, but {DOWN}{SCALE} is missing",
     ),
     "wrong scale shape": (
-        lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + "_scale_inv": torch.ones(2, 1)}),
-        f"tensor {DOWN}_scale_inv has shape [2, 1]; expected [1, 1]",
+        lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + SCALE: torch.ones(2, 1)}),
+        f"tensor {DOWN}{SCALE} has shape [2, 1]; expected [1, 1]",
     ),
     "wrong scale dtype": (
-        lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + "_scale_inv": torch.ones(1, 1).bfloat16()}),
+        lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + SCALE: torch.ones(1, 1).bfloat16()}),
         "expected F32",
     ),
     "scale of a float32 tensor": (
-        lambda t: t.update({DOWN + "_scale_inv": torch.ones(1, 1)}),
+        lambda t: t.update({DOWN + SCALE: torch.ones(1, 1)}),
         f"{DOWN} is not F8_E4M3 and takes no scale",
     ),
     "scale of nothing": (
@@ -241,7 +259,7 @@ WRONG = {
         "tensor model.gone.weight_scale_inv is not part of this model",
     ),
     "fp8 vector": (
-        lambda t: t.update({NORM: torch.ones(20).to(torch.float8_e4m3fn), NORM + "_scale_inv": torch.ones(1, 1)}),
+        lambda t: t.update({NORM: torch.ones(20).to(torch.float8_e4m3fn), NORM + SCALE: torch.ones(1, 1)}),
         "expected a matrix",
     ),
 }
@@ -275,7 +293,7 @@ def test_numbers_that_are_not_finite_are_found_on_reading(folder: Path, value: f
 
 def test_an_fp8_scale_that_is_not_finite_is_found_on_reading(folder: Path) -> None:
     scale = torch.full((1, 1), float("inf"))
-    rewrite(folder, lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + "_scale_inv": scale}))
+    rewrite(folder, lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn), DOWN + SCALE: scale}))
     with pytest.raises(CheckpointError, match="holds NaN or infinity"):
         Checkpoint.open(folder).tensor(DOWN)
 
