@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
 
 from codegen.emit import EmittedKernel, compile_kernel, write_kernel
-from codegen.record import Operand, spec_of
+from codegen.record import Operand, TensorSpec, spec_of
 from codegen.targets import Target
 from codegen.tuning import available
 from dsv3_compile.artifact import Progress
 from dsv3_compile.program import BlockGraph, Program
 from dsv3_compile.source import KernelCall, axis_letters
-from passes.base import value_of
+from passes.base import is_call, value_of
 
 VOCABULARY = "dsv3"
 
@@ -69,15 +71,29 @@ def _emit(op: str, operands: list[Operand], target: Target, kernels: dict[str, E
 def _calls(block: BlockGraph) -> Iterator[tuple[fx.Node, str, list[Operand]]]:
     letters = axis_letters(block.module)
     for node in block.module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != VOCABULARY:
-            continue
-        op = node.target._schema.name.removeprefix(f"{VOCABULARY}::")
-        if available(op):
-            yield node, op, [spec_of(value, letters) for value in _arguments(node)]
+        if _is_vocabulary(node) and available(_op(node)):
+            yield node, _op(node), [_operand(argument, letters) for argument in _arguments(node)]
 
 
-def _arguments(node: fx.Node) -> list[object]:
-    """Fake values and numbers in the order of the op's signature, defaults filled in."""
+def _is_vocabulary(node: Any) -> bool:
+    target = getattr(node, "target", None)
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == VOCABULARY
+
+
+def _op(node: fx.Node) -> str:
+    return node.target._schema.name.removeprefix(f"{VOCABULARY}::")  # type: ignore[union-attr]
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """In the order of the op's signature, defaults filled in."""
     schema = node.target._schema  # type: ignore[union-attr]
     named = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
-    return [value_of(named.get(a.name, a.default_value)) for a in schema.arguments]
+    return [named.get(a.name, a.default_value) for a in schema.arguments]
+
+
+def _operand(argument: Any, letters: dict[str, str]) -> Operand:
+    operand = spec_of(value_of(argument), letters)
+    producer = argument.args[0] if is_call(argument, getitem) else argument
+    if isinstance(operand, TensorSpec) and _is_vocabulary(producer):
+        return replace(operand, strides=None)  # a kernel's outputs are contiguous, whatever those of its reference
+    return operand
