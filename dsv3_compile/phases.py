@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from dsv3_compile.program import BlockGraph
 from passes.base import fake_mode_of, sweep
@@ -27,7 +28,8 @@ def fix_sizes(module: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModul
     graph = fx.Graph()
     # What a node of the old graph is in the new one: a node, or a number where a size became known.
     new: dict[fx.Node, Any] = {}
-    with fake_mode_of(module.graph):
+    # Without the Python dispatcher some fake kernels would take a symbolic size for its example value.
+    with fake_mode_of(module.graph), enable_python_dispatcher():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 copy = graph.create_node("placeholder", str(node.target), name=node.name)

@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from passes.base import Context, Outcome, Pass, Refusal, sweep
 from passes.canonicalise import Canonicalise
@@ -141,13 +142,20 @@ def _run_one(
 ) -> tuple[Outcome, float, Certificate | None]:
     before = clone(module) if specimen is not None and specimen.module is module else None
     started = time.perf_counter()
-    outcome = one.run(module, context)
-    sweep(module)
+    outcome = _apply(one, module, context)
     seconds = time.perf_counter() - started
     if specimen is None:
         return outcome, seconds, None
     before = before or _follow(one, outcome, context, label, specimen)
     return outcome, seconds, specimen.certify(before, label)
+
+
+def _apply(one: Pass, module: fx.GraphModule, context: Context) -> Outcome:
+    # Without the Python dispatcher some fake kernels would take a symbolic size for its example value.
+    with enable_python_dispatcher():
+        outcome = one.run(module, context)
+    sweep(module)
+    return outcome
 
 
 def _record(
@@ -178,8 +186,7 @@ def _follow(one: Pass, outcome: Outcome, context: Context, label: str, specimen:
     """Send the small block through the pass as the real one went; returns what it was before."""
     before = clone(specimen.module)
     # Sizes decide what is cheapest, and the small block has others.
-    small = one.decided(outcome).run(specimen.module, context)
-    sweep(specimen.module)
+    small = _apply(one.decided(outcome), specimen.module, context)
     if len(small.matches) != len(outcome.matches):
         found = "; ".join(f"{r.node}: {r.reason}" for r in small.refusals) or "no refusals"
         raise CertificateError(
