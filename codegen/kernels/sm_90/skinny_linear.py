@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 BLOCK_D = 64
 MOST_ROWS = 64
 RING_BYTES = 100 * 1024  # two programs share a multiprocessor
+PROGRAMS = 2  # per multiprocessor
 
 
 @gluon.jit
@@ -229,11 +230,11 @@ def skinny_linear(
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     items = triton.cdiv(width, 64 // slices)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    skinny_linear_kernel[(min(items, 2 * processors),)](
+    skinny_linear_kernel[(min(items, PROGRAMS * processors),)](
         _boxes(weight, slices, [64 // slices, slices, BLOCK_D]),
         _boxes(x, slices, [tile, slices, BLOCK_D]),
         out,
-        residual,
+        out if residual is None else residual,
         rows,
         depth,
         width,

@@ -100,6 +100,23 @@ def test_single_tokens_agree(tokens, hidden, width):
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
+def test_shared_experts_are_listed_last_with_weight_one():
+    logits = torch.randn(3, 12)
+    indices, weights = route(logits, None, "softmax", 4, 1, 1, "max", 0.0, False, 0.0, 1.0, always=2)
+    expected = torch.ops.dsv3.route(logits, None, "softmax", 4, 1, 1, "max", 0.0, False, 0.0, 1.0)
+    torch.testing.assert_close((indices[:, :4], weights[:, :4]), expected)
+    assert indices[:, 4:].tolist() == [[12, 13]] * 3
+    assert weights[:, 4:].tolist() == [[1.0, 1.0]] * 3
+
+
+def test_the_residual_is_added_to_a_single_token():
+    hidden, indices, weights, down = torch.randn(3, 17), draw_pairs(1, 3, 5), torch.rand(1, 3), torch.randn(5, 33, 17)
+    residual = torch.randn(1, 33)
+    without = weighted_down(hidden, indices, weights, down, (4, 32), 4)
+    torch.testing.assert_close(weighted_down(hidden, indices, weights, down, (4, 32), 4, residual), without + residual)
+
+
 def test_combine_sums_the_pairs_of_a_token():
-    y = torch.randn(5 * 3, 1030)
+    y, residual = torch.randn(5 * 3, 1030), torch.randn(5, 1030)
     torch.testing.assert_close(combine(y, 3), y.view(5, 3, -1).sum(1))
+    torch.testing.assert_close(combine(y, 3, residual), y.view(5, 3, -1).sum(1) + residual)

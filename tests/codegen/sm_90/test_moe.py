@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.build import build
 from codegen.emit import compile_kernel, write_kernel
 from codegen.kernels.sm_90 import routed_swiglu, skinny_linear
-from codegen.record import TensorSpec
+from codegen.record import TensorSpec, record_launches
 from codegen.targets import target
 from codegen.tuning import choose
 
@@ -19,9 +20,9 @@ SM_90 = target("sm_90")
 
 
 def test_plain_parts_agree_with_the_references():
-    check = Path(__file__).parent / "check_moe.py"
+    checks = [str(Path(__file__).parent / f"check_{part}.py") for part in ("moe", "decode_step")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *checks],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -71,3 +72,16 @@ def test_a_skinny_product_wants_few_rows_that_can_be_cut():
     assert refusal(4, 256) is None
     assert "rows" in refusal(65, 256)
     assert "16 bytes" in refusal(4, 72)
+
+
+@pytest.mark.parametrize(
+    "rows, width, eps, added", [(1, 2048, None, True), (16, 3648, 1e-6, False), (64, 264, 1e-6, True)]
+)
+def test_skinny_products_fit_twice_on_a_multiprocessor(rows, width, eps, added):
+    bf16 = torch.bfloat16
+    residual = TensorSpec((rows, width), bf16) if added else None
+    call = (TensorSpec((rows, 512), bf16), TensorSpec((width, 512), bf16), eps, residual)
+    (launch,) = record_launches(skinny_linear.skinny_linear, call, SM_90)
+    ((_, facts),) = build(skinny_linear, [launch], SM_90)
+    assert facts["stack_bytes"] == 0
+    assert 2 * facts["shared_bytes"] <= SM_90.shared_memory
