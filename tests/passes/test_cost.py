@@ -1,20 +1,20 @@
 """Predicted FLOPs are those torch counts when the graph runs; predicted bytes are those one counts by hand."""
 
-import dataclasses
-
 import pytest
 import sympy
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from codegen.targets import target
-from dsv3_compile.driver import build
-from dsv3_compile.options import options_from
+from dsv3_compile.capture import Input
+from dsv3_compile.phases import fix_sizes
 from model_def.presets import PRESETS
-from passes.base import Workload
+from passes.base import Context, Role, Workload
 from passes.cost import B, S, T, cost
+from passes.pipeline import Pipeline
 from passes.verify import random_inputs, run_float64, size_values
-from tests.passes.harness import layer_graph
+from tests.passes.harness import layer_graph, module_graph
 
 TOY = PRESETS["toy"]
 
@@ -42,7 +42,8 @@ def test_costs_are_symbolic_in_batch_queries_and_context():
 def test_decode_bytes_are_those_of_a_hand_count(preset):
     """Weights of the active experts once, the latent cache once; the rest is small change."""
     config = PRESETS[preset]
-    program = build(config, options_from({"target": "sm_90", "no_weights": True, "verify": False}))
+    graph = fix_sizes(layer_graph(config, config.first_k_dense_replace, torch.bfloat16), {"S": 1})
+    Pipeline().run(graph, Context("decode", target("sm_90"), Workload(8, 1, 4096)))
     mla = config.layer(0).attention
     q = config.hidden_size * mla.heads * mla.qk_head_dim
     down = config.hidden_size * (mla.kv_lora_rank + mla.qk_rope_head_dim)
@@ -55,13 +56,22 @@ def test_decode_bytes_are_those_of_a_hand_count(preset):
     for context in (512, 4096, 32768):
         cache = context * (mla.kv_lora_rank + mla.qk_rope_head_dim)
         by_hand = 2 * (q + down + up + out + experts + cache) + router
-        found = cost(program.blocks["moe", "decode"].module.graph).at(Workload(1, 1, context)).bytes
+        found = cost(graph.graph).at(Workload(1, 1, context)).bytes
         assert abs(found / by_hand - 1) < 0.05, (context, found, by_hand)
 
 
+class Broadcast(nn.Module):
+    """Seven heads share one key: x is expanded, not stored seven times."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(7, 5, 6))
+
+    def forward(self, x):
+        return torch.einsum("bshi,hoi->bsho", x[:, :, None].expand(-1, -1, 7, -1), self.w)
+
+
 def test_a_broadcast_dim_is_stored_once():
-    graph = layer_graph(dataclasses.replace(TOY), 0, torch.float32)
-    at = Workload(2, 1, 4096)
-    expand = next(n for n in graph.graph.nodes if "expand" in n.name)
-    assert expand.meta["val"].stride()[2] == 0
-    assert cost(graph.graph).at(at).bytes > 0 and target("sm_90").balance > 100
+    graph = module_graph(Broadcast(), Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32))
+    key, weight, result = 6, 7 * 5 * 6, 7 * 5
+    assert cost(graph.graph).at(Workload(1, 1, 1)).bytes == 4 * (key + weight + result)

@@ -8,8 +8,8 @@ import torch
 from model_def.presets import PRESETS
 from passes.fuse_attention import FuseAttention
 from passes.order_contractions import OrderContractions
-from tests.passes.harness import apply, count, layer_graph, module_graph, reasons
-from tests.passes.mla import HeadFirst, Mla, inputs
+from tests.passes.harness import apply, count, layer_graph, mla_graph, reasons
+from tests.passes.mla import HeadFirst, Mla
 
 dsv3 = torch.ops.dsv3
 
@@ -17,7 +17,7 @@ dsv3 = torch.ops.dsv3
 @pytest.mark.parametrize("variant", [Mla, HeadFirst])
 @pytest.mark.parametrize("queries", [1, "S"])
 def test_the_absorbed_core_reads_the_latent_once(variant, queries):
-    graph = module_graph(variant(), *inputs(queries=queries))
+    graph = mla_graph(variant, queries)
     apply(OrderContractions(decode="absorbed"), graph)
     assert apply(FuseAttention(), graph).matches == ["softmax: mla_attention"]
     assert count(graph, dsv3.mla_attention) == 1
@@ -26,7 +26,7 @@ def test_the_absorbed_core_reads_the_latent_once(variant, queries):
 
 @pytest.mark.parametrize("variant", [Mla, HeadFirst])
 def test_the_expanded_core_keeps_heads(variant):
-    graph = module_graph(variant(), *inputs(queries="S"))
+    graph = mla_graph(variant, "S")
     apply(FuseAttention(), graph, "prefill")
     assert count(graph, dsv3.attention) == 1
 
@@ -71,7 +71,7 @@ class Leaking(Mla):
     [(Windowed, "not a comparison of positions"), (Finite, "not a mask with −∞"), (Leaking, "shares are used by")],
 )
 def test_near_misses_stay(module, reason):
-    graph = module_graph(module(), *inputs(queries="S"))
+    graph = mla_graph(module, "S")
     outcome = apply(FuseAttention(), graph)
     assert not outcome.matches and reason in reasons(outcome)
     assert count(graph, torch.ops.aten.softmax) == 1

@@ -11,8 +11,8 @@ from passes.base import Workload
 from passes.canonicalise import Canonicalise
 from passes.cost import T, cost
 from passes.order_contractions import OrderContractions
-from tests.passes.harness import apply, layer_graph, module_graph, reasons
-from tests.passes.mla import HeadFirst, Mla, inputs
+from tests.passes.harness import apply, layer_graph, mla_graph, reasons
+from tests.passes.mla import HeadFirst, Mla
 
 DECODE, PREFILL = Workload(2, 1, 999), Workload(1, 4096, 4096)
 
@@ -24,7 +24,7 @@ def per_context(graph) -> sympy.Expr:
 
 @pytest.mark.parametrize("heads, rank", [(3, 24), (3, 512), (16, 256), (128, 24), (128, 512)])
 def test_decode_absorbs_for_any_head_count_and_rank(heads, rank):
-    graph = module_graph(Mla(heads=heads, rank=rank), *inputs(rank=rank))
+    graph = mla_graph(heads=heads, rank=rank)
     expanded = per_context(graph)
     outcome = apply(OrderContractions(), graph)
     assert [m.split(": ")[1].split(",")[0] for m in outcome.matches] == ["absorbed", "absorbed"]
@@ -37,22 +37,21 @@ def test_decode_absorbs_for_any_head_count_and_rank(heads, rank):
 @pytest.mark.parametrize("form", ["expanded", "absorbed", "folded"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_every_form_can_be_forced_and_is_equal(variant, form, phase):
-    graph = module_graph(variant(), *inputs(queries=1 if phase == "decode" else "S"))
+    graph = mla_graph(variant, 1 if phase == "decode" else "S")
     apply(Canonicalise(), graph, phase)
     outcome = apply(OrderContractions(**{phase: form}), graph, phase)
     assert outcome.decision == {phase: f"{form}+{form}"}
 
 
 def test_prefill_of_a_fresh_prompt_stays_expanded_and_says_so():
-    sizes = dict(rank=512, rope=64, hidden=384)
-    graph = module_graph(Mla(heads=16, nope=128, value=128, **sizes), *inputs(queries="S", **sizes))
+    graph = mla_graph(queries="S", heads=16, nope=128, value=128, rank=512, rope=64, hidden=384)
     outcome = apply(OrderContractions(), graph, "prefill")
     assert outcome.decision == {"prefill": "expanded+expanded"}
     assert not outcome.matches and "stays expanded" in reasons(outcome)
 
 
 def test_layout_does_not_matter():
-    graph = module_graph(HeadFirst(), *inputs())
+    graph = mla_graph(HeadFirst)
     assert apply(OrderContractions(), graph).decision == {"decode": "absorbed+absorbed"}
 
 
@@ -68,21 +67,21 @@ def test_the_definition_absorbs_in_decode(preset, layer):
 
 
 def test_a_nonlinearity_between_is_refused_with_its_edge():
-    graph = module_graph(Mla(between=torch.relu), *inputs())
+    graph = mla_graph(between=torch.relu)
     outcome = apply(OrderContractions(), graph)
     assert not outcome.matches
     assert "linear_1 → relu" in reasons(outcome)
 
 
 def test_keys_used_elsewhere_are_refused_with_the_user_named():
-    graph = module_graph(Mla(keys_out=True, rank=64), *inputs(rank=64))
+    graph = mla_graph(keys_out=True, rank=64)
     outcome = apply(OrderContractions(), graph)
     assert not outcome.matches
     assert "must be computed anyway" in reasons(outcome) and "output" in reasons(outcome)
 
 
 def test_folding_needs_leave_to_grow_the_weights():
-    small, large = (module_graph(Mla(hidden=8, nope=30, rank=12), *inputs(hidden=8, rank=12)) for _ in range(2))
+    small, large = (mla_graph(hidden=8, nope=30, rank=12) for _ in range(2))
     frugal = apply(OrderContractions(), small, workload=DECODE)
     generous = apply(OrderContractions(storage_growth=10.0), large, workload=DECODE)
     assert "folded" not in frugal.decision["decode"]
@@ -95,7 +94,7 @@ def test_an_unknown_form_is_an_error():
 
 
 def test_decisions_can_be_pinned_and_repeated():
-    first, second = (module_graph(Mla(), *inputs()) for _ in range(2))
+    first, second = (mla_graph() for _ in range(2))
     one = OrderContractions()
     pinned = one.decided(apply(one, first))
     assert pinned.decode == "absorbed+absorbed"
