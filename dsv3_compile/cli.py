@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from codegen.targets import TARGETS
+
 DONE, FAILED, AT_FAULT = 0, 1, 2
 
 
@@ -71,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     compile_ = command("compile", "compile a model into an artifact")
     compile_.add_argument("model", metavar="MODEL", help="preset name or Hugging Face folder")
     compile_.add_argument("-o", "--output", metavar="DIR", required=True, help="artifact folder to write")
-    compile_.add_argument("--target", default="cpu", help="cpu, sm_80, sm_90, sm_100, gfx942 (default cpu)")
+    compile_.add_argument("--target", default="cpu", choices=TARGETS, help="default cpu")
     compile_.add_argument("--no-weights", action="store_true", help="compile from the config alone")
     compile_.add_argument("--dtype", help="float32, bfloat16 or float16")
     compile_.add_argument("--set", metavar="PASS.FIELD=VALUE", action="append", default=[], help="set an option")

@@ -65,6 +65,7 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
     options = options_from(settings)
     check_output(output)
     found = open_model(model, options)
+    _check_early(options, found.config)
     program = build(found.config, options, progress)
     return write_artifact(
         program,
@@ -78,6 +79,14 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
         native=options.aot,
         progress=lambda line: progress(Event("artifact", line, 0, 1)),
     )
+
+
+def _check_early(options: Options, config: ModelConfig) -> None:
+    """What would otherwise be found out only after the capture, or after everything."""
+    options.length_for(config.max_position_embeddings)
+    pipeline = Pipeline().configured(options.set, options.disable)
+    for name in options.require:
+        pipeline.find(name)
 
 
 def open_model(model: str | Path, options: Options) -> Model:

@@ -1,0 +1,344 @@
+"""The command line: what it prints, its exit status, and one line for everything that is wrong with the input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dsv3_compile.driver as driver
+from dsv3_compile.cli import main
+from dsv3_compile.commands import at_fault
+from dsv3_compile.native import NativeError
+from passes.pipeline import RequirementError
+from passes.verify import CertificateError
+from tests.dsv3_compile import tiny
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def checkpoint(checkpoint_folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(checkpoint_folder, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def artifact(artifact_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact_folder, tmp_path / "artifact"))
+
+
+@pytest.fixture
+def compiled_before() -> Iterator[None]:
+    """The compiler's work is done already; what is left is reading the weights and writing."""
+    program = tiny.program()
+    with patch.object(driver, "build", lambda *_: program):
+        yield
+
+
+def error_of(capsys: Capture, *arguments: object, status: int = 2) -> str:
+    """The one line that a command says when it fails."""
+    assert main([str(argument) for argument in arguments]) == status
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("dsv3c: error: ")
+    return line.removeprefix("dsv3c: error: ")
+
+
+def compile_error(capsys: Capture, model: object, tmp_path: Path, *more: object, status: int = 2) -> str:
+    """The same, and nothing may have been written, half-written or left over."""
+    before = sorted(tmp_path.iterdir())
+    line = error_of(capsys, "compile", model, "-o", tmp_path / "output", *more, status=status)
+    assert sorted(tmp_path.iterdir()) == before
+    return line
+
+
+WEIGHTS = "model.safetensors"
+Q_A = "model.layers.1.self_attn.q_a_proj.weight"
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
+    "missing": (lambda tensors: tensors.pop(Q_A), f"tensor {Q_A} [26, 30] is missing"),
+    "extra": (lambda tensors: tensors.update({"model.extra": torch.ones(2)}), "tensor model.extra is not part"),
+    "shape": (lambda tensors: tensors.update({Q_A: torch.ones(3, 4)}), f"{Q_A} has shape [3, 4]; expected [26, 30]"),
+    "dtype": (lambda tensors: tensors.update({Q_A: torch.ones(26, 30, dtype=torch.int32)}), f"{Q_A} has dtype"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(damage: str, checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    change, message = DAMAGES[damage]
+    rewritten(checkpoint, change)
+    assert message in compile_error(capsys, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(
+    value: float, checkpoint: Path, tmp_path: Path, capsys: Capture, compiled_before: None
+) -> None:
+    rewritten(checkpoint, lambda tensors: tensors[Q_A].view(-1)[17:18].fill_(value))
+    line = compile_error(capsys, checkpoint, tmp_path)
+    assert Q_A in line and "NaN or infinity" in line
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, 0.999])
+def test_a_truncated_file_is_refused(keep: float, checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    content = (checkpoint / WEIGHTS).read_bytes()
+    (checkpoint / WEIGHTS).write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
+    assert WEIGHTS in compile_error(capsys, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"type": "longrope", "factor": 4}}, "longrope"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank"),
+        ({"kv_lora_rank": "512"}, "kv_lora_rank"),
+        ({"num_experts_per_tok": 99}, "num_experts_per_tok"),
+        ({"n_group": 5}, "n_group"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "llama"}, "model_type"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+    ids=str,
+)
+def test_an_impossible_config_is_refused(
+    changes: dict, message: str, checkpoint: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    document = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**document, **changes}))
+    assert message in compile_error(capsys, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_a_config_that_is_none_is_refused(text: str, checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    (checkpoint / "config.json").write_text(text)
+    assert "config.json" in compile_error(capsys, checkpoint, tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "config.json is missing" in compile_error(capsys, tmp_path / "empty", tmp_path)
+    assert "no such folder" in compile_error(capsys, tmp_path / "nowhere", tmp_path)
+    (tmp_path / "file").touch()
+    assert "file" in compile_error(capsys, tmp_path / "file", tmp_path)
+
+
+def test_a_checkpoint_without_weights_is_refused(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    (checkpoint / WEIGHTS).unlink()
+    assert WEIGHTS in compile_error(capsys, checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "sm_75"], "choose from 'cpu'"),
+        (["--dtype", "int8"], "accepted: float32"),
+        (["--max-batch", "0"], "max_batch is 0"),
+        (["--max-length", "0"], "max_length is 0"),
+        (["--max-length", "65"], "the model has 64 positions"),
+        (["--max-length", "many"], "--max-length"),
+        (["--disable", "fuse-everything"], "unknown pass 'fuse-everything'"),
+        (["--require", "fuse-everything"], "unknown pass 'fuse-everything'"),
+        (["--set", "fuse-everything.x=1"], "unknown pass 'fuse-everything'"),
+        (["--set", "order-contractions.colour=red"], "colour"),
+        (["--set", "nonsense"], "nonsense"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--aot", "--target", "sm_90"], "aot is for target cpu"),
+    ],
+    ids=" ".join,
+)
+def test_impossible_options_are_refused(
+    options: list[str], message: str, checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert message in compile_error(capsys, checkpoint_folder, tmp_path, *options)
+
+
+def test_a_preset_has_no_weights_to_compile(tmp_path: Path, capsys: Capture) -> None:
+    assert "no weights" in compile_error(capsys, "deepseek-v3", tmp_path)
+
+
+def test_an_output_that_is_in_the_way_is_left_alone(checkpoint_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "diary.txt").write_text("dear diary")
+    assert "is not an artifact" in compile_error(capsys, checkpoint_folder, tmp_path)
+    assert (tmp_path / "output" / "diary.txt").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("error", [CertificateError, RequirementError, NativeError])
+def test_work_that_failed_has_status_1(
+    error: type[Exception], checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    with patch.object(driver, "build", side_effect=error("absorb went wrong")):
+        assert "absorb went wrong" in compile_error(capsys, checkpoint_folder, tmp_path, status=1)
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_input(checkpoint_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    with patch.object(driver, "build", side_effect=KeyError("k")):
+        line = compile_error(capsys, checkpoint_folder, tmp_path, status=1)
+    assert "unexpected KeyError" in line and "--debug" in line
+
+
+def test_debug_adds_the_traceback(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["info", str(tmp_path / "nowhere"), "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.splitlines()[-1].startswith("dsv3c: error: ")
+
+
+def test_compile_writes_an_artifact_and_says_nothing_on_a_silent_stderr(
+    checkpoint_folder: Path, tmp_path: Path, capsys: Capture, compiled_before: None
+) -> None:
+    assert main(["compile", str(checkpoint_folder), "-o", str(tmp_path / "output"), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert json.loads(said.out)["report"]["blocks"]
+    assert (tmp_path / "output" / "tokenizer" / "tokenizer.json").is_file()
+
+
+# Artifacts
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["generate", "--prompt", "1"], ["verify"], ["bench"]],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("damage", ["flipped", "missing", "extra", "newer", "absent"])
+def test_a_damaged_artifact_is_refused(command: list[str], damage: str, artifact: Path, capsys: Capture) -> None:
+    victim = artifact / "graphs" / "moe_decode.py"
+    if damage == "flipped":
+        victim.write_bytes(victim.read_bytes().replace(b"=", b"-", 1))
+    elif damage == "missing":
+        victim.unlink()
+    elif damage == "extra":
+        victim.with_suffix(".pyc").touch()
+    elif damage == "newer":
+        manifest = artifact / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 2'))
+    else:
+        shutil.rmtree(artifact)
+    expected = {"newer": "schema 2 is newer", "absent": "manifest.json"}.get(damage, "graphs/moe_decode.py")
+    expected = expected.replace(".py", ".pyc") if damage == "extra" else expected
+    assert expected in error_of(capsys, command[0], artifact, *command[1:])
+
+
+def test_generate_prints_what_follows_the_prompt(artifact_folder: Path, capsys: Capture) -> None:
+    arguments = ["generate", str(artifact_folder), "--prompt", "", "--max-new-tokens", "3"]
+    assert main(arguments) == 2
+    capsys.readouterr()
+    arguments[3] = "\x01\x02"
+    with patch("dsv3_compile.commands.open_tokenizer") as tokenizer:
+        tokenizer.return_value.encode = lambda text: list(text.encode())
+        tokenizer.return_value.decode = lambda ids: "".join(f"<{token}>" for token in ids)
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert text == document["text"] + "\n" and len(document["tokens"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        ([], "token id 256"),  # the byte tokenizer's begin token is more than the tiny model knows
+    ],
+    ids=str,
+)
+def test_impossible_generation_is_refused(
+    options: list[str], message: str, artifact_folder: Path, capsys: Capture
+) -> None:
+    assert message in error_of(capsys, "generate", artifact_folder, "--prompt", "1", *options)
+
+
+def test_generate_without_a_tokenizer_is_refused(
+    tmp_path: Path, capsys: Capture, checkpoint: Path, compiled_before: None
+) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    assert main(["compile", str(checkpoint), "-o", str(tmp_path / "output"), "--json"]) == 0
+    capsys.readouterr()
+    assert "tokenizer" in error_of(capsys, "generate", tmp_path / "output", "--prompt", "1")
+
+
+def test_info_counts_the_published_model(capsys: Capture) -> None:
+    assert main(["info", "deepseek-v3", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["parameters"]["total"] == 671_026_419_200
+    assert document["kv_cache"]["bytes_per_token"] == 70_272
+    assert document["kv_cache"]["ratio"] == pytest.approx(0.01758, abs=5e-6)
+    assert document["flops_per_token"] > 0
+
+
+@pytest.mark.parametrize("kind", ["checkpoint_folder", "artifact_folder"])
+def test_info_reads_folders_and_artifacts(kind: str, request: pytest.FixtureRequest, capsys: Capture) -> None:
+    assert main(["info", str(request.getfixturevalue(kind)), "--json"]) == 0
+    expected = sum(tensor.numel() for tensor in tiny.trained_looking(tiny.TINY).state_dict().values())
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] == expected
+
+
+def test_passes_lists_every_option(capsys: Capture) -> None:
+    assert main(["passes"]) == 0
+    text = capsys.readouterr().out
+    assert main(["passes", "--json"]) == 0
+    for one in json.loads(capsys.readouterr().out):
+        assert one["name"] in text
+        assert all(f"--set {one['name']}.{field}=" in text for field in one["options"])
+
+
+def test_inspect_shows_one_pass(artifact_folder: Path, capsys: Capture) -> None:
+    assert main(["inspect", str(artifact_folder), "--pass", "lower", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {row["name"] for block in report["blocks"] for row in block["passes"]} == {"lower"}
+    assert "accepted: " in error_of(capsys, "inspect", artifact_folder, "--pass", "lowest")
+
+
+def test_export_says_that_it_is_not_there_yet(tmp_path: Path, capsys: Capture) -> None:
+    line = error_of(capsys, "export", "toy", "--format", "onnx", "-o", tmp_path / "model")
+    assert "not available" in line and not (tmp_path / "model").exists()
+
+
+def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Capture) -> None:
+    assert main(["verify", str(artifact_folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and len(report["blocks"]) == 2 * (tiny.TINY.num_hidden_layers + 2)
+
+
+def test_verify_fails_on_weights_that_are_not_the_checkpoints(
+    artifact_folder: Path, checkpoint: Path, capsys: Capture
+) -> None:
+    rewritten(checkpoint, lambda tensors: tensors[O_PROJ].mul_(1.01))
+    assert main(["verify", str(artifact_folder), "--checkpoint", str(checkpoint), "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["blocks"]
+    wrong = {row["layer"] for row in rows if row["relative_error"] > 1e-4}
+    assert wrong == {1}, "an error is seen in the layer where it arises, and only there"
+
+
+def test_every_error_of_the_input_is_one_line(tmp_path: Path) -> None:
+    assert all(issubclass(error, (ValueError, OSError)) for error in at_fault())
+
+
+def test_bench_sets_times_beside_the_floor(artifact_folder: Path, capsys: Capture) -> None:
+    with patch("dsv3_compile.benchmark.COPY_BYTES", 1 << 16), patch("dsv3_compile.benchmark.PRODUCT", 64):
+        assert main(["bench", str(artifact_folder), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert {row["phase"] for row in runs} == {"prefill", "decode"}
+    assert all(0 < row["floor_seconds"] and 0 < row["seconds"] for row in runs)
