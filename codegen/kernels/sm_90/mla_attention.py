@@ -1,9 +1,12 @@
-"""MLA decode on Hopper: which kernel for which shape, its sizes, and the launch."""
+"""MLA decode on Hopper: which kernel and which sizes for which shape, and the launches.
+
+Few query rows are bound by the cache's bytes and go to the transposed kernel, many by the matrix units and go to the
+64-row kernel. Sizes are the fastest measured on one H200.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -15,111 +18,208 @@ from codegen.kernels.sm_90.mla_decode import mla_decode_narrow
 from codegen.kernels.sm_90.mla_decode_wide import mla_decode_wide
 from codegen.kernels.sm_90.mla_merge import mla_merge
 
-SHARED_BYTES = 227 * 1024  # what one program can have on Hopper
-TILE = 64
+SHARED_BYTES = 227 * 1024 - 2560  # what one program can have on Hopper, less barriers and the scratch of reductions
+TILE = 64  # cached positions, and the page size
+MOST_QUERIES = 8  # query positions up to which decode kernels are meant
+# Up to so many cached positions a row tile of 16 beats one of 64: fewer parts to join outweigh reading the cache again.
+SHORT = 8192
 
 
 @dataclass(frozen=True)
-class Narrow:
-    """Sizes of the transposed kernel: `groups` warp groups of `rows` query rows, boxes of `width` latent columns."""
+class Form:
+    """How a call is cut: `groups` warp groups of `rows` query rows (0 groups: the 64-row kernel), boxes of `width`."""
 
     groups: int
     rows: int
     width: int
-    rope_slots: int = 3
+    rope_slots: int
 
     @property
     def tile_rows(self) -> int:
-        return self.groups * self.rows
+        return max(1, self.groups) * self.rows
+
+    def slots(self, rank: int, rope: int) -> int:
+        """Boxes of latent columns that fit beside the query, the rope keys and the probabilities."""
+        query, probabilities = self.tile_rows * (rank + rope) * 2, self.tile_rows * TILE * 2
+        left = SHARED_BYTES - query - probabilities - self.rope_slots * TILE * rope * 2
+        return min(16, left // (TILE * self.width * 2))
 
 
-@dataclass(frozen=True)
-class Wide:
-    """Sizes of the 64-row kernel with two value groups of `registers` registers a thread."""
-
-    width: int
-    rope_slots: int = 2
-    registers: int = 176
-
-    @property
-    def tile_rows(self) -> int:
-        return 64
-
-
-Form = Narrow | Wide
-
-
-def pow2(n: int) -> int:
-    return triton.next_power_of_2(n)
-
-
-def slots(form: Form, rank: int, rope: int) -> int:
-    """Boxes of latent columns that fit beside the query, the rope ring and the scratch."""
-    row_bytes = 2 * (rank + rope)
-    fixed = form.tile_rows * row_bytes + form.rope_slots * TILE * rope * 2 + TILE * form.tile_rows * 2 + 2048
-    return (SHARED_BYTES - fixed) // (TILE * form.width * 2)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _rows(x: Tensor, height: int, width: int) -> TensorDescriptor:
-    """A descriptor of x [..., columns] as rows, in boxes of height × width."""
-    flat = x.reshape(-1, x.shape[-1])
-    layout = gl.NVMMASharedLayout.get_default_for([height, width], gl.bfloat16)
-    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [height, width], layout)
-
-
-def choose(rows: int, requests: int, tokens: int, sms: int) -> Form:
-    if rows <= 16:
-        return Narrow(1, max(8, pow2(rows)), 128)
+def choose_form(rows: int, rank: int, positions: int) -> Form:
+    """rows = queries · heads of a request; positions = cached positions of all requests together, at most."""
+    width = rank & -rank  # the largest power of two that divides it
+    if rows <= 16 or positions <= SHORT:
+        return Form(1, min(16, max(8, triton.next_power_of_2(rows))), min(256, width), 3)
     if rows <= 32:
-        return Narrow(2, pow2(rows) // 2, 128)
-    return Wide(128)
+        return Form(2, triton.next_power_of_2(rows) // 2, min(256, width), 2)
+    return Form(0, 64, 128 if rank % 256 == 0 else 64, 2)
+
+
+def serves(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float
+) -> str | None:
+    """Why this form does not serve a call, or None."""
+    if any(x.dtype != torch.bfloat16 for x in (q_latent, q_rope, latent, rope_key)):
+        return "not all bfloat16"
+    if q_latent.shape[1] > MOST_QUERIES:
+        return f"more than {MOST_QUERIES} query positions"
+    if latent.shape[-1] % 64 or not 128 <= latent.shape[-1] <= 512:
+        return "rank is not a multiple of 64 from 128 to 512"
+    if rope_key.shape[-1] % 8 or rope_key.shape[-1] > 128:
+        return "rope size is not a multiple of 8 up to 128"
+    if scale <= 0:
+        return "scale is not positive"
+    return None
+
+
+def row_view(x: Tensor) -> Tensor:
+    """x [.., D] as rows [N, D] at one distance, which the copy engine wants to be a multiple of 16 bytes."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 and rows.stride(0) % 8 == 0 else rows.contiguous()
+
+
+def cache_view(x: Tensor) -> tuple[Tensor, int]:
+    """x [B, T, D] as rows [N, D] without a copy where its strides allow, and the rows from one request to the next."""
+    if x.stride(2) != 1 or x.stride(1) % 8 or x.stride(0) % x.stride(1):
+        x = x.contiguous()
+    step = x.stride(0) // x.stride(1)
+    rows = (x.shape[0] - 1) * step + x.shape[1]
+    return x.as_strided((rows, x.shape[2]), (x.stride(1), 1)), step
+
+
+def boxes(rows: Tensor, height: int, width: int) -> TensorDescriptor:
+    """A description of a matrix for the copy engine, in boxes of height × width; zeros behind its edges."""
+    layout = gl.NVMMASharedLayout.get_default_for([height, width], gl.bfloat16)
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [height, width], layout)
+
+
+def mla_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float
+) -> Tensor:
+    """q_latent [B, S, H, C], q_rope [B, S, H, R], latent [B, T, C], rope_key [B, T, R], positions [B, S] int64
+    → [B, S, H, C]; all bfloat16.
+    """
+    latent_rows, step = cache_view(latent)
+    rope_rows, rope_step = cache_view(rope_key)
+    if step != rope_step:
+        latent_rows, rope_rows, step = latent.flatten(0, 1), rope_key.flatten(0, 1), latent.shape[1]
+    reach = latent.shape[0] * latent.shape[1]
+    return decode(q_latent, q_rope, latent_rows, rope_rows, None, step, positions, scale, reach)
+
+
+def paged_mla_attention(
+    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, table: Tensor, positions: Tensor, scale: float
+) -> Tensor:
+    """The same over pages: latent [pages, 64, C], rope_key [pages, 64, R], table [B, most pages] int32.
+
+    Row t of request b lies in page table[b, t // 64] at t % 64.
+    """
+    pages = (latent.reshape(-1, latent.shape[2]), rope_key.reshape(-1, rope_key.shape[2]))
+    reach = table.shape[0] * table.shape[1] * TILE
+    return decode(q_latent, q_rope, *pages, table, table.stride(0), positions, scale, reach)
 
 
 def decode(
-    q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float,
-    table: Tensor | None = None, form: Form | None = None, programs: int | None = None, merge: bool = True,
-) -> Tensor:  # fmt: skip
-    """latent [B, T, C] and rope_key [B, T, R], or pages [pages, 64, ·] with table [B, max_pages] int32."""
+    q_latent: Tensor,
+    q_rope: Tensor,
+    latent_rows: Tensor,
+    rope_rows: Tensor,
+    table: Tensor | None,
+    step: int,
+    positions: Tensor,
+    scale: float,
+    reach: int,
+) -> Tensor:
+    """step: cache rows, or table entries, from one request to the next. reach: cached positions at most, in all."""
     requests, queries, heads, rank = q_latent.shape
-    rope = rope_key.shape[-1]
-    rows = queries * heads
-    sms = multiprocessors(q_latent.device)
-    form = form or choose(rows, requests, 0, sms)
+    rows, rope = queries * heads, triton.next_power_of_2(max(16, rope_rows.shape[1]))
+    form = choose_form(rows, rank, reach)
     row_tiles = triton.cdiv(rows, form.tile_rows)
-    programs = programs or max(1, sms // row_tiles)
-    box = pow2(max(rope, 16))
-    tile = form.rows if isinstance(form, Narrow) else 64
-    out = torch.empty_like(q_latent)
-    parts = torch.empty((programs, 2, rows, rank), dtype=torch.float32, device=out.device)
-    stats = torch.empty((programs, 2, rows, 2), dtype=torch.float32, device=out.device)
+    device = q_latent.device
+    programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // row_tiles)
+    out = torch.empty((requests, queries, heads, rank), dtype=q_latent.dtype, device=device)
+    # The 64-row kernel's parts are megabytes, and as exact as what it sums: weights in bfloat16.
+    part_dtype = torch.float32 if form.groups else q_latent.dtype
+    parts = torch.empty((programs, 2, rows, rank), dtype=part_dtype, device=device)
+    stats = torch.empty((programs, 2, rows, 2), dtype=torch.float32, device=device)
+    positions = positions.contiguous()
+    # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
+    padded = 1 if requests == 1 else max(32, triton.next_power_of_2(requests))
     arguments = (
-        _rows(q_latent, tile, form.width), _rows(q_rope, tile, box), _rows(latent, TILE, form.width),
-        _rows(rope_key, TILE, box), positions, positions if table is None else table, out, parts, stats, requests,
-        latent.shape[1] if table is None else table.stride(0),
-    )  # fmt: skip
-    common = dict(
-        scale=scale, QUERIES=queries, HEADS=heads, REQUESTS=pow2(requests), PAGED=table is not None,
-        UNITS=rank // form.width, WIDTH=form.width, SLOTS=slots(form, rank, box), ROPE_SLOTS=form.rope_slots,
-    )  # fmt: skip
-    grid = (programs, row_tiles)
-    if isinstance(form, Narrow):
-        mla_decode_narrow[grid](
-            *arguments, **common, GROUPS=form.groups, ROWS=form.rows, GROUP_REGISTERS=208,
-            num_warps=4, maxnreg=128 if form.groups == 1 else 168,
-        )  # fmt: skip
+        boxes(row_view(q_latent), form.rows, form.width),
+        boxes(row_view(q_rope), form.rows, rope),
+        boxes(latent_rows, TILE, form.width),
+        boxes(rope_rows, TILE, rope),
+        positions,
+        positions if table is None else table,
+        out,
+        parts,
+        stats,
+        requests,
+        step,
+    )
+    if form.groups:
+        mla_decode_narrow[(programs, row_tiles)](
+            *arguments,
+            scale=scale,
+            QUERIES=queries,
+            HEADS=heads,
+            REQUESTS=padded,
+            PAGED=table is not None,
+            GROUPS=form.groups,
+            ROWS=form.rows,
+            UNITS=rank // form.width,
+            WIDTH=form.width,
+            SLOTS=form.slots(rank, rope),
+            ROPE_SLOTS=form.rope_slots,
+            num_warps=4,
+            maxnreg=168,
+            launch_pdl=True,
+        )
     else:
-        mla_decode_wide[grid](*arguments, **common, VALUE_REGISTERS=form.registers, num_warps=4, maxnreg=128)
-    if not merge:
-        return out
-    width = 128 if rank % 128 == 0 else 64
-    mla_merge[(requests, max(1, min(rows * (rank // width), 4 * sms // requests)))](
-        positions, parts, stats, out, requests, programs, QUERIES=queries, TOTAL=rows, RANK=rank,
-        REQUESTS=pow2(requests), PARTS=max(4, min(64, pow2(programs // requests + 1))), WIDTH=width,
-        num_warps=4, launch_pdl=True,
-    )  # fmt: skip
+        mla_decode_wide[(programs, row_tiles)](
+            *arguments,
+            scale=scale,
+            QUERIES=queries,
+            HEADS=heads,
+            REQUESTS=padded,
+            PAGED=table is not None,
+            UNITS=rank // form.width,
+            WIDTH=form.width,
+            SLOTS=form.slots(rank, rope),
+            ROPE_SLOTS=form.rope_slots,
+            num_warps=4,
+            maxnreg=128,
+            launch_pdl=True,
+        )
+    if programs > 1:
+        most, width, spread, warps = joining(programs, requests, rank)
+        steps = rows * (rank // width)
+        mla_merge[(requests, max(1, min(steps, 2048 // requests)))](
+            positions,
+            parts,
+            stats,
+            out,
+            requests,
+            programs,
+            QUERIES=queries,
+            TOTAL=rows,
+            RANK=rank,
+            REQUESTS=padded,
+            PARTS=most,
+            WIDTH=width,
+            SPREAD=spread,
+            num_warps=warps,
+            launch_pdl=True,
+        )
     return out
+
+
+def joining(programs: int, requests: int, rank: int) -> tuple[int, int, bool, int]:
+    """(parts at a time, columns at a time, whether warps share the parts, warps) for the merge."""
+    expected = triton.cdiv(programs, requests)
+    if expected > 24:
+        parts = 64 if expected <= 80 else 128
+        return parts, 64, True, parts // 16
+    width = min(512, rank & -rank)
+    return max(4, triton.next_power_of_2(expected + (requests > 1))), width, False, max(1, width // 128)

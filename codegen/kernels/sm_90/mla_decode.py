@@ -17,9 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.mla_schedule import program_range, request_reach
+from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, request_reach
 from codegen.kernels.sm_90.mla_stream import advance, clear_hidden, load_cache, load_query, make_query, make_ring
 
 
@@ -38,6 +38,7 @@ def _consume(
     down: gl.constexpr = gl.SliceLayout(1, mma)
     RANK: gl.constexpr = UNITS * WIDTH
     TOTAL: gl.constexpr = QUERIES * HEADS
+    LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -54,7 +55,7 @@ def _consume(
         highest = gl.full([ROWS], -1.0e30, gl.float32, layout=across)
         weight = gl.zeros([64, ROWS], gl.float32, layout=mma)
         acc = ()
-        for unit in gl.static_range(UNITS):
+        for _ in gl.static_range(UNITS):
             acc = acc + (gl.zeros([WIDTH, ROWS], gl.float32, layout=mma),)
         mbarrier.wait(q_full, q_phase)
         q_phase ^= 1
@@ -75,22 +76,21 @@ def _consume(
             mbarrier.arrive(rope_empty.index(rope_slot))
             rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
 
-            scores = scores * (scale * 1.4426950408889634)
             if tile * 64 + 63 > nearest:
                 asking = gl.minimum((first_row + gl.arange(0, ROWS, layout=across)) // HEADS, QUERIES - 1)
                 position = gl.load(positions_ptr + request * QUERIES + asking).to(gl.int32)
                 cached = tile * 64 + gl.arange(0, 64, layout=down)
                 scores = gl.where(cached[:, None] <= position[None, :], scores, float("-inf"))
-            raised = gl.maximum(highest, gl.max(scores, 0))
+            raised = gl.maximum(highest, gl.max(scores, 0) * LOG2_SCALE)
             decay = gl.exp2(highest - raised)
             highest = raised
-            p = gl.exp2(scores - raised[None, :])
+            p = gl.exp2(scores * LOG2_SCALE - raised[None, :])
             weight = weight * decay[None, :] + p
             p_smem.store(p.to(gl.bfloat16))
             if tile * 64 + 63 > furthest:
                 z_slot = slot
                 z_phase = phase
-                for unit in gl.static_range(UNITS):
+                for _ in gl.static_range(UNITS):
                     clear_hidden(latent_ring.index(z_slot), tile * 64, furthest, WIDTH)
                     z_slot, z_phase = advance(z_slot, z_phase, SLOTS)
             fence_async_shared()
@@ -109,7 +109,7 @@ def _consume(
                 acc = (warpgroup_mma_wait(0, deps=summed),)
             else:
                 acc = warpgroup_mma_wait(0, deps=summed)
-            for unit in gl.static_range(UNITS):
+            for _ in gl.static_range(UNITS):
                 mbarrier.arrive(latent_empty.index(slot))
                 slot, phase = advance(slot, phase, SLOTS)
 
@@ -125,12 +125,14 @@ def _consume(
         row = first_row + gl.arange(0, ROWS, layout=across)
         inside = row < TOTAL
         line = gl.where(whole, out_line, piece * TOTAL) + row
+        inverse = 1.0 / gl.where(weight > 0, weight, 1.0)  # a part may hold nothing that a row sees
         for unit in gl.static_range(UNITS):
             at = line[None, :] * RANK + unit * WIDTH + gl.arange(0, WIDTH, layout=down)[:, None]
+            values = acc[unit] * inverse[None, :]
             if whole:
-                gl.store(out_ptr + at, (acc[unit] / weight[None, :]).to(gl.bfloat16), mask=inside[None, :])
+                gl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside[None, :])
             else:
-                gl.store(part_ptr + at, acc[unit], mask=inside[None, :])
+                gl.store(part_ptr + at, values.to(part_ptr.dtype.element_ty), mask=inside[None, :])
         if not whole:
             gl.store(stat_ptr + line * 2, highest, mask=inside)
             gl.store(stat_ptr + line * 2 + 1, weight, mask=inside)
@@ -142,17 +144,18 @@ def mla_decode_narrow(
     requests, request_stride,
     scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
     GROUPS: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
-    SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr, GROUP_REGISTERS: gl.constexpr,
+    SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs, row tiles of GROUPS · ROWS). Split requests leave parts for mla_merge; whole ones go to out."""
-    gdc_launch_dependents()
-    program = gl.program_id(0)
-    begin, end, request, origin = program_range(positions_ptr, requests, program, gl.num_programs(0), QUERIES, REQUESTS)
-    schedule = (gl.to_tensor(begin), gl.to_tensor(end), gl.to_tensor(request), gl.to_tensor(origin))
     latents = make_ring(latent_desc, SLOTS, GROUPS)
     ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
+    gdc_wait()
+    gdc_launch_dependents()
+    reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
+    program = gl.program_id(0)
+    schedule = program_range(reaches, requests, program, gl.num_programs(0))
     first_row = gl.program_id(1) * (GROUPS * ROWS)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
     fence_async_shared()
@@ -166,7 +169,7 @@ def mla_decode_narrow(
                               gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
             ],
             [1],
-            [24],
+            [40],
         )  # fmt: skip
     else:
         second = make_query(q_latent_desc, q_rope_desc, UNITS)
@@ -183,5 +186,5 @@ def mla_decode_narrow(
                               gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
             ],
             [4, 1],
-            [GROUP_REGISTERS, 24],
+            [232, 24],
         )  # fmt: skip

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.mla_schedule import program_range, request_reach
+from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, request_reach
 from codegen.kernels.sm_90.mla_stream import (
     advance,
     clear_hidden,
@@ -49,6 +49,7 @@ def _score(
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
     TOTAL: gl.constexpr = QUERIES * HEADS
+    LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
     row = first_row + gl.arange(0, 64, layout=down)
     slot = gl.to_tensor(0)
@@ -86,20 +87,19 @@ def _score(
             mbarrier.arrive(rope_empty.index(rope_slot))
             rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
 
-            scores = scores * (scale * 1.4426950408889634)
             if tile * 64 + 63 > nearest:
                 asking = gl.minimum(row // HEADS, QUERIES - 1)
                 position = gl.load(positions_ptr + request * QUERIES + asking).to(gl.int32)
                 cached = tile * 64 + gl.arange(0, 64, layout=across)
                 scores = gl.where(cached[None, :] <= position[:, None], scores, float("-inf"))
             if tile * 64 + 63 > furthest:
-                for unit in gl.static_range(UNITS):
+                for _ in gl.static_range(UNITS):
                     clear_hidden(latent_ring.index(first_slot), tile * 64, furthest, WIDTH)
                     first_slot, first_phase = advance(first_slot, first_phase, SLOTS)
-            raised = gl.maximum(highest, gl.max(scores, 1))
+            raised = gl.maximum(highest, gl.max(scores, 1) * LOG2_SCALE)
             decay = gl.exp2(highest - raised)
             highest = raised
-            p = gl.exp2(scores - raised[:, None])
+            p = gl.exp2(scores * LOG2_SCALE - raised[:, None])
             weight = weight * decay + gl.sum(p, 1)
             mbarrier.wait(p_empty, p_phase ^ 1)
             p_phase ^= 1
@@ -117,12 +117,17 @@ def _score(
             load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
         mbarrier.wait(done_empty, done_phase ^ 1)
         done_phase ^= 1
-        inverse_smem.store(1.0 / weight)
+        inverse_smem.store(1.0 / gl.where(weight > 0, weight, 1.0))  # a part may hold nothing that a row sees
         mbarrier.arrive(done_full)
         if not whole:
             at = stat_ptr + (piece * TOTAL + row) * 2
             gl.store(at, highest, mask=row < TOTAL)
             gl.store(at + 1, weight, mask=row < TOTAL)
+
+
+@gluon.jit
+def _wrap(slot, SLOTS: gl.constexpr):
+    return gl.where(slot < SLOTS, slot, slot - SLOTS)
 
 
 @gluon.jit
@@ -154,34 +159,33 @@ def _value(
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
         acc = ()
-        for unit in gl.static_range(OWN):
+        for _ in gl.static_range(OWN):
             acc = acc + (gl.zeros([64, WIDTH], gl.float32, layout=mma),)
-        for tile in range(begin - origin, stop - origin):
+        for _ in range(begin - origin, stop - origin):
             mbarrier.wait(p_full, p_phase)
             p_phase ^= 1
             decay = decay_smem.load(down)
-            summed = ()
+            decayed = ()
             for unit in gl.static_range(OWN):
-                slot = base + FIRST + unit
-                slot = gl.where(slot < SLOTS, slot, slot - SLOTS)
-                summed = summed + (
-                    warpgroup_mma(p_smem, latent_ring.index(slot), acc[unit] * decay[:, None], is_async=True),
-                )
-            if OWN == 1:
-                acc = (warpgroup_mma_wait(0, deps=summed),)
-            else:
-                acc = warpgroup_mma_wait(0, deps=summed)
+                decayed = decayed + (acc[unit] * decay[:, None],)
+            acc = ()
             for unit in gl.static_range(OWN):
-                slot = base + FIRST + unit
-                slot = gl.where(slot < SLOTS, slot, slot - SLOTS)
-                mbarrier.arrive(latent_empty.index(slot))
+                box = latent_ring.index(_wrap(base + FIRST + unit, SLOTS))
+                acc = acc + (warpgroup_mma(p_smem, box, decayed[unit], is_async=True),)
+            for unit in gl.static_range(OWN):
+                # Release each box as soon as its product is done: the ring holds hardly two tiles.
+                if OWN == 1:
+                    acc = (warpgroup_mma_wait(0, deps=acc),)
+                else:
+                    acc = warpgroup_mma_wait(OWN - 1 - unit, deps=acc)
+                mbarrier.arrive(latent_empty.index(_wrap(base + FIRST + unit, SLOTS)))
             mbarrier.arrive(p_empty)
-            base += UNITS
-            base = gl.where(base < SLOTS, base, base - SLOTS)
+            base = _wrap(base + UNITS, SLOTS)
 
         whole = (begin == origin) & (stop == origin + tiles)
         piece = program * 2 + gl.where(begin == start, 0, 1)
         line = gl.where(whole, request, piece) * TOTAL
+        target_ptr = gl.where(whole, out_ptr, part_ptr)
         begin = stop
         origin += tiles
         request += 1
@@ -193,10 +197,8 @@ def _value(
         for unit in gl.static_range(OWN):
             column = (FIRST + unit) * WIDTH + gl.arange(0, WIDTH, layout=across)
             at = (line + row)[:, None] * RANK + column[None, :]
-            if whole:
-                gl.store(out_ptr + at, (acc[unit] * inverse[:, None]).to(gl.bfloat16), mask=(row < TOTAL)[:, None])
-            else:
-                gl.store(part_ptr + at, acc[unit], mask=(row < TOTAL)[:, None])
+            values = (acc[unit] * inverse[:, None]).to(target_ptr.dtype.element_ty)
+            gl.store(target_ptr + at, values, mask=(row < TOTAL)[:, None])
 
 
 @gluon.jit
@@ -205,13 +207,8 @@ def mla_decode_wide(
     requests, request_stride,
     scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
     UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid (programs, row tiles of 64). Split requests leave parts for mla_merge; whole ones go to out."""
-    gdc_launch_dependents()
-    program = gl.program_id(0)
-    begin, end, request, origin = program_range(positions_ptr, requests, program, gl.num_programs(0), QUERIES, REQUESTS)
-    schedule = (gl.to_tensor(begin), gl.to_tensor(end), gl.to_tensor(request), gl.to_tensor(origin))
     latents = make_ring(latent_desc, SLOTS, 1)
     ropes = make_ring(rope_desc, ROPE_SLOTS, 1)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
@@ -224,11 +221,16 @@ def mla_decode_wide(
     done = (inverse_smem, make_barriers(1, 1).index(0), make_barriers(1, 2).index(0))
     fence_async_shared()
 
+    gdc_wait()
+    gdc_launch_dependents()
+    reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
+    program = gl.program_id(0)
+    schedule = program_range(reaches, requests, program, gl.num_programs(0))
     first_row = gl.program_id(1) * 64
     gl.warp_specialize(
         [
-            (_score, (latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr, schedule,
-                      program, first_row, scale, QUERIES, HEADS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+            (_score, (latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr,
+                      schedule, program, first_row, scale, QUERIES, HEADS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
             (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, program, first_row,
                       0, QUERIES, HEADS, UNITS, WIDTH, SLOTS)),
             (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, program, first_row,
@@ -237,5 +239,5 @@ def mla_decode_wide(
                           gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
         ],
         [4, 4, 1],
-        [VALUE_REGISTERS, VALUE_REGISTERS, 24],
+        [176, 176, 24],
     )  # fmt: skip

@@ -1,38 +1,43 @@
 """Joining the parts of requests that several programs of a decode kernel worked on.
 
-Part i of a query row is (Oᵢ, mᵢ, lᵢ): the unnormalised sum, the largest score and the sum of weights, base 2. The whole is
-Σ 2^(mᵢ − m) Oᵢ / Σ 2^(mᵢ − m) lᵢ with m = max mᵢ.
+Part i of a query row is its output Oᵢ over the part's positions, its largest score mᵢ, and the sum lᵢ of
+2^(score − mᵢ). The whole is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = lᵢ · 2^(mᵢ − max m).
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.mla_schedule import request_programs
+from codegen.kernels.sm_90.mla_schedule import load_reaches, request_programs
 
 
 @gluon.jit
 def mla_merge(
     positions_ptr, part_ptr, stat_ptr, out_ptr, requests, programs,
     QUERIES: gl.constexpr, TOTAL: gl.constexpr, RANK: gl.constexpr, REQUESTS: gl.constexpr,
-    PARTS: gl.constexpr, WIDTH: gl.constexpr,
+    PARTS: gl.constexpr, WIDTH: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
-    """Grid (requests, programs per request): PARTS parts of WIDTH columns of one row at a time.
+    """Grid (requests, programs per request). A step joins PARTS parts of WIDTH columns of one row.
 
-    Launched while the decode kernel still runs; a request that one program did alone is already in out.
+    The warps share the parts of a step where SPREAD is set, its columns where it is not. Launched while the decode
+    kernel still runs; a request that one program did alone is already in out.
     """
     request = gl.program_id(0)
-    first, last, origin, quota = request_programs(positions_ptr, requests, request, programs, QUERIES, REQUESTS)
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [128 // WIDTH, WIDTH // 4], [gl.num_warps(), 1], [1, 0])
+    reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
+    first, last, origin, quota = request_programs(reaches, requests, request, programs, REQUESTS)
+    warps: gl.constexpr = [gl.num_warps(), 1] if SPREAD else [1, gl.num_warps()]
+    lanes: gl.constexpr = [1, 32] if WIDTH >= 128 else [128 // WIDTH, WIDTH // 4]
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], lanes, warps, [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, layout)
     across: gl.constexpr = gl.SliceLayout(0, layout)
     gdc_wait()
+    gdc_launch_dependents()
     if first < last:
-        for block in range(gl.program_id(1), TOTAL * (RANK // WIDTH), gl.num_programs(1)):
-            row = block // (RANK // WIDTH)
-            column = block % (RANK // WIDTH) * WIDTH + gl.arange(0, WIDTH, layout=across)
+        for step in range(gl.program_id(1), TOTAL * (RANK // WIDTH), gl.num_programs(1)):
+            row = step // (RANK // WIDTH)
+            column = step % (RANK // WIDTH) * WIDTH + gl.arange(0, WIDTH, layout=across)
             highest = gl.to_tensor(-1.0e30)
             weight = gl.to_tensor(0.0)
             acc = gl.zeros([WIDTH], gl.float32, layout=across)
@@ -45,9 +50,9 @@ def mla_merge(
                 peak = gl.load(stat_ptr + part * 2, mask=inside, other=-1.0e30)
                 sums = gl.load(stat_ptr + part * 2 + 1, mask=inside, other=0.0)
                 raised = gl.maximum(highest, gl.max(peak, 0))
-                factor = gl.exp2(peak - raised)
+                share = gl.exp2(peak - raised) * sums
                 decay = gl.exp2(highest - raised)
-                weight = weight * decay + gl.sum(factor * sums, 0)
-                acc = acc * decay + gl.sum(values * factor[:, None], 0)
+                weight = weight * decay + gl.sum(share, 0)
+                acc = acc * decay + gl.sum(values.to(gl.float32) * share[:, None], 0)
                 highest = raised
             gl.store(out_ptr + (request * TOTAL + row) * RANK + column, (acc / weight).to(gl.bfloat16))

@@ -7,7 +7,6 @@ shares with others, one at each end of its range.
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -32,59 +31,49 @@ def request_reach(positions_ptr, request, QUERIES: gl.constexpr):
 
 
 @gluon.jit
-def _all_tiles(positions_ptr, requests, QUERIES: gl.constexpr, REQUESTS: gl.constexpr):
-    """Tiles of every request and where each request ends in the line, as vectors over the padded batch."""
+def load_reaches(positions_ptr, requests, QUERIES: gl.constexpr, REQUESTS: gl.constexpr):
+    """The furthest position of every request of the padded batch, and -1 behind its end."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     request = gl.arange(0, REQUESTS, layout=layout)
-    inside = request < requests
-    furthest = gl.zeros([REQUESTS], gl.int32, layout=layout)
+    furthest = gl.where(request < requests, 0, -1)
     for s in gl.static_range(QUERIES):
-        position = gl.load(positions_ptr + request * QUERIES + s, mask=inside, other=0)
+        position = gl.load(positions_ptr + request * QUERIES + s, mask=request < requests, other=-1)
         furthest = gl.maximum(furthest, position.to(gl.int32))
-    tiles = gl.where(inside, furthest // 64 + 1, 0)
-    return tiles, gl.associative_scan(tiles, 0, _add)
+    return furthest
 
 
 @gluon.jit
-def _quota(total, longest, requests, programs):
-    """Tiles per program. Equal requests are not cut where whole ones load the programs about as evenly."""
+def _share(reaches, requests, programs):
+    """(tiles of each request, where each ends in the line, the line's length, tiles per program).
+
+    Equal requests are not cut where whole ones load the programs about as evenly.
+    """
+    tiles = (reaches + 64) // 64
+    ends = gl.associative_scan(tiles, 0, _add)
+    total = gl.sum(tiles, 0)
+    longest = gl.max(tiles, 0)
     quota = (total + programs - 1) // programs
     whole = (quota + longest - 1) // longest * longest
     uniform = (longest * requests == total) & (whole * 16 <= quota * 17)
-    return gl.where(uniform, whole, quota)
+    return tiles, ends, total, gl.where(uniform, whole, quota)
 
 
 @gluon.jit
-def program_range(positions_ptr, requests, program, programs, QUERIES: gl.constexpr, REQUESTS: gl.constexpr):
+def program_range(reaches, requests, program, programs):
     """Tile range of a program, the request in which it begins, and that request's place in the line."""
-    if REQUESTS == 1:
-        nearest, furthest = request_reach(positions_ptr, 0, QUERIES)
-        total = furthest // 64 + 1
-        quota = _quota(total, total, 1, programs)
-        begin = gl.minimum(program * quota, total)
-        return begin, gl.minimum(begin + quota, total), 0, 0
-    tiles, ends = _all_tiles(positions_ptr, requests, QUERIES, REQUESTS)
-    total = gl.sum(tiles, 0)
-    quota = _quota(total, gl.max(tiles, 0), requests, programs)
+    tiles, ends, total, quota = _share(reaches, requests, programs)
     begin = gl.minimum(program * quota, total)
-    passed = ends <= begin
-    first = gl.sum(gl.where(passed & (tiles > 0), 1, 0), 0)
+    passed = (ends <= begin) & (tiles > 0)
+    first = gl.sum(gl.where(passed, 1, 0), 0)
     origin = gl.max(gl.where(passed, ends, 0), 0)
     return begin, gl.minimum(begin + quota, total), first, origin
 
 
 @gluon.jit
-def request_programs(positions_ptr, requests, request, programs, QUERIES: gl.constexpr, REQUESTS: gl.constexpr):
+def request_programs(reaches, requests, request, programs, REQUESTS: gl.constexpr):
     """The first and the last program that work on a request, its place in the line, and the tiles per program."""
-    if REQUESTS == 1:
-        nearest, furthest = request_reach(positions_ptr, 0, QUERIES)
-        total = furthest // 64 + 1
-        quota = _quota(total, total, 1, programs)
-        return 0, (total - 1) // quota, 0, quota
-    tiles, ends = _all_tiles(positions_ptr, requests, QUERIES, REQUESTS)
-    quota = _quota(gl.sum(tiles, 0), gl.max(tiles, 0), requests, programs)
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    before = gl.arange(0, REQUESTS, layout=layout) < request
-    origin = gl.max(gl.where(before, ends, 0), 0)
-    end = gl.max(gl.where(gl.arange(0, REQUESTS, layout=layout) == request, ends, 0), 0)
+    tiles, ends, total, quota = _share(reaches, requests, programs)
+    number = gl.arange(0, REQUESTS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    end = gl.max(gl.where(number <= request, ends, 0), 0)
+    origin = gl.max(gl.where(number < request, ends, 0), 0)
     return origin // quota, (end - 1) // quota, origin, quota
