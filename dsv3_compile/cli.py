@@ -95,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
     inspect = command("inspect", "what every pass did")
     inspect.add_argument("artifact", metavar="DIR")
     inspect.add_argument("--pass", dest="only", metavar="NAME", help="one pass, with its matches and refusals")
-    inspect.add_argument("--diff", action="store_true", help="graphs before and after, as a diff")
+    inspect.add_argument("--block", metavar="NAME", help="one block")
+    inspect.add_argument("--phase", metavar="PHASE", help="prefill or decode")
+    inspect.add_argument("--diff", action="store_true", help="the graphs before and after, side by side")
     inspect.add_argument("--kernels", action="store_true", help="the kernels in the artifact")
     inspect.add_argument("--html", metavar="FILE", help="write the report as a page")
 

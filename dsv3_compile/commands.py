@@ -18,10 +18,11 @@ from dsv3_compile.artifact import Artifact, ArtifactError, is_artifact, read_man
 from dsv3_compile.benchmark import measure
 from dsv3_compile.capture import CaptureError
 from dsv3_compile.inspection import inspect as inspected
-from dsv3_compile.inspection import refusals, short, table
+from dsv3_compile.inspection import short, table
 from dsv3_compile.native import NativeError
 from dsv3_compile.options import OptionError
 from dsv3_compile.progress import Display
+from dsv3_compile.report.terminal import show
 from dsv3_compile.runtime import load
 from dsv3_compile.tokenizer import TokenizerError, open_tokenizer
 from dsv3_compile.verification import verify as verified
@@ -144,31 +145,7 @@ def generate(options: Namespace) -> int:
 
 
 def inspect(options: Namespace) -> int:
-    for flag in ("diff", "html"):
-        if getattr(options, flag):
-            raise UsageError(f"--{flag} is not available yet; --pass and --json show what the passes did")
-    report = inspected(options.artifact)
-    if options.only is not None:
-        names = [row["name"] for row in report["blocks"][0]["passes"]]
-        if options.only not in names:
-            raise UsageError(f"--pass {options.only}: not in this artifact; accepted: {', '.join(names)}")
-        for block in report["blocks"]:
-            block["passes"] = [row for row in block["passes"] if row["name"] == options.only]
-    if options.kernels:
-        report["kernels"] = [path.name for path in Artifact.open(options.artifact).listed("kernels")]
-    if options.json:
-        return _print_json(report)
-    print(table(report))
-    if options.only is not None:
-        for block in report["blocks"]:
-            for row in block["passes"]:
-                for match in row["matches"]:
-                    print(f"{block['name']} {block['phase']}: {match}")
-        for line in refusals(report):
-            print(line)
-    for kernel in report.get("kernels", []):
-        print(kernel)
-    return DONE
+    return show(options)
 
 
 def verify(options: Namespace) -> int:

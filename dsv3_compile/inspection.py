@@ -59,8 +59,8 @@ def graphs(program: Program) -> dict[str, Any]:
 def document(program: Program, options: Options) -> dict[str, Any]:
     """Plain numbers, strings, lists and dicts.
 
-    blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds name, spec,
-    matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
+    blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds number, name,
+    spec, matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
     (expressions in B, S, T; `at` the block's workload numbers, and the seconds that the target needs at least),
     its certificate (null without), and its diff: the lines of the printed graph that changed.
     phase_plans: see report.phase_plan. The schema is report/schema.json.
@@ -85,7 +85,10 @@ def document(program: Program, options: Options) -> dict[str, Any]:
                 "phase": phase,
                 "layers": layers[name],
                 "workload": asdict(program.workloads[phase]),
-                "passes": [_record(record, program.workloads[phase], program.target) for record in records],
+                "passes": [
+                    {"number": number, **_record(record, program.workloads[phase], program.target)}
+                    for number, record in enumerate(records)
+                ],
             }
             for (name, phase), records in program.records.items()
         ],

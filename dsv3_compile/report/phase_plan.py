@@ -97,5 +97,3 @@ def _curve(price: FormCost, at: Workload, target: Target) -> dict[str, Any]:
         "flops": [price.flops_at(size) for size in sizes],
         "seconds": [price.seconds(target, size) for size in sizes],
     }
-
-

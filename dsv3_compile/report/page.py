@@ -1,0 +1,73 @@
+"""`dsv3c inspect --html`: one page that needs no network, from the report, the graphs and the kernels of an artifact."""
+
+from __future__ import annotations
+
+import html
+import inspect as introspection
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dsv3_compile.artifact import Artifact
+from dsv3_compile.inspection import inspect, inspect_graphs
+from dsv3_compile.report.answers import answers, crossover_words
+from dsv3_compile.report.kernels import kernels
+from dsv3_compile.report.layout import draw, drawn_graph
+from passes.pipeline import DEFAULT_PIPELINE
+
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("diff.js", "charts.js", "graph.js", "views.js", "page.js")
+
+
+def write_page(artifact: str | Path, file: str | Path) -> int:
+    """Write the page; returns its size in bytes. Raises ArtifactError for a folder that is not intact."""
+    text = page(page_data(Artifact.open(artifact)))
+    Path(file).write_text(text, encoding="utf-8")
+    return len(text.encode())
+
+
+def page_data(artifact: Artifact) -> dict[str, Any]:
+    """Everything the page shows, as one document."""
+    report = inspect(artifact.folder)
+    for block in report["blocks"]:
+        for row in block["passes"]:
+            del row["diff"]  # the page makes its own, from the whole text
+    return {
+        "title": artifact.folder.resolve().name,
+        "versions": dict(artifact.manifest.versions),
+        "report": report,
+        "graphs": {name: _with_drawings(found) for name, found in inspect_graphs(artifact.folder).items()},
+        "kernels": kernels(artifact),
+        "answers": answers(report),
+        "plan_words": [crossover_words(plan) for plan in report["phase_plans"]],
+        "pictures": {type(one).name(): introspection.getdoc(type(one)) or "" for one in DEFAULT_PIPELINE},
+    }
+
+
+def _with_drawings(found: dict[str, Any]) -> dict[str, Any]:
+    return {**found, "snapshots": [_with_drawing(snapshot) for snapshot in found["snapshots"]]}
+
+
+def _with_drawing(snapshot: dict[str, Any]) -> dict[str, Any]:
+    drawing = draw(drawn_graph(snapshot["nodes"]))
+    return {
+        "text": snapshot["text"],
+        "nodes": snapshot["nodes"],
+        "at": drawing.positions,
+        "edges": drawing.edges,
+    }
+
+
+def page(data: dict[str, Any]) -> str:
+    """The page as text, with its style, its scripts and `data` inside."""
+    # "</" would end the script element that holds the data.
+    embedded = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    parts = {
+        "TITLE": html.escape(data["title"]),
+        "STYLE": (ASSETS / "page.css").read_text(encoding="utf-8"),
+        "DATA": embedded,
+        "SCRIPT": "\n".join((ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS),
+    }
+    template = (ASSETS / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda match: parts[match[1]], template)
