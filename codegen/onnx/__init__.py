@@ -1,0 +1,18 @@
+"""Blocks as ONNX graphs: a builder, one translation per operator, weights in a file of their own."""
+
+from codegen.onnx import aten, vocabulary
+from codegen.onnx.builder import Builder, ExportError, Scope, Value
+from codegen.onnx.external import WeightFile
+from codegen.onnx.translate import stored_transposed, translate
+
+__all__ = [
+    "Builder",
+    "ExportError",
+    "Scope",
+    "Value",
+    "WeightFile",
+    "aten",
+    "stored_transposed",
+    "translate",
+    "vocabulary",
+]

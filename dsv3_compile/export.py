@@ -1,0 +1,290 @@
+"""Taking a compiled program elsewhere: ONNX models of both phases around one file of weights.
+
+    prefill.onnx   any number of tokens per row behind any past; projects keys and values out of the latent
+    decode.onnx    one token per row; attends in the latent space, computes the chosen experts only
+    weights.bin    every weight once, read by both
+
+Inputs and outputs of both, for every layer i:
+
+    input_ids                 int64 [batch, sequence]
+    position_ids              int64 [batch, sequence]
+    past_key_values.{i}.NAME  [batch, past, width]              NAME: latent and rope_key (MLA)
+    logits                    float32 [batch, sequence, vocabulary]
+    present.{i}.NAME          [batch, past + sequence, width]
+
+A token is stored in slot position_ids[b, s] and attends to slots 0 … position_ids[b, s] of its row. So rows of
+different lengths need no mask: pad prompts on the right, number each row from 0, and go on in every row at its
+own length; what padding left behind is overwritten before anything can attend to it. For rows of one length
+position_ids is past … past + sequence − 1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import fx
+
+from codegen.onnx import Builder, ExportError, Scope, Value, WeightFile, stored_transposed, translate
+from codegen.onnx.builder import ONNX_TYPES
+from codegen.onnx.vocabulary import one_token_experts
+from dsv3_compile.artifact import is_artifact, read_manifest, writing
+from dsv3_compile.driver import Event, Progress, build, open_model, silent
+from dsv3_compile.options import Options
+from dsv3_compile.packaging import TOKENIZER_FILES
+from dsv3_compile.program import PHASES, Occurrence, Program, Reader, bind, recipe_of
+from passes.base import Role
+
+OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
+IR_VERSION = 11
+WEIGHTS = "weights.bin"
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. `converted` says how stored weights were changed, "" if they were not."""
+
+    folder: Path
+    dtype: str
+    converted: str
+
+    def model(self, phase: str) -> Path:
+        return self.folder / f"{phase}.onnx"
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How a weight lies in the weight file."""
+
+    name: str
+    node: fx.Node
+    transposed: bool
+
+
+def export_onnx(
+    model: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "float32",
+    progress: Progress = silent,
+    **settings: Any,
+) -> Exported:
+    """Compile a preset, a Hugging Face folder or an artifact's checkpoint, and write it as ONNX.
+
+    dtype: float32 or float16; weights stored otherwise are converted. `settings` are the fields of Options.
+    Raises ExportError for what has no ONNX form, and what `compile` raises.
+    """
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype!r}; accepted: {', '.join(DTYPES)}")
+    left_out = (*settings.pop("disable", ()), "lower")  # ONNX graphs are functional
+    options = Options(target="cpu", dtype=dtype, disable=left_out, **settings)
+    found = open_model(_checkpoint_of(model), options)
+    if found.checkpoint is None:
+        raise ExportError(f"{model}: an export needs weights; name a folder with a checkpoint")
+    program = build(found.config, options, progress)
+    stored = "float8_e4m3fn" if found.config.quantization else found.config.torch_dtype
+    converted = "" if stored == dtype else f"{stored} weights were converted to {dtype}"
+    write_onnx(program, output, found.checkpoint.tensor, found.checkpoint.folder, converted, progress)
+    return Exported(Path(output), dtype, converted)
+
+
+def write_onnx(
+    program: Program,
+    output: str | Path,
+    read: Reader,
+    checkpoint: Path | None = None,
+    converted: str = "",
+    progress: Progress = silent,
+) -> None:
+    """Write a program, compiled without `lower`, as a new folder, wholly or not at all.
+
+    read: reads checkpoint tensors, of which one bound tensor's worth is in memory at a time. checkpoint: its
+    folder, for the tokenizer.
+    """
+    plan = weight_plan(program)
+    with writing(output) as folder:
+        weights = WeightFile(folder / WEIGHTS)
+        count = sum(len(program.weights(step.block)) for step in program.schedule)
+        with weights.path.open("wb") as stream:
+            for done, (key, tensor) in enumerate(bind(program, read)):
+                progress(Event("weights", key, done, count))
+                stored = plan[key]
+                if stored.name not in weights.entries:
+                    weights.write(stream, stored.name, tensor, stored.transposed)
+        for phase in PHASES:
+            progress(Event("onnx", phase, PHASES.index(phase), len(PHASES)))
+            model = phase_model(program, phase, plan, weights, converted)
+            (folder / f"{phase}.onnx").write_bytes(model.SerializeToString())
+            onnx.checker.check_model(str(folder / f"{phase}.onnx"), full_check=True)
+        for name in TOKENIZER_FILES if checkpoint else ():
+            if (checkpoint / name).is_file():  # type: ignore[operator]
+                shutil.copyfile(checkpoint / name, folder / name)  # type: ignore[operator]
+
+
+def weight_plan(program: Program) -> dict[str, StoredWeight]:
+    """How every weight of the schedule is stored, by its key: one entry for weights that are one tensor."""
+    named: dict[str, tuple[str, fx.Node]] = {}
+    uses: dict[str, list[tuple[fx.Node, int]]] = {}
+    for step in program.schedule:
+        for graph in program.phases(step.block):
+            for node in graph.inputs(Role.WEIGHT):
+                name = _stored_name(step, node)
+                named[step.key(node.name)] = name, node
+                uses.setdefault(name, []).extend(
+                    (user, index) for user in node.users for index, arg in enumerate(user.args) if arg is node
+                )
+    return {key: StoredWeight(name, node, stored_transposed(uses[name])) for key, (name, node) in named.items()}
+
+
+def phase_model(
+    program: Program, phase: str, plan: Mapping[str, StoredWeight], weights: WeightFile, converted: str = ""
+) -> onnx.ModelProto:
+    """The whole model in one phase: every layer's block, one behind the other."""
+    b = Builder()
+    queries: int | str = 1 if phase == "decode" else "sequence"
+    tokens = [
+        helper.make_tensor_value_info(name, ONNX_TYPES[torch.int64], ["batch", queries]) for name in TOKENS.values()
+    ]
+    layers = [step for step in program.schedule if step.layer is not None]
+    pasts = {(step.layer, node.name): node for step in layers for node in _caches(program, step, phase)}
+    inputs = tokens + [_cache_info("past_key_values", *key, node, "past_sequence") for key, node in pasts.items()]
+    _name_sizes(b, phase, inputs[len(tokens)].name)
+    values = {block: Value(name, (), torch.int64) for block, name in TOKENS.items()}
+    special = {torch.ops.dsv3.routed_swiglu.default: one_token_experts} if phase == "decode" else {}
+    outputs = []
+    for step in program.schedule:
+        graph = program.blocks[step.block, phase]
+        caches = graph.inputs(Role.CACHE)
+        given: dict[str, Value] = {}
+        for node in graph.inputs():
+            fake = node.meta["val"]
+            if node in caches:
+                name = _with_room(b, step, node)
+            elif node.meta["role"] is Role.WEIGHT:
+                given[node.name] = _weight_value(plan[step.key(node.name)], fake)
+                continue
+            else:
+                name = values[node.name].name
+            given[node.name] = Value(name, tuple(fake.shape), fake.dtype)
+        path = f"model.{step.prefix}" if step.layer is not None else "model"
+        results = translate(b, graph.module, given, path, special)
+        names = BLOCK_RESULTS.get(step.block, ("x_BSD",))
+        values.update(zip(names, results, strict=False))
+        for node, result in zip(caches, results[len(names) :], strict=True):
+            info = _cache_info("present", step.layer, node.name, node, "total_sequence")
+            outputs.append(info)
+            b.output(result, info.name, f"{path}.self_attn")
+    logits = values["logits_BSV"]
+    vocabulary = int(logits.shape[-1])
+    b.output(logits, "logits", "model.lm_head")
+    info = helper.make_tensor_value_info("logits", ONNX_TYPES[logits.dtype], ["batch", queries, vocabulary])
+    used = {name for node in b.nodes for name in node.input} | _inner_inputs(b.nodes)
+    external = [entry for name, entry in weights.entries.items() if name in used]
+    graph = helper.make_graph(
+        b.nodes, f"{program.config.model_type}_{phase}", inputs, [info, *outputs], [*b.initializers.values(), *external]
+    )
+    opsets = [helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in sorted(b.domains)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="dsv3-compile")
+    helper.set_model_props(model, _metadata(program, phase, converted))
+    return model
+
+
+TOKENS = {"input_ids_BS": "input_ids", "positions_BS": "position_ids"}
+BLOCK_RESULTS = {"embed": ("x_BSD", "cos_BSF", "sin_BSF"), "head": ("logits_BSV",)}
+
+
+def _metadata(program: Program, phase: str, converted: str) -> dict[str, str]:
+    layers = [step for step in program.schedule if step.layer is not None]
+    layout = {
+        f"past_key_values.{step.layer}.{_cache_name(node.name)}": ["batch", "past_sequence", *_widths(node)]
+        for step in layers
+        for node in _caches(program, step, phase)
+    }
+    return {
+        "dsv3.family": program.config.model_type,
+        "dsv3.phase": phase,
+        "dsv3.opset": str(OPSET),
+        "dsv3.dtype": str(program.dtype).removeprefix("torch."),
+        "dsv3.converted": converted,
+        "dsv3.config": json.dumps(program.config.to_dict()),
+        "dsv3.cache_layout": json.dumps(layout),
+        "dsv3.cache_rule": "slot = position_ids[b, s]; a token attends to slots 0 … its own",
+    }
+
+
+def _name_sizes(b: Builder, phase: str, first_past: str) -> None:
+    with b.within(Scope("model", "sizes")):
+        b.let("B", b.op("Shape", "input_ids", start=0, end=1))
+        b.let("S", b.ints(1) if phase == "decode" else b.op("Shape", "input_ids", start=1, end=2))
+        past = b.op("Shape", first_past, start=1, end=2)
+        b.let("T", b.op("Add", past, b.letter("S")))
+
+
+def _with_room(b: Builder, step: Occurrence, cache: fx.Node) -> str:
+    """A past with empty slots for the tokens of this call."""
+    fake = cache.meta["val"]
+    widths = tuple(_widths(cache))
+
+    def empty() -> str:
+        with b.within(Scope("model", "empty_slots")):
+            sizes = b.op("Concat", b.letter("B"), b.letter("S"), b.ints(*widths), axis=0)
+            return b.op("Expand", b.scalar(0.0, fake.dtype), sizes)
+
+    past = f"past_key_values.{step.layer}.{_cache_name(cache.name)}"
+    with b.within(Scope(f"model.{step.prefix}.self_attn", cache.name)):
+        return b.op("Concat", past, b.once(("empty slots", widths, fake.dtype), empty), axis=1)
+
+
+def _weight_value(stored: StoredWeight, fake: torch.Tensor) -> Value:
+    name, transposed = ("", stored.name) if stored.transposed else (stored.name, "")
+    return Value(name, tuple(fake.shape), fake.dtype, transposed)
+
+
+def _caches(program: Program, step: Occurrence, phase: str) -> list[fx.Node]:
+    return program.blocks[step.block, phase].inputs(Role.CACHE)
+
+
+def _cache_name(placeholder: str) -> str:
+    """latent_BTC → latent"""
+    return placeholder.rsplit("_", 1)[0]
+
+
+def _widths(cache: fx.Node) -> list[int]:
+    return [int(size) for size in cache.meta["val"].shape[2:]]
+
+
+def _cache_info(kind: str, layer: int | None, placeholder: str, node: fx.Node, length: str) -> onnx.ValueInfoProto:
+    name = f"{kind}.{layer}.{_cache_name(placeholder)}"
+    return helper.make_tensor_value_info(name, ONNX_TYPES[node.meta["val"].dtype], ["batch", length, *_widths(node)])
+
+
+def _stored_name(step: Occurrence, weight: fx.Node) -> str:
+    """The checkpoint's name of a tensor; of stacked experts, theirs without the number."""
+    if recipe_of(weight) is not None:
+        return f"model.{step.key(weight.name)}"
+    names = step.sources[weight.name]
+    return names[0] if len(names) == 1 else re.sub(r"\.0\.", ".", names[0], count=1) if len(names) > 1 else weight.name
+
+
+def _inner_inputs(nodes: list[onnx.NodeProto]) -> set[str]:
+    """What the bodies of loops read."""
+    bodies = [a.g for node in nodes for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return {name for body in bodies for node in body.node for name in node.input}
+
+
+def _checkpoint_of(model: str | Path) -> str | Path:
+    if not is_artifact(model):
+        return model
+    checkpoint = read_manifest(Path(model)).checkpoint
+    if not checkpoint or not Path(checkpoint).is_dir():
+        raise ExportError(f"{model}: its checkpoint {checkpoint or ''} is not there; name the checkpoint's folder")
+    return checkpoint
