@@ -52,7 +52,7 @@ def fix_sizes(module: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModul
 def _recompute(graph: fx.Graph, node: fx.Node, new: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), new.__getitem__)
     fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    value = node.target(*fakes[0], **fakes[1])  # type: ignore[operator]
+    value = node.target(*fakes[0], **fakes[1])
     if isinstance(value, (int, torch.SymInt)):
         if isinstance(expression_of(value), int) or expression_of(value).is_Integer:
             return int(value)
