@@ -134,22 +134,24 @@ def graphed(step: Step) -> Step:
     return replay
 
 
-def milliseconds(run: Step, repeats: int = REPEATS) -> float:
+def milliseconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Median between device events, or of a clock on the CPU."""
     for _ in range(3):
         run()
-    times = []
-    for _ in range(repeats):
-        _wait()
+    return statistics.median(_once(run) for _ in range(repeats))
+
+
+def _once(run: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
         begin = time.perf_counter()
         run()
-        _wait()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+    events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    events[0].record()
+    run()
+    events[1].record()
+    events[1].synchronize()
+    return events[0].elapsed_time(events[1])
 
 
 def bandwidth(device: str) -> float:
@@ -166,7 +168,7 @@ def breakdown(run: Step, replays: int = 5) -> Iterator[dict[str, Any]]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(replays):
             run()
-        _wait()
+        torch.cuda.synchronize()
     found = [event for event in profiler.key_averages() if event.device_time_total > 0]
     for event in sorted(found, key=lambda event: -event.device_time_total):
         yield {"kernel": event.key, "launches": event.count / replays, "us": event.device_time_total / replays}
@@ -231,22 +233,16 @@ def main() -> None:
     report |= {"torch": torch.__version__, "copy_TBps": bandwidth(device) / 1e12, "rows": []}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         length = args.context + HEAD_ROOM
-        artifact, report["compile_s"] = compiled(
-            config, args.target, max(args.batch), length, Path(folder) / "artifact"
-        )
+        path = Path(folder) / "artifact"
+        artifact, report["compile_s"] = compiled(config, args.target, max(args.batch), length, path)
         decoder = Decoder(artifact, device)
         for batch in args.batch:
             decoder.start(batch, args.context, config.vocab_size)
             run = graphed(decoder.step)
             took = milliseconds(run)
             floor = decoder.bytes_read(config, batch, args.context) / report["copy_TBps"] / 1e9
-            row = {
-                "batch": batch,
-                "context": args.context,
-                "ms": took,
-                "floor_ms": floor,
-                "tokens_per_s": batch * 1e3 / took,
-            }
+            row = {"batch": batch, "context": args.context, "ms": took, "floor_ms": floor}
+            row["tokens_per_s"] = batch * 1e3 / took
             if device == "cuda":
                 row["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
                 row["kernels"] = list(breakdown(run))
@@ -256,11 +252,14 @@ def main() -> None:
         for row in report["rows"]:
             row["peer_ms"] = peer_milliseconds(config, row["batch"], args.context)
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{args.model}, {config.num_hidden_layers} layers; compiled in {report['compile_s']:.1f} s; "
-          f"copy {report['copy_TBps']:.2f} TB/s")  # fmt: skip
+    head = f"{args.model}, {config.num_hidden_layers} layers; compiled in {report['compile_s']:.1f} s"
+    print(f"{head}; copy {report['copy_TBps']:.2f} TB/s")
     for row in report["rows"]:
-        print(f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms  "
-              f"{row['tokens_per_s']:8.0f} tok/s" + (f"  peer {row['peer_ms']:.3f} ms" if args.peer else ""))  # fmt: skip
+        line = (
+            f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms"
+        )
+        peer = f"  peer {row['peer_ms']:.3f} ms" if args.peer else ""
+        print(f"{line}  {row['tokens_per_s']:8.0f} tok/s{peer}")
         for kernel in row.get("kernels", [])[:12]:
             print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
 
