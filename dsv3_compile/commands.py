@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dsv3_compile import driver
-from dsv3_compile.artifact import Artifact, ArtifactError, is_artifact, read_manifest
+from dsv3_compile.artifact import ArtifactError, is_artifact, read_manifest
 from dsv3_compile.benchmark import measure
 from dsv3_compile.capture import CaptureError
 from dsv3_compile.inspection import inspect as inspected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from math import floor
+from math import ceil
 from typing import Any
 
 from dsv3_compile.inspection import short
@@ -59,7 +59,7 @@ def gain(report: dict[str, Any]) -> Answer | None:
             f"{phase}: {duration(before)} → {duration(after)}, "
             f"{before / after:.1f} times less (B={size['batch']} S={size['queries']} T={size['context']})"
         )
-        best = f"{before / after:.0f}" if phase == "decode" else best
+        best = f"{before / after:.1f}" if phase == "decode" else best
     return Answer(
         "What do the passes buy?",
         f"The least time that {report['target']} needs for a step of the whole model, from operations, bytes and "
@@ -81,13 +81,12 @@ def removed(report: dict[str, Any]) -> Answer | None:
     block, row = max(changed, key=lambda pair: _flops(pair[1], "cost_before") - _flops(pair[1], "cost_after"))
     before, after = _flops(row, "cost_before"), _flops(row, "cost_after")
     size = block["workload"]
-    lines = [f"{match}" for match in row["matches"]]
     return Answer(
         "What did absorption remove?",
         f"Rebuilding keys and values from the latent at every cached position: {short(before - after)}FLOP of "
         f"{short(before)}FLOP in each {block['name']} layer of a {block['phase']} step "
         f"(B={size['batch']}, T={size['context']}). The scores are taken against the latent itself.",
-        tuple(lines),
+        tuple(row["matches"]),
         (block["name"], block["phase"], ABSORPTION),
     )
 
@@ -120,7 +119,7 @@ def crossover_words(plan: dict[str, Any]) -> str:
     (pair,) = [c for c in plan["crossovers"] if set(c["forms"]) == {"absorbed", "expanded"}]
     if pair["far"] is None:
         return "One of the two forms needs fewer operations for any number of queries."
-    return f"By operations, absorbing wins up to {floor(pair['far'])} queries per expansion of a long context."
+    return f"Absorbing takes fewer operations below {ceil(pair['far'])} queries per expansion of a long context."
 
 
 def silent(report: dict[str, Any]) -> Answer:

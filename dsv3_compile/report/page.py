@@ -1,4 +1,4 @@
-"""`dsv3c inspect --html`: one page that needs no network, from the report, the graphs and the kernels of an artifact."""
+"""`dsv3c inspect --html`: one page that needs no network, from the report, graphs and kernels of an artifact."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import html
 import inspect as introspection
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import networkx as nx
 
 from dsv3_compile.artifact import Artifact
 from dsv3_compile.inspection import inspect, inspect_graphs
@@ -41,12 +44,14 @@ def page_data(artifact: Artifact) -> dict[str, Any]:
         "kernels": kernels(artifact),
         "answers": answers(report),
         "plan_words": [crossover_words(plan) for plan in report["phase_plans"]],
-        "pictures": {type(one).name(): introspection.getdoc(type(one)) or "" for one in DEFAULT_PIPELINE},
+        "pictures": {type(one).name(): picture(type(one)) for one in DEFAULT_PIPELINE},
     }
 
 
 def _with_drawings(found: dict[str, Any]) -> dict[str, Any]:
-    return {**found, "snapshots": [_with_drawing(snapshot) for snapshot in found["snapshots"]]}
+    snapshots = [_with_drawing(snapshot) for snapshot in found["snapshots"]]
+    near = [_near(snapshots[left], snapshots[right]) for left, right in pairwise(found["states"])]
+    return {"states": found["states"], "snapshots": snapshots, "near": near}
 
 
 def _with_drawing(snapshot: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +62,28 @@ def _with_drawing(snapshot: dict[str, Any]) -> dict[str, Any]:
         "at": drawing.positions,
         "edges": drawing.edges,
     }
+
+
+def _near(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Drawings of what is close to the nodes that a pass removed and added; None where it drew nothing new."""
+    known = [{(node["name"], node["op"]) for node in snapshot["nodes"]} for snapshot in (before, after)]
+    drawings = []
+    for snapshot, other in ((before, known[1]), (after, known[0])):
+        graph = drawn_graph(snapshot["nodes"])
+        changed = {n["name"] for n in snapshot["nodes"] if (n["name"], n["op"]) not in other} & set(graph)
+        close = changed.union(*(nx.all_neighbors(graph, name) for name in changed))
+        drawing = draw(graph.subgraph(close).copy())
+        drawings.append({"at": drawing.positions, "edges": drawing.edges})
+    return drawings if all(drawing["at"] for drawing in drawings) else None
+
+
+def picture(one: type) -> str:
+    """A pass's docstring with the lines of its picture under each other."""
+    text = one.__doc__ or ""
+    start = re.match(r"    ( +)", text.partition("\n")[2])
+    # The picture starts behind the quotes, its next lines are indented by as much.
+    first = "    " + (start[1] if start else "")
+    return introspection.cleandoc("\n" + first + text)
 
 
 def page(data: dict[str, Any]) -> str:

@@ -118,13 +118,13 @@ function rooflineChart(nodes, before, machine, width) {
   const order = [...shown].sort((a, b) => b.seconds - a.seconds);
   for (const n of order) box.svg.append(s("circle", { cx: box.x(n.intensity), cy: box.y(roof(n.intensity)), r: radius(n), fill: n.bound === "compute" ? "var(--accent)" : "var(--warm)", "fill-opacity": 0.55, stroke: n.bound === "compute" ? "var(--accent)" : "var(--warm)" }, s("title", {}, `${n.name}, ${n.op}: ${duration(n.seconds)}, ${n.bound} bound, ${n.source}`)));
   const taken = [];
-  for (const n of order.slice(0, 6)) {
+  for (const n of order.slice(0, width < 520 ? 3 : 6)) {
     const cx = box.x(n.intensity), cy = box.y(roof(n.intensity)), flip = cx > (box.left + box.right) / 2;
     let ty = cy + 4 + (flip ? -radius(n) : radius(n));
     while (taken.some(([t, f]) => f === flip && Math.abs(t - ty) < 14)) ty += flip ? -14 : 14;
     if (ty < box.top + 8 || ty > box.bottom - 4) continue;
     taken.push([ty, flip]);
-    box.svg.append(s("text", { x: cx + (flip ? -radius(n) - 6 : radius(n) + 6), y: ty, "text-anchor": flip ? "end" : "start" }, n.op.replace("dsv3.", "") + " · " + n.name));
+    box.svg.append(s("text", { x: cx + (flip ? -radius(n) - 6 : radius(n) + 6), y: ty, "text-anchor": flip ? "end" : "start" }, n.op.replace("dsv3.", "") + (width < 520 ? "" : ` · ${n.name}`)));
   }
   return box.svg;
 }

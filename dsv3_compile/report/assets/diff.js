@@ -6,7 +6,7 @@ const TOKEN = /(#.*$)|("""[\s\S]*?"""|"[^"\n]*"|'[^'\n]*')|\b(def|return|class|i
 
 // `del` lines move with every change and say nothing new.
 function printed(text) {
-  return text.split("\n").filter((line) => line.trim() && !line.trim().startsWith("del "));
+  return text.split("\n").filter((line) => line.trim() && !line.trim().startsWith("del ")).map((line) => line.replace(/(\S) {2,}# /, "$1  # "));
 }
 
 // The longest common subsequence as a list of [kind, left, right], kind one of " ", "-", "+".
@@ -46,11 +46,28 @@ function aligned(before, after, whole) {
     }
     const gone = [], come = [];
     for (; k < steps.length && steps[k][0] !== " "; k++) (steps[k][0] === "-" ? gone : come).push(steps[k]);
-    for (let m = 0; m < Math.max(gone.length, come.length); m++) {
-      rows.push({ changed: true, left: gone[m] ? gone[m][1] : null, right: come[m] ? come[m][2] : null });
-    }
+    for (const [left, right] of paired(gone.map((step) => step[1]), come.map((step) => step[2]), before, after)) rows.push({ changed: true, left, right });
   }
   return rows;
+}
+
+// Within a hunk, lines that say nearly the same stand beside each other: the pairing of the greatest likeness.
+function paired(gone, come, before, after) {
+  const words = (line) => new Set(line.match(/\w+/g));
+  const left = gone.map((i) => words(before[i])), right = come.map((j) => words(after[j]));
+  const alike = (a, b) => { let same = 0; for (const word of a) same += b.has(word); return same / Math.max(a.size, b.size, 1); };
+  const best = Array.from({ length: gone.length + 1 }, () => new Float64Array(come.length + 1));
+  const like = left.map((a) => right.map((b) => alike(a, b)));
+  for (let i = gone.length - 1; i >= 0; i--) for (let j = come.length - 1; j >= 0; j--) {
+    best[i][j] = Math.max(best[i + 1][j], best[i][j + 1], like[i][j] > 0.5 ? like[i][j] + best[i + 1][j + 1] : 0);
+  }
+  const pairs = [];
+  for (let i = 0, j = 0; i < gone.length || j < come.length; ) {
+    if (i < gone.length && j < come.length && like[i][j] > 0.5 && best[i][j] === like[i][j] + best[i + 1][j + 1]) pairs.push([gone[i++], come[j++]]);
+    else if (j === come.length || (i < gone.length && best[i][j] === best[i + 1][j])) pairs.push([gone[i++], null]);
+    else pairs.push([null, come[j++]]);
+  }
+  return pairs;
 }
 
 function coloured(line) {

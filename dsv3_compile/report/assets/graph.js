@@ -18,7 +18,7 @@ function graphDrawing(snapshot, different, kind, label, pick) {
   const right = Math.max(...points.map(([x]) => x), ...snapshot.edges.flatMap(([, , path]) => path.map(([x]) => x)), 0);
   const bottom = Math.max(...points.map(([, y]) => y), 0);
   const width = px(right) + NODE_WIDTH / 2 + 6, height = py(bottom) + NODE_HEIGHT / 2 + 6;
-  const svg = s("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
+  const svg = s("svg", { style: `width:100%;height:auto;min-width:${0.72 * width}px;max-width:${width}px`, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
   for (const [source, target, path] of snapshot.edges) {
     const hot = different.has(source) || different.has(target);
     svg.append(s("path", { d: curve(path.map(([x, y]) => [px(x), py(y)])), class: hot ? "hot" : null, "data-edge": `${source} ${target}` }));
@@ -56,21 +56,33 @@ function described(node) {
   return parts.filter(Boolean).join(" · ");
 }
 
-function drawings(before, after) {
+// Before and after; `near` holds smaller drawings of only what is close to the changes, where there are any.
+function drawings(before, after, near) {
   const note = h("p", { class: "soft mono", "aria-live": "polite" }, "Select a node to see its shape, cost and model line.");
+  const place = h("div");
   const pick = (node) => {
     note.textContent = described(node);
-    for (const group of both.querySelectorAll("g.node")) group.classList.toggle("picked", group.dataset.node === node.name);
+    for (const group of place.querySelectorAll("g.node")) group.classList.toggle("picked", group.dataset.node === node.name);
   };
   const gone = onlyHere(before, after), come = onlyHere(after, before);
-  const changed = before !== after;
+  const seen = (snapshot, different) => Object.keys(snapshot.at).filter((name) => different.has(name)).length;
   const one = (snapshot, different, kind, title) => h("figure", { style: "margin:0;min-width:0" },
     h("figcaption", { class: "soft" }, title),
     h("div", { class: "drawing", tabindex: 0, role: "region", "aria-label": title }, graphDrawing(snapshot, different, kind, title, pick)));
-  const both = changed
-    ? h("div", { class: "two" }, one(before, gone, "gone", `Before: ${plural(gone.size, "node")} will go`), one(after, come, "new", `After: ${plural(come.size, "node")} are new`))
-    : one(before, new Set(), "", "The pass left the graph as it was");
-  return [both, h("ul", { class: "legend" }, key("var(--bad)", "removed"), key("var(--good)", "added"), key("var(--warm)", "cache"), key("var(--ink)", "output"), h("li", {}, "Views, sizes and weights are left out.")), note];
+  const draw = (whole) => {
+    const [left, right] = whole ? [before, after] : [{ ...before, ...near[0] }, { ...after, ...near[1] }];
+    place.replaceChildren(before === after ? one(before, new Set(), "", "The pass left the graph as it was") : h("div", { class: "two" },
+      one(left, gone, "gone", `Before: ${plural(seen(before, gone), "node")} will go`),
+      one(right, come, "new", `After: ${plural(seen(after, come), "node")} ${seen(after, come) === 1 ? "is" : "are"} new`)));
+    place.querySelectorAll(".drawing").forEach(scrollToChange);
+  };
+  const tools = h("div", { class: "tools" }, h("h4", {}, "The graph"));
+  if (near) {
+    const toggle = h("button", { type: "button", "aria-pressed": "false", onclick: () => { const whole = toggle.getAttribute("aria-pressed") === "false"; toggle.setAttribute("aria-pressed", String(whole)); draw(whole); } }, "whole graph");
+    tools.append(h("div", { class: "group" }, toggle));
+  }
+  requestAnimationFrame(() => draw(!near));
+  return [tools, place, h("ul", { class: "legend" }, key("var(--bad)", "removed"), key("var(--good)", "added"), key("var(--warm)", "cache"), key("var(--ink)", "output"), h("li", {}, "Views, sizes and weights are left out.")), note];
 }
 
 function key(colour, text) {
@@ -81,6 +93,6 @@ function key(colour, text) {
 function scrollToChange(drawing) {
   const first = drawing.querySelector(".gone, .new");
   if (!first) return;
-  const at = first.transform.baseVal.getItem(0).matrix;
-  drawing.scrollTo(Math.max(0, at.e - 160), Math.max(0, at.f - 90));
+  const frame = drawing.getBoundingClientRect(), at = first.getBoundingClientRect();
+  drawing.scrollTo(Math.max(0, at.left - frame.left - frame.width / 2), Math.max(0, at.top - frame.top - 90));
 }

@@ -24,7 +24,7 @@ function fromAddress() {
   return pass ? { block, pass } : null;
 }
 function start() {
-  const place = data.answers.map((a) => a.place).find((p) => p && p[1] === "decode") || [];
+  const place = data.answers.map((a) => a.place).findLast((p) => p && p[1] === "decode") || [];
   const block = find(place[0], place[1]) || blocks[0];
   return { block, pass: block.passes.find((p) => p.name === place[2]) || block.passes[0] };
 }
@@ -47,7 +47,6 @@ function show(next) {
   current.parentElement.parentElement.scrollLeft = current.offsetLeft - 120;
   if (inLine) current.focus({ preventScroll: true });
   detail.replaceChildren(passView(data, state.block, state.pass));
-  detail.querySelectorAll(".drawing").forEach(scrollToChange);
   if (moved) roof.replaceChildren(rooflineView(data, state.block));
   document.title = `${state.pass.name} · ${state.block.name} ${state.block.phase} · ${data.title}`;
 }

@@ -72,7 +72,7 @@ function certificateBadge(c) {
 function passView(data, block, pass) {
   const found = data.graphs[`${block.name} ${block.phase}`], at = block.passes.indexOf(pass);
   const before = found.snapshots[found.states[at]], after = found.snapshots[found.states[at + 1]];
-  const list = (title, items, empty) => h("div", {}, h("h4", {}, title), items.length ? h("ul", { class: "plain" }, ...items) : h("p", { class: "soft" }, empty));
+  const list = (title, items, empty) => h("div", {}, h("h4", {}, title), items.length ? h("ul", { class: "items" }, ...items) : h("p", { class: "soft" }, empty));
   return h("div", { class: "stack", id: "pass" },
     h("div", { class: "panel stack" },
       h("h3", {}, pass.name, h("span", { class: "soft", style: "font-weight:400" }, ` on ${block.name}, ${block.phase}`)),
@@ -85,7 +85,7 @@ function passView(data, block, pass) {
         list(`${plural(pass.refusals.length, "candidate")} left alone`, pass.refusals.map((r) => h("li", {}, h("code", {}, r.node), r.source ? ` (${r.source})` : "", `: ${r.reason}`)), "No candidate was refused."))),
     h("div", { class: "panel" }, costTable(block, pass)),
     h("div", { class: "panel" }, ...diffPanel(before, after)),
-    h("div", { class: "panel" }, h("h4", { style: "margin-bottom:.5rem" }, "The graph"), ...drawings(before, after)));
+    h("div", { class: "panel" }, ...drawings(before, after, found.near[at])));
 }
 
 const fact = (name, value) => h("div", {}, h("dt", {}, name), h("dd", {}, value));
@@ -179,7 +179,7 @@ function kernelsView(data) {
 }
 
 function usesList(kernel) {
-  return h("ul", { class: "plain" }, ...kernel.uses.map((u) => h("li", {}, h("code", {}, u.node), ` in ${u.block}, ${u.phase}`, u.source ? `, from ${u.source}` : "")));
+  return h("ul", { class: "items" }, ...kernel.uses.map((u) => h("li", {}, h("code", {}, u.node), ` in ${u.block}, ${u.phase}`, u.source ? `, from ${u.source}` : "")));
 }
 
 function binaries(kernel) {
