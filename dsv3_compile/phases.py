@@ -11,7 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from dsv3_compile.program import BlockGraph
 from passes.base import fake_mode_of, sweep
-from passes.verify import expression_of
+from passes.inputs import expression_of
 
 QUERIES = "S"
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from passes.base import Role, placeholders, source_line
+from passes.base import placeholders, source_line
+from passes.bisection import Departure, first_departure, relative_error
+from passes.inputs import Recipe, draw, recipes, size_values
 
 EXACT = 1e-10  # float64 leaves six digits for reassociated sums; a wrong rewrite misses by far more
 
@@ -28,8 +29,32 @@ class Certificate:
     proxy: bool = False  # ran on a scaled-down block in place of the real one
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What it takes to see a failed certificate again."""
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    recipes: Sequence[Recipe]
+    seed: int
+    departure: Departure | None
+
+
 class CertificateError(Exception):
-    """A pass changed what a block computes."""
+    """A pass changed what a block computes. `failure` is None where no two graphs were compared."""
+
+    def __init__(self, message: str, failure: Failure | None = None) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+class NodeError(Exception):
+    """A node that cannot be computed."""
+
+    def __init__(self, node: fx.Node, error: Exception) -> None:
+        lines = str(error).splitlines() or [""]
+        super().__init__(f"{node.name}: {type(error).__name__}: {lines[0]}")
+        self.departure = Departure(node.name, node.name, math.inf, source_line(node))
 
 
 class Float64Interpreter(fx.Interpreter):
@@ -40,7 +65,10 @@ class Float64Interpreter(fx.Interpreter):
         self.record: dict[str, Any] | None = {} if record else None
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception as error:  # whatever an operator raises
+            raise NodeError(n, error) from error
         if self.record is not None:
             self.record[n.name] = result
         return result
@@ -67,7 +95,7 @@ def run_float64(
     """Outputs of a graph, and with `record` every node's value by name.
 
     `inputs` holds values by placeholder name. A weight with a recipe (`meta["bind"]`) is computed by it from
-    original weights, which must then be among the inputs.
+    original weights, which must then be among the inputs. Raises NodeError.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -92,139 +120,56 @@ def _argument(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
     return value
 
 
-def size_values(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
-    """Small, all-different values for the free sizes of a graph, ascending in order of first appearance.
-
-    A block's inputs show batch, queries, context in that order, so a row's queries fit into its context.
-    """
-    symbols: dict[sympy.Symbol, None] = {}
-    for node in placeholders(module.graph):
-        for size in node.meta["val"].shape:
-            symbols |= dict.fromkeys(getattr(expression_of(size), "free_symbols", ()))
-    return dict(zip(symbols, (3, 5, 11, 13, 17), strict=False))
-
-
-def random_inputs(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int], seed: int) -> dict[str, Tensor]:
-    """Seeded inputs of a captured graph by placeholder name, scaled as in a trained model.
-
-    Matrices are N(0, 1/fan-in). Vectors are ±(1 + 0.2 N): norm weights do not mind the sign, and selection
-    biases of both signs are what tells masking with −inf from masking with 0. Integers are drawn per row,
-    distinct and ascending, below the placeholder's `meta["upper"]` (vocabulary, or the context T).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return {str(node.target): _random(node, sizes, generator) for node in placeholders(module.graph)}
-
-
-def _random(node: fx.Node, sizes: Mapping[sympy.Symbol, int], generator: torch.Generator) -> Tensor:
-    fake = node.meta["val"]
-    shape = [_number(size, sizes) for size in fake.shape]
-    if not fake.is_floating_point():
-        upper = _number(node.meta["upper"], sizes)
-        return _ascending(shape, upper, generator).to(fake.dtype)
-    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
-    if node.meta["role"] is not Role.WEIGHT:
-        return normal
-    if len(shape) < 2:
-        sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
-        return sign * (1 + 0.2 * normal)
-    return normal / math.sqrt(shape[-1])
-
-
-def _ascending(shape: list[int], upper: int, generator: torch.Generator) -> Tensor:
-    *rows, width = shape
-    if width > upper:
-        return torch.randint(0, upper, shape, generator=generator)
-    draw = torch.rand([*rows, upper], generator=generator)
-    return draw.argsort(-1)[..., :width].sort(-1).values
-
-
-def expression_of(size: Any) -> Any:
-    """The sympy expression of a SymInt; an int stays."""
-    return getattr(getattr(size, "node", None), "expr", size)
-
-
-def _number(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
-    expression = expression_of(size)
-    return int(expression.subs(sizes)) if isinstance(expression, sympy.Expr) else int(expression)
-
-
-def relative_error(found: Any, expected: Any) -> float:
-    """max|found − expected| / max|expected|; infinite for another shape, a NaN or an infinity."""
-    if not isinstance(expected, Tensor):
-        return 0.0 if found == expected else math.inf
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return math.inf
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(found, expected) else math.inf
-    if not (torch.isfinite(found).all() and torch.isfinite(expected).all()):
-        return math.inf
-    difference = (found - expected).abs().amax().item() if expected.numel() else 0.0
-    if difference == 0.0:
-        return 0.0
-    scale = expected.abs().amax().item()
-    return difference / scale if scale else math.inf
-
-
 @dataclass
 class Specimen:
-    """A graph on its way through the passes, with the inputs it is certified on and its current outputs."""
+    """A graph on its way through the passes, with the inputs it is certified on and the values it has there."""
 
     module: fx.GraphModule
-    inputs: Mapping[str, Tensor]
+    recipes: Sequence[Recipe]
+    seed: int
     sizes: Mapping[str, int]
     proxy: bool
+    inputs: Mapping[str, Tensor]
     outputs: list[Any]
+    values: Mapping[str, Any]  # of every node, by name
 
     @classmethod
     def of(cls, module: fx.GraphModule, seed: int = 0, proxy: bool = False) -> Specimen:
         sizes = size_values(module)
-        inputs = random_inputs(module, sizes, seed)
-        outputs = tree_leaves(run_float64(module, inputs)[0])
+        how = recipes(module, sizes)
+        inputs = draw(how, seed)
+        outputs, values = run_float64(module, inputs, record=True)
         letters = {symbol: letter for letter, symbol in module.meta.get("dims", {}).items()}
         named = {str(letters.get(symbol, symbol)): value for symbol, value in sizes.items()}
-        return cls(module, inputs, named, proxy, outputs)
+        return cls(module, how, seed, named, proxy, inputs, tree_leaves(outputs), values)
 
     def certify(self, before: fx.GraphModule, label: str, bound: float = EXACT) -> Certificate:
         """Compare the outputs of `module`, just rewritten, with those it had as `before`.
 
-        `label` names pass and block. Raises CertificateError naming the output that differs and the first
-        node that does.
+        `label` names pass and block. Raises CertificateError naming the output that differs and the first node
+        that does, or the node at which the graph no longer runs.
         """
         if str(self.module.graph) == str(before.graph):
             return Certificate(0.0, bound, sizes=self.sizes, proxy=self.proxy)
-        found = tree_leaves(run_float64(self.module, self.inputs)[0])
+        try:
+            results, values = run_float64(self.module, self.inputs, record=True)
+        except NodeError as error:
+            raise self._failed(before, f"{label}: the graph no longer runs: {error}", error.departure) from error
+        found = tree_leaves(results)
         if len(found) != len(self.outputs):
-            raise CertificateError(f"{label}: {len(self.outputs)} outputs became {len(found)}")
-        worst = 0.0
-        for index, (one, other) in enumerate(zip(found, self.outputs, strict=True)):
-            error = relative_error(one, other)
+            raise self._failed(before, f"{label}: {len(self.outputs)} outputs became {len(found)}", None)
+        errors = [relative_error(one, other) for one, other in zip(found, self.outputs, strict=True)]
+        for index, error in enumerate(errors):
             if not error <= bound:
-                where = first_difference(before, self.module, self.inputs, bound)
-                raise CertificateError(f"{label}: output {index} differs by {error:.3g} (bound {bound:g}){where}")
-            worst = max(worst, error)
-        self.outputs = found
-        return Certificate(worst, bound, sizes=self.sizes, proxy=self.proxy)
+                place = first_departure(before.graph, self.module.graph, self.values, values, bound)
+                where = f"; first at {place}, off by {place.error:.3g}" if place else ""
+                message = f"{label}: output {index} differs by {error:.3g} (bound {bound:g}){where}"
+                raise self._failed(before, message, place)
+        self.outputs, self.values = found, values
+        return Certificate(max(errors, default=0.0), bound, sizes=self.sizes, proxy=self.proxy)
 
-
-def first_difference(before: fx.GraphModule, after: fx.GraphModule, inputs: Mapping[str, Tensor], bound: float) -> str:
-    """Rewrites keep the names of the nodes they leave: the first kept node whose value moved is the place."""
-    _, expected = run_float64(before, inputs, record=True)
-    _, found = run_float64(after, inputs, record=True)
-    for node in after.graph.nodes:
-        if node.op != "call_function" or node.name not in expected:
-            continue
-        pairs = zip(tree_leaves(found[node.name]), tree_leaves(expected[node.name]), strict=False)
-        if not all(relative_error(_settled(one), _settled(other)) <= bound for one, other in pairs):
-            line = source_line(node)
-            return f"; first at {node.name}" + (f" ({line})" if line else "")
-    return ""
-
-
-def _settled(value: Any) -> Any:
-    """Masks put infinities inside a graph, where they are no fault."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.nan_to_num(nan=math.nan, posinf=1.0, neginf=-1.0)
-    return value
+    def _failed(self, before: fx.GraphModule, message: str, place: Departure | None) -> CertificateError:
+        return CertificateError(message, Failure(before, self.module, self.recipes, self.seed, place))
 
 
 def clone(module: fx.GraphModule) -> fx.GraphModule:

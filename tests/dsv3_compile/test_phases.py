@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 from dsv3_compile.capture import Input, capture_module
 from dsv3_compile.phases import decode_of, fix_sizes
 from passes.base import Role
-from passes.verify import random_inputs, relative_error, run_float64
+from passes.bisection import relative_error
+from passes.inputs import random_inputs
+from passes.verify import run_float64
 from tests.dsv3_compile import tiny
 
 

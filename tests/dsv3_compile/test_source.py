@@ -12,7 +12,7 @@ from dsv3_compile.capture import Input, capture_module
 from dsv3_compile.loading import load_graph
 from dsv3_compile.source import graph_source
 from passes.base import Role
-from passes.verify import random_inputs, size_values
+from passes.inputs import random_inputs, size_values
 from tests.dsv3_compile import tiny
 
 

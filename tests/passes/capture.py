@@ -18,8 +18,10 @@ from dsv3_compile.capture import Input, capture_module
 from model_def.decoder import Layer
 from model_def.specs import DenseSpec, LayerSpec, MlaSpec, MoeSpec, RoutingSpec
 from passes.base import Context, Outcome, Pass, Role, Workload, calls
+from passes.bisection import relative_error
 from passes.canonicalise import Canonicalise
-from passes.verify import EXACT, clone, random_inputs, relative_error, run_float64, size_values
+from passes.inputs import random_inputs, size_values
+from passes.verify import EXACT, clone, run_float64
 
 CONTEXT = Context("prefill", TARGETS["cpu"], Workload(3, 5, 11))
 

@@ -12,8 +12,9 @@ from dsv3_compile.phases import fix_sizes
 from model_def.presets import PRESETS
 from passes.base import Context, Role, Workload
 from passes.cost import B, S, T, cost
+from passes.inputs import random_inputs, size_values
 from passes.pipeline import Pipeline
-from passes.verify import random_inputs, run_float64, size_values
+from passes.verify import run_float64
 from tests.passes.harness import layer_graph, module_graph
 
 TOY = PRESETS["toy"]

@@ -1,0 +1,95 @@
+"""Random inputs of a graph: scaled as in a trained model, repeatable from a seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from passes.base import Role, placeholders
+
+Recipe = tuple[str, str, tuple[int, ...], int]
+"""Name, kind ("normal", "matrix", "vector" or an integer dtype), shape, and the bound below which integers lie."""
+
+
+def size_values(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
+    """Small, all-different values for the free sizes of a graph, ascending in order of first appearance.
+
+    A block's inputs show batch, queries, context in that order, so a row's queries fit into its context.
+    """
+    symbols: dict[sympy.Symbol, None] = {}
+    for node in placeholders(module.graph):
+        for size in node.meta["val"].shape:
+            symbols |= dict.fromkeys(getattr(expression_of(size), "free_symbols", ()))
+    return dict(zip(symbols, (3, 5, 11, 13, 17), strict=False))
+
+
+def random_inputs(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int], seed: int) -> dict[str, Tensor]:
+    """Seeded inputs of a captured graph by placeholder name. Integers lie below the placeholder's `meta["upper"]`
+    (vocabulary, or the context T)."""
+    return draw(recipes(module, sizes), seed)
+
+
+def recipes(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int]) -> list[Recipe]:
+    """How each input of a graph is drawn."""
+    return [_recipe(node, sizes) for node in placeholders(module.graph)]
+
+
+def _recipe(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Recipe:
+    fake = node.meta["val"]
+    shape = tuple(_number(size, sizes) for size in fake.shape)
+    if not fake.is_floating_point():
+        dtype = str(fake.dtype).removeprefix("torch.")
+        return str(node.target), dtype, shape, _number(node.meta["upper"], sizes)
+    kind = "normal"
+    if node.meta["role"] is Role.WEIGHT:
+        kind = "matrix" if len(shape) > 1 else "vector"
+    return str(node.target), kind, shape, 0
+
+
+# The functions below import nothing of ours: repro scripts carry their source.
+
+
+def draw(recipes: Sequence[tuple[str, str, tuple[int, ...], int]], seed: int) -> dict[str, Tensor]:
+    """Values by name, floating point in float64.
+
+    Matrices are N(0, 1/fan-in). Vectors are ±(1 + 0.2 N): norm weights do not mind the sign, and selection
+    biases of both signs are what tells masking with −inf from masking with 0. Integers are drawn per row,
+    distinct and ascending.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {name: draw_one(kind, shape, upper, generator) for name, kind, shape, upper in recipes}
+
+
+def draw_one(kind: str, shape: tuple[int, ...], upper: int, generator: torch.Generator) -> Tensor:
+    if kind not in ("normal", "matrix", "vector"):
+        return ascending(shape, upper, generator).to(getattr(torch, kind))
+    normal = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if kind == "normal":
+        return normal
+    if kind == "matrix":
+        return normal / math.sqrt(shape[-1])
+    sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+    return sign * (1 + 0.2 * normal)
+
+
+def ascending(shape: tuple[int, ...], upper: int, generator: torch.Generator) -> Tensor:
+    *rows, width = shape
+    if width > upper:
+        return torch.randint(0, upper, shape, generator=generator)
+    order = torch.rand([*rows, upper], generator=generator)
+    return order.argsort(-1)[..., :width].sort(-1).values
+
+
+def expression_of(size: Any) -> Any:
+    """The sympy expression of a SymInt; an int stays."""
+    return getattr(getattr(size, "node", None), "expr", size)
+
+
+def _number(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
+    expression = expression_of(size)
+    return int(expression.subs(sizes)) if isinstance(expression, sympy.Expr) else int(expression)
