@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+import codegen.ops  # noqa: F401  registers the vocabulary
 from codegen.onnx.builder import Builder, ExportError, Scope, Value, value_like
 
 Translation = Callable[..., Any]

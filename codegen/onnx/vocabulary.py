@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import fx
 
+import codegen.ops  # noqa: F401  registers the vocabulary
 from codegen.onnx.builder import ONNX_TYPES, Builder, Value
 from codegen.onnx.translate import translation
 
@@ -184,7 +185,7 @@ def one_token_experts(
     rows = b.op("Unsqueeze", x, b.ints(1, 2))  # [N, 1, 1, D] times [N, K, D, 2I]
     inner = _swiglu(b, b.op("MatMul", rows, b.op("Gather", first, indices, axis=0)))
     out = b.op("Squeeze", b.op("MatMul", inner, b.op("Gather", second, indices, axis=0)), b.ints(2))
-    weighted = b.op("Mul", _widened(b, out, x.dtype), b.op("Unsqueeze", weights, b.ints(-1)))
+    weighted = b.op("Mul", _widened(b, out, x.dtype), b.op("Unsqueeze", b.cast(weights, torch.float32), b.ints(-1)))
     return _rounded(b, b.op("ReduceSum", weighted, b.ints(1), keepdims=0), x.dtype)
 
 
@@ -195,7 +196,7 @@ def many_token_experts(
     """Loop over the experts that somebody chose: rows of their tokens, two products, weighted addition."""
     top_k = int(indices.shape[1])
     flat = b.op("Reshape", indices, b.ints(-1))
-    shares = b.op("Reshape", weights, b.ints(-1, 1))
+    shares = b.op("Reshape", b.cast(weights, torch.float32), b.ints(-1, 1))
     chosen = b.op("Unique", flat, sorted=1)
     trips = b.op("Squeeze", b.op("Shape", chosen))
     empty = b.op("Expand", b.scalar(0.0, torch.float32), b.op("Shape", x))
