@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv3_compile.driver import compile
+    from dsv3_compile.export import export_onnx
     from dsv3_compile.inspection import inspect
     from dsv3_compile.runtime import load
 
@@ -20,9 +21,10 @@ _HOMES = {
     "compile": ("dsv3_compile.driver", "compile"),
     "load": ("dsv3_compile.runtime", "load"),
     "inspect": ("dsv3_compile.inspection", "inspect"),
+    "export_onnx": ("dsv3_compile.export", "export_onnx"),
 }
 
-__all__ = ["compile", "inspect", "load"]
+__all__ = ["compile", "export_onnx", "inspect", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -108,7 +108,9 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", "write a model as ONNX or MLIR")
     export.add_argument("model", metavar="MODEL", help=model)
     export.add_argument("--format", choices=("onnx", "mlir"), required=True)
-    export.add_argument("-o", "--output", metavar="PATH", required=True)
+    export.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write")
+    export.add_argument("--dtype", default="float32", help="float32 (default) or float16")
+    export.add_argument("--no-verify", action="store_true", help="skip the certificates of the passes")
 
     bench = command("bench", "prefill and decode, against the floor of this machine")
     bench.add_argument("artifact", metavar="DIR")

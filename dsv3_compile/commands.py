@@ -43,7 +43,9 @@ class UsageError(ValueError):
 
 def at_fault() -> tuple[type[Exception], ...]:
     """Errors that mean that the input is wrong."""
-    own = (ArtifactError, CaptureError, OptionError, TokenizerError, UsageError)
+    from codegen.onnx import ExportError
+
+    own = (ArtifactError, CaptureError, ExportError, OptionError, TokenizerError, UsageError)
     return (*own, CheckpointError, ConfigError, PassError, OSError)
 
 
@@ -165,7 +167,22 @@ def verify(options: Namespace) -> int:
 
 
 def export(options: Namespace) -> int:
-    raise UsageError(f"export to {options.format} is not available yet; `dsv3c compile` writes artifacts")
+    if options.format == "mlir":
+        raise UsageError("export to mlir is not available yet; accepted: --format onnx")
+    from dsv3_compile.export import export_onnx
+
+    with Display() as display:
+        done = export_onnx(
+            options.model, options.output, dtype=options.dtype, progress=display, verify=not options.no_verify
+        )
+    files = {path.name: path.stat().st_size for path in sorted(done.folder.iterdir())}
+    if options.json:
+        return _print_json({"folder": str(done.folder), "converted": done.converted, "files": files})
+    for name, size in files.items():
+        print(f"{name:<24}{size:>16,} bytes")
+    if done.converted:
+        print(done.converted)
+    return DONE
 
 
 def bench(options: Namespace) -> int:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from onnx import helper
 from torch import fx
 
 from codegen.onnx import Builder, ExportError, Scope, Value, WeightFile, stored_transposed, translate
-from codegen.onnx.builder import ONNX_TYPES
+from codegen.onnx.builder import ONNX_TYPES, bodies
 from codegen.onnx.vocabulary import one_token_experts
 from dsv3_compile.artifact import is_artifact, read_manifest, writing
 from dsv3_compile.driver import Event, Progress, build, open_model, silent
@@ -161,6 +161,7 @@ def phase_model(
     values = {block: Value(name, (), torch.int64) for block, name in TOKENS.items()}
     special = {torch.ops.dsv3.routed_swiglu.default: one_token_experts} if phase == "decode" else {}
     outputs = []
+    output_names: dict[str, str] = {}
     for step in program.schedule:
         graph = program.blocks[step.block, phase]
         caches = graph.inputs(Role.CACHE)
@@ -182,12 +183,12 @@ def phase_model(
         for node, result in zip(caches, results[len(names) :], strict=True):
             info = _cache_info("present", step.layer, node.name, node, "total_sequence")
             outputs.append(info)
-            b.output(result, info.name, f"{path}.self_attn")
+            output_names[result.name] = info.name
     logits = values["logits_BSV"]
     vocabulary = int(logits.shape[-1])
-    b.output(logits, "logits", "model.lm_head")
+    b.rename({**output_names, logits.name: "logits"})
     info = helper.make_tensor_value_info("logits", ONNX_TYPES[logits.dtype], ["batch", queries, vocabulary])
-    used = {name for node in b.nodes for name in node.input} | _inner_inputs(b.nodes)
+    used = _read_by(b.nodes)
     external = [entry for name, entry in weights.entries.items() if name in used]
     graph = helper.make_graph(
         b.nodes, f"{program.config.model_type}_{phase}", inputs, [info, *outputs], [*b.initializers.values(), *external]
@@ -275,10 +276,14 @@ def _stored_name(step: Occurrence, weight: fx.Node) -> str:
     return names[0] if len(names) == 1 else re.sub(r"\.0\.", ".", names[0], count=1) if len(names) > 1 else weight.name
 
 
-def _inner_inputs(nodes: list[onnx.NodeProto]) -> set[str]:
-    """What the bodies of loops read."""
-    bodies = [a.g for node in nodes for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return {name for body in bodies for node in body.node for name in node.input}
+def _read_by(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Names that nodes and the bodies of loops read."""
+    found: set[str] = set()
+    for node in nodes:
+        found |= set(node.input)
+        for body in bodies(node):
+            found |= _read_by(body.node)
+    return found
 
 
 def _checkpoint_of(model: str | Path) -> str | Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,17 @@ class Builder:
         self.domains.add(domain)
         return tuple(outputs)
 
-    def output(self, value: Value, name: str, module: str) -> None:
-        """Give a value the name of an output of the model."""
-        self.nodes.append(helper.make_node("Identity", [self.name_of(value)], [name], name=f"{module}/{name}"))
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give values other names, such as those of the model's outputs, wherever they are written and read."""
+
+        def go(nodes: Iterable[onnx.NodeProto]) -> None:
+            for node in nodes:
+                for field in (node.input, node.output):
+                    field[:] = [names.get(name, name) for name in field]
+                for body in bodies(node):
+                    go(body.node)
+
+        go(self.nodes)
 
     def name_of(self, value: str | Value | None) -> str:
         """The name of a value as it stands in the block's graph; a transposed weight is turned back, once."""
@@ -224,3 +232,8 @@ def same(left: Any, right: Any) -> bool:
 
 def value_like(name: str, fake: Tensor) -> Value:
     return Value(name, tuple(fake.shape), fake.dtype)
+
+
+def bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """Graphs inside a node."""
+    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from torch import fx
 
 import codegen.ops  # noqa: F401  registers the vocabulary
-from codegen.onnx.builder import ONNX_TYPES, Builder, Value
+from codegen.onnx.builder import ONNX_TYPES, Builder, Scope, Value
 from codegen.onnx.translate import translation
 
 dsv3 = torch.ops.dsv3
@@ -81,19 +81,21 @@ def write_cache(
 
 def _cache_rows(b: Builder, positions: Value) -> str:
     """[B, S, 2]: (b, positions[b, s])."""
-    batch = b.op("Range", b.constant(0), b.op("Squeeze", b.size(positions.shape[0])), b.constant(1))
-    rows = b.op("Expand", b.op("Unsqueeze", batch, b.ints(1)), b.op("Shape", positions))
-    pair = [b.op("Unsqueeze", one, b.ints(-1)) for one in (rows, b.name_of(positions))]
-    return b.op("Concat", *pair, axis=-1)
+    with b.within(Scope("model", "cache_rows")):
+        batch = b.op("Range", b.constant(0), b.op("Squeeze", b.size(positions.shape[0])), b.constant(1))
+        rows = b.op("Expand", b.op("Unsqueeze", batch, b.ints(1)), b.op("Shape", positions))
+        pair = [b.op("Unsqueeze", one, b.ints(-1)) for one in (rows, b.name_of(positions))]
+        return b.op("Concat", *pair, axis=-1)
 
 
 def _visible(b: Builder, positions: Value, context: Any, axis: int) -> str:
     """Slots t ≤ positions[b, s]: bool [B, S, T] with an axis of 1 inserted for the heads."""
 
     def make() -> str:
-        slots = b.op("Range", b.constant(0), b.op("Squeeze", b.size(context)), b.constant(1))
-        seen = b.op("LessOrEqual", slots, b.op("Unsqueeze", positions, b.ints(2)))
-        return b.op("Unsqueeze", seen, b.ints(axis))
+        with b.within(Scope("model", "visible")):
+            slots = b.op("Range", b.constant(0), b.op("Squeeze", b.size(context)), b.constant(1))
+            seen = b.op("LessOrEqual", slots, b.op("Unsqueeze", positions, b.ints(2)))
+            return b.op("Unsqueeze", seen, b.ints(axis))
 
     return b.once(("visible", positions.name, axis), make)
 
