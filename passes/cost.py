@@ -8,6 +8,7 @@ rows it writes.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,24 +97,24 @@ def symbol_names(graph: fx.Graph) -> dict[Any, sympy.Symbol]:
 
 def symbolic_sizes(graph: fx.Graph) -> SizeOf:
     names = symbol_names(graph)
-    return lambda dim: sympy.Integer(dim) if isinstance(dim, int) else sympy.sympify(_expr(dim)).subs(names)
+
+    @functools.cache  # a graph asks for the same few sizes thousands of times
+    def named(expression: Any) -> Any:
+        return sympy.sympify(expression).subs(names)
+
+    return lambda dim: named(_expr(dim))
 
 
 def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
-    """Sizes as integers for one workload; remembers what it has seen, for it is asked thousands of times."""
+    """Sizes as integers for one workload."""
     sizes = {B: workload.batch, S: workload.queries, T: workload.context}
     values = {symbol: sizes[name] for symbol, name in symbol_names(graph).items()}
-    seen: dict[Any, int] = {}
 
-    def size(dim: Any) -> int:
-        if isinstance(dim, int):
-            return dim
-        expr = _expr(dim)
-        if expr not in seen:
-            seen[expr] = int(sympy.sympify(expr).subs(values))
-        return seen[expr]
+    @functools.cache
+    def numbered(expression: Any) -> int:
+        return int(sympy.sympify(expression).subs(values))
 
-    return size
+    return lambda dim: dim if isinstance(dim, int) else numbered(_expr(dim))
 
 
 def _expr(dim: Any) -> Any:
