@@ -26,13 +26,15 @@ from codegen.kernels.sm_90.mla_stream import advance, clear_hidden, load_cache, 
 @gluon.jit
 def _consume(
     latents, ropes, query, p_smem, q_latent_desc, q_rope_desc, positions_ptr, out_ptr, part_ptr, stat_ptr,
-    schedule, program, first_row, scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, ROWS: gl.constexpr,
-    UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
+    schedule, scale: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, QUERIES: gl.constexpr,
+    HEADS: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr,
+    ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     latent_ring, latent_full, latent_empty = latents
     rope_ring, rope_full, rope_empty = ropes
     q_latent_smem, q_rope_smem, q_full = query
     begin, end, request, origin = schedule
+    first_row = (gl.program_id(1) * GROUPS + GROUP) * ROWS
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
@@ -115,7 +117,7 @@ def _consume(
 
         weight = gl.sum(weight, 0)
         whole = (begin == origin) & (stop == origin + tiles)
-        piece = program * 2 + gl.where(begin == start, 0, 1)
+        piece = gl.program_id(0) * 2 + gl.where(begin == start, 0, 1)
         out_line = request * TOTAL
         begin = stop
         origin += tiles
@@ -154,16 +156,14 @@ def mla_decode_narrow(
     gdc_wait()
     gdc_launch_dependents()
     reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
-    program = gl.program_id(0)
-    schedule = program_range(reaches, requests, program, gl.num_programs(0))
-    first_row = gl.program_id(1) * (GROUPS * ROWS)
+    schedule = program_range(reaches, requests, gl.program_id(0), gl.num_programs(0))
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
     fence_async_shared()
     if GROUPS == 1:
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, program, first_row, scale, QUERIES, HEADS, ROWS, UNITS, WIDTH,
+                            part_ptr, stat_ptr, schedule, scale, 0, GROUPS, QUERIES, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
                 (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
@@ -177,14 +177,14 @@ def mla_decode_narrow(
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, program, first_row, scale, QUERIES, HEADS, ROWS, UNITS, WIDTH,
+                            part_ptr, stat_ptr, schedule, scale, 0, GROUPS, QUERIES, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
                 (_consume, (latents, ropes, second, p_smem.index(1), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, program, first_row + ROWS, scale, QUERIES, HEADS, ROWS, UNITS,
+                            part_ptr, stat_ptr, schedule, scale, 1, GROUPS, QUERIES, HEADS, ROWS, UNITS,
                             WIDTH, SLOTS, ROPE_SLOTS)),
                 (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
             ],
             [4, 1],
-            [232, 24],
+            [232, 40],
         )  # fmt: skip

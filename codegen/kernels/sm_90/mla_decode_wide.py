@@ -35,7 +35,7 @@ from codegen.kernels.sm_90.mla_stream import (
 @gluon.jit
 def _score(
     latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr,
-    schedule, program, first_row, scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr,
+    schedule, scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr,
     UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The score group: leaves P and the decay of the sums so far for the value groups, tile after tile."""
@@ -45,6 +45,7 @@ def _score(
     p_smem, decay_smem, p_full, p_empty = exchange
     inverse_smem, done_full, done_empty = done
     begin, end, request, origin = schedule
+    first_row = gl.program_id(1) * 64
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
@@ -109,7 +110,7 @@ def _score(
             mbarrier.arrive(p_full)
 
         whole = (begin == origin) & (stop == origin + tiles)
-        piece = program * 2 + gl.where(begin == start, 0, 1)
+        piece = gl.program_id(0) * 2 + gl.where(begin == start, 0, 1)
         begin = stop
         origin += tiles
         request += 1
@@ -132,7 +133,7 @@ def _wrap(slot, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _value(
-    latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, program, first_row,
+    latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule,
     SIDE: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -141,6 +142,7 @@ def _value(
     p_smem, decay_smem, p_full, p_empty = exchange
     inverse_smem, done_full, done_empty = done
     begin, end, request, origin = schedule
+    first_row = gl.program_id(1) * 64
     LEFT: gl.constexpr = (UNITS + 1) // 2
     FIRST: gl.constexpr = LEFT * SIDE
     OWN: gl.constexpr = UNITS - LEFT if SIDE else LEFT
@@ -183,7 +185,7 @@ def _value(
             base = _wrap(base + UNITS, SLOTS)
 
         whole = (begin == origin) & (stop == origin + tiles)
-        piece = program * 2 + gl.where(begin == start, 0, 1)
+        piece = gl.program_id(0) * 2 + gl.where(begin == start, 0, 1)
         line = gl.where(whole, request, piece) * TOTAL
         target_ptr = gl.where(whole, out_ptr, part_ptr)
         begin = stop
@@ -224,16 +226,14 @@ def mla_decode_wide(
     gdc_wait()
     gdc_launch_dependents()
     reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
-    program = gl.program_id(0)
-    schedule = program_range(reaches, requests, program, gl.num_programs(0))
-    first_row = gl.program_id(1) * 64
+    schedule = program_range(reaches, requests, gl.program_id(0), gl.num_programs(0))
     gl.warp_specialize(
         [
             (_score, (latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr,
-                      schedule, program, first_row, scale, QUERIES, HEADS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
-            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, program, first_row,
+                      schedule, scale, QUERIES, HEADS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule,
                       0, QUERIES, HEADS, UNITS, WIDTH, SLOTS)),
-            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, program, first_row,
+            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule,
                       1, QUERIES, HEADS, UNITS, WIDTH, SLOTS)),
             (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                           gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),

@@ -1,0 +1,167 @@
+"""MLA decode on Hopper: the kernels' logic in the emulator, their machine code made without a GPU."""
+
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.emit import compile_kernel, write_kernel
+from codegen.kernels.sm_90 import mla_attention as hopper
+from codegen.record import TensorSpec
+from codegen.targets import target
+from codegen.tuning import choose
+from tests.codegen.sm_90.emulator import emulated
+
+SM_90 = target("sm_90")
+BF16 = torch.bfloat16
+TOLERANCE = 4e-3
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """torch.empty gives NaN: what a kernel leaves unwritten shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+
+
+def draw(lengths, capacity, queries, heads, rank, rope):
+    """Inputs whose cache holds NaN behind each request's last position; the last query ends at the length."""
+    generator = torch.Generator().manual_seed(sum(lengths) + heads)
+    batch = len(lengths)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(BF16)
+
+    positions = (torch.tensor(lengths)[:, None] - queries + torch.arange(queries)).clamp(min=0)
+    latent, rope_key = normal(batch, capacity, rank), normal(batch, capacity, rope)
+    hidden = torch.arange(capacity) > positions.amax(1, keepdim=True)
+    latent[hidden], rope_key[hidden] = torch.nan, torch.nan
+    return normal(batch, queries, heads, rank) * 0.3, normal(batch, queries, heads, rope), latent, rope_key, positions
+
+
+def error(found, inputs, scale):
+    """Relative to the reference in float32, which is not shown the NaN behind the last positions."""
+    wide = [x.float().nan_to_num() if x.is_floating_point() else x for x in inputs]
+    expected = torch.ops.dsv3.mla_attention(*wide, scale)
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+def attend(lengths, capacity, queries, heads, rank, rope, processors):
+    inputs, scale = draw(lengths, capacity, queries, heads, rank, rope), 0.09
+    with emulated(processors):
+        found = hopper.mla_attention(*inputs, scale)
+    return error(found, inputs, scale)
+
+
+# One row; rows that fill no tile; ragged requests that share programs; more programs than tiles; fewer than requests.
+@pytest.mark.parametrize(
+    "lengths, queries, heads, rank, rope, processors",
+    [
+        ([1], 1, 1, 128, 64, 5),
+        ([300], 1, 6, 128, 32, 3),
+        ([64, 65, 1, 200], 1, 16, 192, 64, 4),
+        ([130, 7, 64, 128, 90], 3, 5, 128, 16, 2),
+        ([200, 200, 200], 1, 16, 128, 64, 3),
+    ],
+)
+def test_few_rows_agree(lengths, queries, heads, rank, rope, processors):
+    assert attend(lengths, 300, queries, heads, rank, rope, processors) < TOLERANCE
+
+
+# Two warp groups of rows; 64-row tiles, of which the last is partly filled.
+@pytest.mark.parametrize(
+    "lengths, queries, heads, rank, rope, processors",
+    [
+        ([150, 20], 1, 20, 128, 64, 3),
+        ([70, 257, 3], 2, 40, 128, 64, 4),
+        ([190, 1], 3, 24, 192, 32, 5),
+        ([65, 129, 300], 1, 64, 256, 64, 7),
+    ],
+)
+def test_many_rows_agree(lengths, queries, heads, rank, rope, processors, monkeypatch):
+    monkeypatch.setattr(hopper, "SHORT", 0)
+    assert attend(lengths, 300, queries, heads, rank, rope, processors) < TOLERANCE
+
+
+def test_a_short_cache_is_read_by_many_narrow_row_tiles():
+    assert attend([280], 300, 1, 40, 128, 64, 12) < TOLERANCE
+
+
+@pytest.mark.parametrize("heads", [4, 40])
+def test_pages_hold_the_same_rows_in_any_order(heads, monkeypatch):
+    monkeypatch.setattr(hopper, "SHORT", 0)
+    inputs, scale = draw([100, 256, 31], 256, 2, heads, 128, 64), 0.1
+    q_latent, q_rope, latent, rope_key, positions = inputs
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))[:12]
+    pages = [torch.full((15, 64, x.shape[2]), torch.nan, dtype=BF16) for x in (latent, rope_key)]
+    for page, x in zip(pages, (latent, rope_key), strict=True):
+        page[order] = x.reshape(12, 64, -1)
+    table = order.view(3, 4).to(torch.int32)
+    with emulated(4):
+        found = hopper.paged_mla_attention(q_latent, q_rope, *pages, table, positions, scale)
+    assert error(found, inputs, scale) < TOLERANCE
+
+
+def test_a_cache_that_is_a_view_is_not_copied():
+    q_latent, q_rope, latent, rope_key, positions = draw([130, 20], 192, 1, 4, 128, 64)
+    roomy = torch.full((2, 256, 128), torch.nan, dtype=BF16)
+    roomy[:, :192] = latent
+    rows, step = hopper.cache_view(roomy[:, :192])
+    assert rows.data_ptr() == roomy.data_ptr() and step == 256
+    with emulated(3):
+        found = hopper.mla_attention(q_latent, q_rope, roomy[:, :192], rope_key, positions, 0.1)
+    assert error(found, (q_latent, q_rope, latent, rope_key, positions), 0.1) < TOLERANCE
+
+
+def call(batch, queries, heads, rank, rope, capacity, dtype=BF16):
+    return (
+        TensorSpec((batch, queries, heads, rank), dtype),
+        TensorSpec((batch, queries, heads, rope), dtype),
+        TensorSpec((batch, capacity, rank), dtype),
+        TensorSpec((batch, capacity, rope), dtype),
+        TensorSpec((batch, queries), torch.int64),
+        0.0721,
+    )
+
+
+# Two warp groups of 16 rows keep a few loop invariants on the stack: nothing, beside waiting for memory.
+@pytest.mark.parametrize(
+    "kernel, batch, queries, heads, rank, rope, stack",
+    [
+        ("mla_decode_narrow", 1, 1, 16, 512, 64, 0),
+        ("mla_decode_narrow", 5, 4, 6, 384, 32, 96),
+        ("mla_decode_wide", 64, 2, 64, 512, 64, 0),
+    ],
+)
+def test_kernels_fit_the_chip_without_spilling(kernel, batch, queries, heads, rank, rope, stack):
+    emitted = compile_kernel(
+        write_kernel("mla_attention", call(batch, queries, heads, rank, rope, 40000), SM_90), SM_90
+    )
+    binaries = emitted.metadata["binaries"]
+    assert [binary["kernel"] for binary in binaries] == [kernel, "mla_merge"]
+    assert [binary["stack_bytes"] <= limit for binary, limit in zip(binaries, (stack, 0), strict=True)] == [True, True]
+    assert max(binary["shared_bytes"] for binary in binaries) <= SM_90.shared_memory
+
+
+@pytest.mark.parametrize("rank", range(128, 513, 64))
+@pytest.mark.parametrize("rows", [1, 16, 20, 64, 512])
+def test_every_form_has_room_for_more_than_a_tile(rows, rank):
+    form = hopper.choose_form(rows, rank, positions=1 << 20)
+    assert rank % form.width == 0
+    assert form.slots(rank, 128) * form.width > rank
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        call(1, 1, 16, 512, 64, 64, torch.float16),
+        call(1, 9, 16, 512, 64, 64),
+        call(1, "S", 16, 512, 64, 64),
+        call(1, 1, 16, 96, 64, 64),
+        call(1, 1, 16, 576, 64, 64),
+        call(1, 1, 16, 512, 60, 64),
+    ],
+    ids=["float16", "nine queries", "free queries", "rank 96", "rank 576", "rope 60"],
+)
+def test_other_calls_get_the_plain_form(operands):
+    assert choose("mla_attention", operands, SM_90).parent.name == "kernels"
+    assert choose("mla_attention", call("B", 1, 16, 512, 64, "T"), SM_90).parent.name == "sm_90"
