@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import sympy
@@ -22,7 +23,7 @@ from dsv3_compile.runtime import Model
 PROMPTS = (16, 128, 512)
 CONTEXTS = (16, 128, 512)
 COPY_BYTES = 256 << 20  # several times the last-level cache
-PRODUCT = 1024  # side of the matrices
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # side of the matrices, large enough to keep the machine busy
 REPEATS = 5
 
 
@@ -32,38 +33,40 @@ def measure(model: Model) -> dict[str, Any]:
     Raises ArtifactError when the artifact has no report to take the floor from.
     """
     machine = {
-        "bytes_per_second": bandwidth(),
-        "flops_per_second": product_speed(),
+        "device": str(model.device),
         "threads": torch.get_num_threads(),
+        "bytes_per_second": bandwidth(model.device),
+        "flops_per_second": product_speed(model.device, getattr(torch, model.artifact.manifest.dtype)),
     }
     costs = _costs(model)
     runs = []
     for length in PROMPTS:
         if length <= model.max_length:
             prompt = torch.zeros(1, length, dtype=torch.int64)
-            seconds = _median(lambda prompt=prompt: model.prefill(prompt))
+            seconds = _median(partial(model.prefill, prompt))
             runs.append(_row("prefill", 1, length, length, seconds, costs, machine))
     for batch in sorted({1, model.max_batch}):
         for length in CONTEXTS:
             if length + REPEATS + 1 <= model.max_length:
                 _, cache = model.prefill(torch.zeros(batch, length, dtype=torch.int64))
                 token = torch.zeros(batch, 1, dtype=torch.int64)
-                seconds = _median(lambda token=token, cache=cache: model.decode(token, cache))
+                seconds = _median(partial(model.decode, token, cache))
                 runs.append(_row("decode", batch, 1, length, seconds, costs, machine))
     return {"machine": machine, "runs": runs}
 
 
-def bandwidth() -> float:
+def bandwidth(device: torch.device) -> float:
     """Bytes per second that a large copy reads and writes."""
-    source = torch.ones(COPY_BYTES // 4)
+    source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / _median(lambda: target.copy_(source))
 
 
-def product_speed() -> float:
-    """Operations per second of a large float32 matrix product."""
-    matrix = torch.randn(PRODUCT, PRODUCT)
-    return 2 * PRODUCT**3 / _median(lambda: matrix @ matrix)
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product."""
+    side = PRODUCT[device.type]
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side**3 / _median(lambda: matrix @ matrix)
 
 
 def _costs(model: Model) -> dict[str, tuple[sympy.Expr, sympy.Expr]]:
@@ -103,10 +106,11 @@ def _row(
 
 
 def _median(action: Callable[[], Any]) -> float:
-    action()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(1 + REPEATS):
         start = time.perf_counter()
         action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(times[1:])  # the first call pays for what later ones find ready

@@ -81,12 +81,12 @@ def _is_vocabulary(node: Any) -> bool:
 
 
 def _op(node: fx.Node) -> str:
-    return node.target._schema.name.removeprefix(f"{VOCABULARY}::")  # type: ignore[union-attr]
+    return node.target._schema.name.removeprefix(f"{VOCABULARY}::")
 
 
 def _arguments(node: fx.Node) -> list[Any]:
     """In the order of the op's signature, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     named = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
     return [named.get(a.name, a.default_value) for a in schema.arguments]
 

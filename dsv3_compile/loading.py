@@ -23,7 +23,7 @@ from dsv3_compile.source import FUNCTION
 class _SourceLoader(SourceFileLoader):
     """Neither reads nor writes byte code: an unlisted .pyc must not run, and the folder must stay as it is."""
 
-    def path_stats(self, path: str) -> dict[str, float]:  # type: ignore[override]
+    def path_stats(self, path: str) -> dict[str, float]:
         raise OSError
 
 

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
@@ -123,10 +122,15 @@ def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             save_file(shard, folder / f"model-{number:05d}.safetensors")
             shard, size, number = {}, 0, number + 1
-        # Cloned: two bound tensors may be views of one, which the file format refuses.
-        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        # Two bound tensors may be parts of one, which the file format refuses; cloning all would double the memory.
+        shared = any(_storage(tensor) == _storage(other) for other in shard.values())
+        shard[name] = tensor.clone() if shared else tensor
         size += tensor.nbytes
     save_file(shard, folder / f"model-{number:05d}.safetensors")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

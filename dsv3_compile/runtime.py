@@ -29,11 +29,13 @@ Layer = tuple[Tensor, ...]
 class Cache:
     """What the model remembers of a batch: per layer, the cached tensors [B, capacity, ...].
 
-    `lengths` [B] int64 counts the positions each row has written; what lies behind is undefined.
+    `lengths` [B] int64 counts the positions each row has written; what lies behind is undefined. `longest` is
+    the largest of them, kept beside so that no step waits for the device to say it.
     """
 
     layers: list[Layer]
     lengths: Tensor
+    longest: int
 
     @property
     def capacity(self) -> int:
@@ -112,11 +114,9 @@ class Model:
         next_ids = self._checked_ids(next_ids)
         if next_ids.shape != (len(cache.lengths), 1):
             raise ValueError(f"next_ids has shape {list(next_ids.shape)}; expected [{len(cache.lengths)}, 1]")
-        self._make_room(cache)
-        positions = cache.lengths.unsqueeze(1)
-        x, cache.layers = self._layers("decode", next_ids, positions, cache.layers)
-        cache.lengths = cache.lengths + 1
-        return self._head(x, "decode"), cache
+        if cache.longest == self.max_length:
+            raise ValueError(f"the context is full: this artifact was made for {self.max_length} positions")
+        return self._step(next_ids, cache), cache
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """The tokens that `stream` yields, side by side: int64 [B, at most max_new_tokens].
@@ -136,11 +136,13 @@ class Model:
         seed: int = 0,
         eos: int | Sequence[int] | None = None,
     ) -> Iterator[Tensor]:
-        """Continue prompts, yielding int64 [B] per step until every row has given an end token.
+        """Continue prompts, yielding int64 [B] per step until every row has given an end token or the context is full.
 
         temperature 0 takes the most likely token; otherwise tokens are drawn from the smallest set whose
         probabilities reach top_p. eos: end tokens, the model's own where omitted, none where empty.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a number from 1")
         sampler = Sampler(temperature, top_p, seed)
         ends = self._ends(eos)
         x, cache = self._prefill_trunk(input_ids, lengths)
@@ -152,16 +154,16 @@ class Model:
             tokens = torch.where(finished, tokens, sampler(logits[:, -1]))
             yield tokens
             finished = finished | torch.isin(tokens, ends)
-            if finished.all() or step + 1 == max_new_tokens:
+            if finished.all() or step + 1 == max_new_tokens or cache.longest == self.max_length:
                 return
-            logits, cache = self.decode(tokens.unsqueeze(1), cache)
+            logits = self._step(tokens.unsqueeze(1), cache)
 
     def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, Cache]:
         input_ids = self._checked_ids(input_ids)
         batch, queries = input_ids.shape
         if queries > self.max_length:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
-        lengths = _checked_lengths(lengths, batch, queries).to(self.device)
+        lengths = _checked_lengths(lengths, batch, queries)
         positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
         empty = [
             tuple(
@@ -171,9 +173,19 @@ class Model:
             for step in self._layer_steps()
         ]
         x, layers = self._layers("prefill", input_ids, positions, empty)
-        cache = Cache(layers, lengths)
+        cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
         self._resize(cache, self._capacity(queries + 1))
         return x, cache
+
+    def _step(self, next_ids: Tensor, cache: Cache) -> Tensor:
+        """One decode step on checked input: the logits; the cache is updated."""
+        needed = cache.longest + 1
+        if needed > cache.capacity:
+            self._resize(cache, self._capacity(needed))
+        x, cache.layers = self._layers("decode", next_ids, cache.lengths.unsqueeze(1), cache.layers)
+        cache.lengths = cache.lengths + 1
+        cache.longest = needed
+        return self._head(x, "decode")
 
     def _layers(
         self, phase: str, input_ids: Tensor, positions: Tensor, caches: list[Layer]
@@ -206,13 +218,6 @@ class Model:
         if self.native and entry.native is not None:
             return load_native(self.artifact.path(entry.native))
         return load_graph(self.artifact.path(entry.source))
-
-    def _make_room(self, cache: Cache) -> None:
-        needed = int(cache.lengths.max()) + 1
-        if needed > self.max_length:
-            raise ValueError(f"the context is full: this artifact was made for {self.max_length} positions")
-        if needed > cache.capacity:
-            self._resize(cache, self._capacity(needed))
 
     def _capacity(self, needed: int) -> int:
         """The next power of two, so that growing copies each row only a few times."""

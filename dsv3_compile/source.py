@@ -117,7 +117,8 @@ def _commented(line: str, comment: str) -> str:
 
 def _body(graph: fx.Graph, letters: dict[str, str], callees: Mapping[str, str]) -> Iterator[str]:
     dying = _last_uses(graph)
-    model_line, dead = "", []
+    model_line = ""
+    dead: list[str] = []
     for node in graph.nodes:
         if node.op == "output":
             yield "    return " + _argument(node.args[0])

@@ -5,7 +5,7 @@ Every block gets the input that the equations give its predecessor's, so that an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsv3_compile.artifact import ArtifactError
 from dsv3_compile.driver import Event, Progress, silent
-from dsv3_compile.runtime import Model, load
+from dsv3_compile.runtime import Graph, Model, load
 from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.decoder import Decoder, Layer
@@ -74,33 +74,39 @@ def compare(model: Model, checkpoint: Checkpoint) -> Iterator[Comparison]:
     positions = torch.arange(PROMPT + 1).expand(BATCH, -1)
     # In the first phase the prompt, in the second the one token behind it.
     parts = {"prefill": slice(0, PROMPT), "decode": slice(PROMPT, PROMPT + 1)}
-    states: dict[str, tuple[Tensor, ...]] = {}
+    inputs = {
+        phase: {"input_ids_BS": ids[:, part], "positions_BS": positions[:, part]} for phase, part in parts.items()
+    }
     for step, block, weights in zip(steps, names.blocks(config), model.weights, strict=True):
         module = reference_block(checkpoint, block)
-        caches = _empty_caches(module)
-        ours = caches
+        caches = ours = _empty_caches(module)
         for phase, part in parts.items():
-            here = positions[:, part].contiguous()
-            graph = model.graphs[step.block, phase]
+            graph, values = model.graphs[step.block, phase], inputs[phase]
             if block == "embed":
-                expected = module(ids[:, part], here)
-                found = graph({**weights, "input_ids_BS": ids[:, part].contiguous(), "positions_BS": here})
-                states[phase] = expected
+                expected = module(values["input_ids_BS"], values["positions_BS"])
+                found = _run(graph, weights, values, model)
+                values |= dict(zip(("x_BSD", "cos_BSF", "sin_BSF"), expected, strict=True))
             elif block == "head":
-                expected = (module(states[phase][0]),)
-                found = graph({**weights, "x_BSD": _as(states[phase][0], model)})
+                expected = (module(values["x_BSD"]),)
+                found = _run(graph, weights, values, model)
             else:
-                x, cos, sin = states[phase]
-                length = part.stop
-                expected = module(x, cos, sin, here, *(c[:, :length] for c in caches))
-                caches = [_extended(c) for c in expected[1:]]
-                values = {"x_BSD": _as(x, model), "cos_BSF": cos, "sin_BSF": sin, "positions_BS": here}
-                handed = [_as(c[:, :length], model) for c in ours]
-                named = {port.name: c for port, c in zip(graph.caches(), handed, strict=True)}
-                found = graph({**weights, **values, **named})
-                ours = [_extended(c) for c in found[1:]]
-                states[phase] = (expected[0], cos, sin)
+                activations = [values[name] for name in ("x_BSD", "cos_BSF", "sin_BSF", "positions_BS")]
+                expected = module(*activations, *(cache[:, : part.stop] for cache in caches))
+                handed = {port.name: cache[:, : part.stop] for port, cache in zip(graph.caches(), ours, strict=True)}
+                found = _run(graph, weights, {**values, **handed}, model)
+                caches, ours = ([_extended(cache) for cache in outputs[1:]] for outputs in (expected, found))
+                values["x_BSD"] = expected[0]
             yield _comparison(step.block, step.layer, phase, found, expected)
+
+
+def _run(graph: Graph, weights: Mapping[str, Tensor], values: Mapping[str, Tensor], model: Model) -> tuple[Tensor, ...]:
+    """A compiled graph on copies of its inputs, in its own dtypes and on its own device; the outputs on the CPU."""
+    arguments = dict(weights)
+    for port in graph.entry.inputs:
+        if port.role != "weight":
+            value = values[port.name].contiguous()
+            arguments[port.name] = value.to(model.device, getattr(torch, port.dtype), copy=True)
+    return tuple(output.cpu() for output in graph(arguments))
 
 
 def reference(checkpoint: Checkpoint) -> Decoder:
@@ -139,10 +145,6 @@ def _extended(cache: Tensor) -> Tensor:
     full = cache.new_zeros(BATCH, PROMPT + 1, *cache.shape[2:])
     full[:, : cache.shape[1]] = cache
     return full
-
-
-def _as(tensor: Tensor, model: Model) -> Tensor:
-    return tensor.to(getattr(torch, model.artifact.manifest.dtype)).contiguous()
 
 
 def _comparison(

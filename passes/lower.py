@@ -64,7 +64,7 @@ def _writes(graph: fx.Graph) -> Iterator[Write]:
         caches = node.args[5:7]
         halves = {user.args[1]: user for user in node.users}
         if all(user.target is getitem for user in node.users) and len(halves) == 2:
-            yield Write(node, caches, (halves[0], halves[1]), dsv3.write_cache_.default)  # type: ignore[arg-type]
+            yield Write(node, caches, (halves[0], halves[1]), dsv3.write_cache_.default)
 
 
 def _why_not(write: Write, graph: fx.Graph) -> str | None:

@@ -311,9 +311,9 @@ def test_inspect_shows_one_pass(artifact_folder: Path, capsys: Capture) -> None:
     assert "accepted: " in error_of(capsys, "inspect", artifact_folder, "--pass", "lowest")
 
 
-def test_export_says_that_it_is_not_there_yet(tmp_path: Path, capsys: Capture) -> None:
-    line = error_of(capsys, "export", "toy", "--format", "onnx", "-o", tmp_path / "model")
-    assert "not available" in line and not (tmp_path / "model").exists()
+def test_export_names_the_dtypes_it_takes(tmp_path: Path, capsys: Capture) -> None:
+    line = error_of(capsys, "export", "toy", "--format", "onnx", "-o", tmp_path / "model", "--dtype", "bfloat16")
+    assert "bfloat16" in line and "accepted: float32, float16" in line and not (tmp_path / "model").exists()
 
 
 def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Capture) -> None:
@@ -337,7 +337,7 @@ def test_every_error_of_the_input_is_one_line(tmp_path: Path) -> None:
 
 
 def test_bench_sets_times_beside_the_floor(artifact_folder: Path, capsys: Capture) -> None:
-    with patch("dsv3_compile.benchmark.COPY_BYTES", 1 << 16), patch("dsv3_compile.benchmark.PRODUCT", 64):
+    with patch("dsv3_compile.benchmark.COPY_BYTES", 1 << 16), patch.dict("dsv3_compile.benchmark.PRODUCT", cpu=64):
         assert main(["bench", str(artifact_folder), "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
     assert {row["phase"] for row in runs} == {"prefill", "decode"}

@@ -88,6 +88,16 @@ def test_a_full_context_is_refused(model: Model) -> None:
         model.decode(torch.tensor([[1]]), cache)
 
 
+def test_generation_ends_when_the_context_is_full(model: Model) -> None:
+    prompts = torch.ones(2, LONGEST - 2, dtype=torch.int64)
+    assert model.generate(prompts, 10, lengths=[3, LONGEST - 2], eos=[]).shape == (2, 3)
+
+
+def test_generation_of_nothing_is_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        model.generate(torch.tensor([[1]]), 0)
+
+
 def test_generation_is_greedy_decoding(model: Model, definition: Decoder) -> None:
     prompts = torch.tensor([[3, 4, 5, 6], [7, 8, 0, 0]])
     found = model.generate(prompts, 5, lengths=[4, 2])
@@ -164,6 +174,15 @@ def test_weights_are_written_in_shards_of_bounded_size(tmp_path: Path, artifact_
     assert len(shards) > 2
     prompt = torch.tensor([[1, 2, 3]])
     assert torch.equal(load(tmp_path / "out").prefill(prompt)[0], load(artifact_folder).prefill(prompt)[0])
+
+
+def test_bound_tensors_that_share_memory_are_written_apart(tmp_path: Path, definition: Decoder) -> None:
+    tensors = tiny.checkpoint_of(definition)
+    # Norms of equal width read from one piece of memory, as a tied embedding and head are.
+    shared = torch.randn(tiny.TINY.hidden_size)
+    tensors |= {name: shared for name in tensors if name.endswith("input_layernorm.weight")}
+    write_artifact(tiny.program(), tmp_path / "out", passes=[], max_batch=3, max_length=32, read=tensors.__getitem__)
+    assert torch.equal(load(tmp_path / "out").weights[2]["input_layernorm_weight"], shared)
 
 
 def test_loading_and_running_needs_no_definition_of_the_model(artifact_folder: Path) -> None:
