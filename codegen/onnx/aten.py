@@ -56,8 +56,6 @@ for _operator, _kind in (
     (aten.ge, "GreaterOrEqual"),
     (aten.gt, "Greater"),
     (aten.eq, "Equal"),
-    (aten.logical_and, "And"),
-    (aten.logical_or, "Or"),
     (aten.pow.Tensor_Scalar, "Pow"),
     (aten.neg, "Neg"),
     (aten.exp, "Exp"),
@@ -68,6 +66,7 @@ for _operator, _kind in (
     (aten.sin, "Sin"),
     (aten.tanh, "Tanh"),
     (aten.relu, "Relu"),
+    (aten.abs, "Abs"),
 ):
     translation(_operator)(_pointwise(_kind))
 
@@ -84,6 +83,11 @@ def rsqrt(b: Builder, node: fx.Node, x: Value) -> str:
     return b.op("Reciprocal", b.op("Sqrt", x))
 
 
+@translation(aten.square)
+def square(b: Builder, node: fx.Node, x: Value) -> str:
+    return b.op("Mul", x, x)
+
+
 @translation(aten.silu)
 def silu(b: Builder, node: fx.Node, x: Value) -> str:
     return b.op("Mul", x, b.op("Sigmoid", x))
@@ -95,10 +99,10 @@ def clamp(b: Builder, node: fx.Node, x: Value, low: float | None = None, high: f
     return b.op("Clip", x, *limits)
 
 
-@translation(aten.where.self)
-def where(b: Builder, node: fx.Node, condition: Value, yes: Value, no: Value) -> str:
+@translation(aten.where)
+def where(b: Builder, node: fx.Node, condition: Value, yes: Any, no: Any) -> str:
     dtype = node.meta["val"].dtype
-    return b.op("Where", condition, b.cast(yes, dtype), b.cast(no, dtype))
+    return b.op("Where", condition, _operand(b, yes, dtype), _operand(b, no, dtype))
 
 
 @translation(aten.masked_fill.Scalar)
@@ -106,11 +110,19 @@ def masked_fill(b: Builder, node: fx.Node, x: Value, mask: Value, number: float)
     return b.op("Where", mask, b.scalar(number, x.dtype), x)
 
 
-@translation(aten.logical_not, aten.bitwise_not)
-def logical_not(b: Builder, node: fx.Node, x: Value) -> str:
-    if x.dtype != torch.bool:
-        raise ExportError(f"of {x.dtype}; accepted: torch.bool")
-    return b.op("Not", x)
+def _logical(kind: str) -> Translation:
+    def apply(b: Builder, node: fx.Node, *operands: Value) -> str:
+        for x in operands:
+            if x.dtype != torch.bool:
+                raise ExportError(f"of {x.dtype}; accepted: torch.bool")
+        return b.op(kind, *operands)
+
+    return apply
+
+
+translation(aten.logical_not, aten.bitwise_not)(_logical("Not"))
+translation(aten.logical_and, aten.bitwise_and.Tensor, aten.__and__.Tensor)(_logical("And"))
+translation(aten.logical_or, aten.bitwise_or.Tensor, aten.__or__.Tensor)(_logical("Or"))
 
 
 @translation(aten._to_copy, aten.to.dtype)
