@@ -20,9 +20,10 @@ from codegen.kernels.sm_90.mla_merge import mla_merge
 
 SHARED_BYTES = 227 * 1024 - 2560  # what one program can have on Hopper, less barriers and the scratch of reductions
 TILE = 64  # cached positions, and the page size
-MOST_QUERIES = 8  # query positions up to which decode kernels are meant
-# Up to so many cached positions a row tile of 16 beats one of 64: fewer parts to join outweigh reading the cache again.
+# Up to so many cached positions, for few enough rows, a row tile of 16 beats one of 64: having fewer parts to join
+# outweighs reading the cache more often.
 SHORT = 8192
+SHORT_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Form:
     def tile_rows(self) -> int:
         return max(1, self.groups) * self.rows
 
+    def span(self, heads: int) -> int:
+        """Query positions that the rows of a tile can belong to."""
+        aligned = heads % self.tile_rows == 0 or self.tile_rows % heads == 0
+        return triton.cdiv(self.tile_rows, heads) if aligned else (self.tile_rows - 2) // heads + 2
+
     def slots(self, rank: int, rope: int) -> int:
         """Boxes of latent columns that fit beside the query, the rope keys and the probabilities."""
         query, probabilities = self.tile_rows * (rank + rope) * 2, self.tile_rows * TILE * 2
@@ -48,7 +54,7 @@ class Form:
 def choose_form(rows: int, rank: int, positions: int) -> Form:
     """rows = queries · heads of a request; positions = cached positions of all requests together, at most."""
     width = rank & -rank  # the largest power of two that divides it
-    if rows <= 16 or positions <= SHORT:
+    if rows <= 16 or (positions <= SHORT and rows <= SHORT_ROWS):
         return Form(1, min(16, max(8, triton.next_power_of_2(rows))), min(256, width), 3)
     if rows <= 32:
         return Form(2, triton.next_power_of_2(rows) // 2, min(256, width), 2)
@@ -61,8 +67,6 @@ def serves(
     """Why this form does not serve a call, or None."""
     if any(x.dtype != torch.bfloat16 for x in (q_latent, q_rope, latent, rope_key)):
         return "not all bfloat16"
-    if q_latent.shape[1] > MOST_QUERIES:
-        return f"more than {MOST_QUERIES} query positions"
     if latent.shape[-1] % 64 or not 128 <= latent.shape[-1] <= 512:
         return "rank is not a multiple of 64 from 128 to 512"
     if rope_key.shape[-1] % 8 or rope_key.shape[-1] > 128:
@@ -134,14 +138,16 @@ def decode(
     requests, queries, heads, rank = q_latent.shape
     rows, rope = queries * heads, triton.next_power_of_2(max(16, rope_rows.shape[1]))
     form = choose_form(rows, rank, reach)
+    span = min(queries, form.span(heads))
     row_tiles = triton.cdiv(rows, form.tile_rows)
     device = q_latent.device
     programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // row_tiles)
     out = torch.empty((requests, queries, heads, rank), dtype=q_latent.dtype, device=device)
     # The 64-row kernel's parts are megabytes, and as exact as what it sums: weights in bfloat16.
     part_dtype = torch.float32 if form.groups else q_latent.dtype
-    parts = torch.empty((programs, 2, rows, rank), dtype=part_dtype, device=device)
-    stats = torch.empty((programs, 2, rows, 2), dtype=torch.float32, device=device)
+    part_rows = rows if programs > 1 else 0
+    parts = torch.empty((programs, 2, part_rows, rank), dtype=part_dtype, device=device)
+    stats = torch.empty((programs, 2, part_rows, 2), dtype=torch.float32, device=device)
     positions = positions.contiguous()
     # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
     padded = 1 if requests == 1 else max(32, triton.next_power_of_2(requests))
@@ -156,13 +162,14 @@ def decode(
         parts,
         stats,
         requests,
+        queries,
         step,
     )
     if form.groups:
-        mla_decode_narrow[(programs, row_tiles)](
+        mla_decode_narrow[(row_tiles, programs)](
             *arguments,
             scale=scale,
-            QUERIES=queries,
+            SPAN=span,
             HEADS=heads,
             REQUESTS=padded,
             PAGED=table is not None,
@@ -177,10 +184,10 @@ def decode(
             launch_pdl=True,
         )
     else:
-        mla_decode_wide[(programs, row_tiles)](
+        mla_decode_wide[(row_tiles, programs)](
             *arguments,
             scale=scale,
-            QUERIES=queries,
+            SPAN=span,
             HEADS=heads,
             REQUESTS=padded,
             PAGED=table is not None,
@@ -194,16 +201,18 @@ def decode(
         )
     if programs > 1:
         most, width, spread, warps = joining(programs, requests, rank)
-        steps = rows * (rank // width)
-        mla_merge[(requests, max(1, min(steps, 2048 // requests)))](
+        steps = form.tile_rows * (rank // width)
+        mla_merge[(requests, row_tiles, max(1, min(steps, 2048 // (requests * row_tiles))))](
             positions,
             parts,
             stats,
             out,
             requests,
+            queries,
             programs,
-            QUERIES=queries,
-            TOTAL=rows,
+            TILE_ROWS=form.tile_rows,
+            HEADS=heads,
+            SPAN=span,
             RANK=rank,
             REQUESTS=padded,
             PARTS=most,

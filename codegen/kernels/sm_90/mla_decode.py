@@ -26,7 +26,7 @@ from codegen.kernels.sm_90.mla_stream import advance, clear_hidden, load_cache, 
 @gluon.jit
 def _consume(
     latents, ropes, query, p_smem, q_latent_desc, q_rope_desc, positions_ptr, out_ptr, part_ptr, stat_ptr,
-    schedule, scale: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, QUERIES: gl.constexpr,
+    schedule, queries, scale: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SPAN: gl.constexpr,
     HEADS: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr,
     ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -34,12 +34,13 @@ def _consume(
     rope_ring, rope_full, rope_empty = ropes
     q_latent_smem, q_rope_smem, q_full = query
     begin, end, request, origin = schedule
-    first_row = (gl.program_id(1) * GROUPS + GROUP) * ROWS
+    first_row = (gl.program_id(0) * GROUPS + GROUP) * ROWS
+    first = gl.program_id(0) * (GROUPS * ROWS) // HEADS
+    total = queries * HEADS
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
     RANK: gl.constexpr = UNITS * WIDTH
-    TOTAL: gl.constexpr = QUERIES * HEADS
     LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
     slot = gl.to_tensor(0)
@@ -49,9 +50,9 @@ def _consume(
     q_phase = gl.to_tensor(0)
     start = begin
     if begin < end:
-        load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
+        load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
     while begin < end:
-        nearest, furthest = request_reach(positions_ptr, request, QUERIES)
+        nearest, furthest = request_reach(positions_ptr, request, queries, first, SPAN)
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
         highest = gl.full([ROWS], -1.0e30, gl.float32, layout=across)
@@ -79,8 +80,8 @@ def _consume(
             rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
 
             if tile * 64 + 63 > nearest:
-                asking = gl.minimum((first_row + gl.arange(0, ROWS, layout=across)) // HEADS, QUERIES - 1)
-                position = gl.load(positions_ptr + request * QUERIES + asking).to(gl.int32)
+                asking = gl.minimum((first_row + gl.arange(0, ROWS, layout=across)) // HEADS, queries - 1)
+                position = gl.load(positions_ptr + request * queries + asking).to(gl.int32)
                 cached = tile * 64 + gl.arange(0, 64, layout=down)
                 scores = gl.where(cached[:, None] <= position[None, :], scores, float("-inf"))
             raised = gl.maximum(highest, gl.max(scores, 0) * LOG2_SCALE)
@@ -117,16 +118,16 @@ def _consume(
 
         weight = gl.sum(weight, 0)
         whole = (begin == origin) & (stop == origin + tiles)
-        piece = gl.program_id(0) * 2 + gl.where(begin == start, 0, 1)
-        out_line = request * TOTAL
+        piece = gl.program_id(1) * 2 + gl.where(begin == start, 0, 1)
+        out_line = request * total
         begin = stop
         origin += tiles
         request += 1
         if begin < end:
-            load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
+            load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
         row = first_row + gl.arange(0, ROWS, layout=across)
-        inside = row < TOTAL
-        line = gl.where(whole, out_line, piece * TOTAL) + row
+        inside = row < total
+        line = gl.where(whole, out_line, piece * total) + row
         inverse = 1.0 / gl.where(weight > 0, weight, 1.0)  # a part may hold nothing that a row sees
         for unit in gl.static_range(UNITS):
             at = line[None, :] * RANK + unit * WIDTH + gl.arange(0, WIDTH, layout=down)[:, None]
@@ -143,30 +144,33 @@ def _consume(
 @gluon.jit
 def mla_decode_narrow(
     q_latent_desc, q_rope_desc, latent_desc, rope_desc, positions_ptr, table_ptr, out_ptr, part_ptr, stat_ptr,
-    requests, request_stride,
-    scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
+    requests, queries, request_stride,
+    scale: gl.constexpr, SPAN: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
     GROUPS: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
     SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, row tiles of GROUPS · ROWS). Split requests leave parts for mla_merge; whole ones go to out."""
+    """Grid (row tiles of GROUPS · ROWS, programs). Split requests leave parts for mla_merge; whole ones go to out."""
     latents = make_ring(latent_desc, SLOTS, GROUPS)
     ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
     gdc_wait()
     gdc_launch_dependents()
-    reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
-    schedule = program_range(reaches, requests, gl.program_id(0), gl.num_programs(0))
+    first = gl.program_id(0) * (GROUPS * ROWS) // HEADS
+    reaches = load_reaches(positions_ptr, requests, queries, first, SPAN, REQUESTS)
+    schedule = program_range(reaches, requests, gl.program_id(1), gl.num_programs(1))
+    queries = gl.to_tensor(queries)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
     fence_async_shared()
     if GROUPS == 1:
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, scale, 0, GROUPS, QUERIES, HEADS, ROWS, UNITS, WIDTH,
+                            part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
-                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
-                              gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
+                              gl.to_tensor(request_stride), GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
+                              ROPE_SLOTS)),
             ],
             [1],
             [40],
@@ -177,13 +181,14 @@ def mla_decode_narrow(
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, scale, 0, GROUPS, QUERIES, HEADS, ROWS, UNITS, WIDTH,
+                            part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
                 (_consume, (latents, ropes, second, p_smem.index(1), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, scale, 1, GROUPS, QUERIES, HEADS, ROWS, UNITS,
+                            part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN, HEADS, ROWS, UNITS,
                             WIDTH, SLOTS, ROPE_SLOTS)),
-                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
-                              gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
+                              gl.to_tensor(request_stride), GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
+                              ROPE_SLOTS)),
             ],
             [4, 1],
             [232, 40],

@@ -35,7 +35,7 @@ from codegen.kernels.sm_90.mla_stream import (
 @gluon.jit
 def _score(
     latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr,
-    schedule, scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr,
+    schedule, queries, scale: gl.constexpr, SPAN: gl.constexpr, HEADS: gl.constexpr,
     UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The score group: leaves P and the decay of the sums so far for the value groups, tile after tile."""
@@ -45,11 +45,12 @@ def _score(
     p_smem, decay_smem, p_full, p_empty = exchange
     inverse_smem, done_full, done_empty = done
     begin, end, request, origin = schedule
-    first_row = gl.program_id(1) * 64
+    first_row = gl.program_id(0) * 64
+    first = first_row // HEADS
+    total = queries * HEADS
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
-    TOTAL: gl.constexpr = QUERIES * HEADS
     LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
     row = first_row + gl.arange(0, 64, layout=down)
@@ -62,9 +63,9 @@ def _score(
     done_phase = gl.to_tensor(0)
     start = begin
     if begin < end:
-        load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
+        load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
     while begin < end:
-        nearest, furthest = request_reach(positions_ptr, request, QUERIES)
+        nearest, furthest = request_reach(positions_ptr, request, queries, first, SPAN)
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
         highest = gl.full([64], -1.0e30, gl.float32, layout=down)
@@ -89,8 +90,8 @@ def _score(
             rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
 
             if tile * 64 + 63 > nearest:
-                asking = gl.minimum(row // HEADS, QUERIES - 1)
-                position = gl.load(positions_ptr + request * QUERIES + asking).to(gl.int32)
+                asking = gl.minimum(row // HEADS, queries - 1)
+                position = gl.load(positions_ptr + request * queries + asking).to(gl.int32)
                 cached = tile * 64 + gl.arange(0, 64, layout=across)
                 scores = gl.where(cached[None, :] <= position[:, None], scores, float("-inf"))
             if tile * 64 + 63 > furthest:
@@ -110,20 +111,20 @@ def _score(
             mbarrier.arrive(p_full)
 
         whole = (begin == origin) & (stop == origin + tiles)
-        piece = gl.program_id(0) * 2 + gl.where(begin == start, 0, 1)
+        piece = gl.program_id(1) * 2 + gl.where(begin == start, 0, 1)
         begin = stop
         origin += tiles
         request += 1
         if begin < end:
-            load_query(query, q_latent_desc, q_rope_desc, request * TOTAL + first_row, UNITS, WIDTH)
+            load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
         mbarrier.wait(done_empty, done_phase ^ 1)
         done_phase ^= 1
         inverse_smem.store(1.0 / gl.where(weight > 0, weight, 1.0))  # a part may hold nothing that a row sees
         mbarrier.arrive(done_full)
         if not whole:
-            at = stat_ptr + (piece * TOTAL + row) * 2
-            gl.store(at, highest, mask=row < TOTAL)
-            gl.store(at + 1, weight, mask=row < TOTAL)
+            at = stat_ptr + (piece * total + row) * 2
+            gl.store(at, highest, mask=row < total)
+            gl.store(at + 1, weight, mask=row < total)
 
 
 @gluon.jit
@@ -133,8 +134,8 @@ def _wrap(slot, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _value(
-    latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule,
-    SIDE: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
+    latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, queries,
+    SIDE: gl.constexpr, SPAN: gl.constexpr, HEADS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
     """A value group: the latent boxes of its side times P, and at the end of a request its half of the output."""
@@ -142,7 +143,9 @@ def _value(
     p_smem, decay_smem, p_full, p_empty = exchange
     inverse_smem, done_full, done_empty = done
     begin, end, request, origin = schedule
-    first_row = gl.program_id(1) * 64
+    first_row = gl.program_id(0) * 64
+    first = first_row // HEADS
+    total = queries * HEADS
     LEFT: gl.constexpr = (UNITS + 1) // 2
     FIRST: gl.constexpr = LEFT * SIDE
     OWN: gl.constexpr = UNITS - LEFT if SIDE else LEFT
@@ -150,14 +153,13 @@ def _value(
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
     RANK: gl.constexpr = UNITS * WIDTH
-    TOTAL: gl.constexpr = QUERIES * HEADS
 
     base = gl.to_tensor(0)  # ring slot of the tile's first box
     p_phase = gl.to_tensor(0)
     done_phase = gl.to_tensor(0)
     start = begin
     while begin < end:
-        nearest, furthest = request_reach(positions_ptr, request, QUERIES)
+        nearest, furthest = request_reach(positions_ptr, request, queries, first, SPAN)
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
         acc = ()
@@ -185,8 +187,8 @@ def _value(
             base = _wrap(base + UNITS, SLOTS)
 
         whole = (begin == origin) & (stop == origin + tiles)
-        piece = gl.program_id(0) * 2 + gl.where(begin == start, 0, 1)
-        line = gl.where(whole, request, piece) * TOTAL
+        piece = gl.program_id(1) * 2 + gl.where(begin == start, 0, 1)
+        line = gl.where(whole, request, piece) * total
         target_ptr = gl.where(whole, out_ptr, part_ptr)
         begin = stop
         origin += tiles
@@ -200,17 +202,17 @@ def _value(
             column = (FIRST + unit) * WIDTH + gl.arange(0, WIDTH, layout=across)
             at = (line + row)[:, None] * RANK + column[None, :]
             values = (acc[unit] * inverse[:, None]).to(target_ptr.dtype.element_ty)
-            gl.store(target_ptr + at, values, mask=(row < TOTAL)[:, None])
+            gl.store(target_ptr + at, values, mask=(row < total)[:, None])
 
 
 @gluon.jit
 def mla_decode_wide(
     q_latent_desc, q_rope_desc, latent_desc, rope_desc, positions_ptr, table_ptr, out_ptr, part_ptr, stat_ptr,
-    requests, request_stride,
-    scale: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
+    requests, queries, request_stride,
+    scale: gl.constexpr, SPAN: gl.constexpr, HEADS: gl.constexpr, REQUESTS: gl.constexpr, PAGED: gl.constexpr,
     UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, row tiles of 64). Split requests leave parts for mla_merge; whole ones go to out."""
+    """Grid (row tiles of 64, programs). Split requests leave parts for mla_merge; whole ones go to out."""
     latents = make_ring(latent_desc, SLOTS, 1)
     ropes = make_ring(rope_desc, ROPE_SLOTS, 1)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
@@ -225,18 +227,19 @@ def mla_decode_wide(
 
     gdc_wait()
     gdc_launch_dependents()
-    reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
-    schedule = program_range(reaches, requests, gl.program_id(0), gl.num_programs(0))
+    reaches = load_reaches(positions_ptr, requests, queries, gl.program_id(0) * 64 // HEADS, SPAN, REQUESTS)
+    schedule = program_range(reaches, requests, gl.program_id(1), gl.num_programs(1))
+    queries = gl.to_tensor(queries)
     gl.warp_specialize(
         [
             (_score, (latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr,
-                      schedule, scale, QUERIES, HEADS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
-            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule,
-                      0, QUERIES, HEADS, UNITS, WIDTH, SLOTS)),
-            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule,
-                      1, QUERIES, HEADS, UNITS, WIDTH, SLOTS)),
-            (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
-                          gl.to_tensor(request_stride), QUERIES, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+                      schedule, queries, scale, SPAN, HEADS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, queries,
+                      0, SPAN, HEADS, UNITS, WIDTH, SLOTS)),
+            (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, queries,
+                      1, SPAN, HEADS, UNITS, WIDTH, SLOTS)),
+            (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
+                          gl.to_tensor(request_stride), 64, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
         ],
         [4, 4, 1],
         [176, 176, 24],

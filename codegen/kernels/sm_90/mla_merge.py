@@ -15,17 +15,19 @@ from codegen.kernels.sm_90.mla_schedule import load_reaches, request_programs
 
 @gluon.jit
 def mla_merge(
-    positions_ptr, part_ptr, stat_ptr, out_ptr, requests, programs,
-    QUERIES: gl.constexpr, TOTAL: gl.constexpr, RANK: gl.constexpr, REQUESTS: gl.constexpr,
+    positions_ptr, part_ptr, stat_ptr, out_ptr, requests, queries, programs,
+    TILE_ROWS: gl.constexpr, HEADS: gl.constexpr, SPAN: gl.constexpr, RANK: gl.constexpr, REQUESTS: gl.constexpr,
     PARTS: gl.constexpr, WIDTH: gl.constexpr, SPREAD: gl.constexpr,
 ):  # fmt: skip
-    """Grid (requests, programs per request). A step joins PARTS parts of WIDTH columns of one row.
+    """Grid (requests, row tiles, programs for each). A step joins PARTS parts of WIDTH columns of one row.
 
     The warps share the parts of a step where SPREAD is set, its columns where it is not. Launched while the decode
     kernel still runs; a request that one program did alone is already in out.
     """
     request = gl.program_id(0)
-    reaches = load_reaches(positions_ptr, requests, QUERIES, REQUESTS)
+    first_row = gl.program_id(1) * TILE_ROWS
+    total = queries * HEADS
+    reaches = load_reaches(positions_ptr, requests, queries, first_row // HEADS, SPAN, REQUESTS)
     first, last, origin, quota = request_programs(reaches, requests, request, programs, REQUESTS)
     warps: gl.constexpr = [gl.num_warps(), 1] if SPREAD else [1, gl.num_warps()]
     lanes: gl.constexpr = [1, 32] if WIDTH >= 128 else [128 // WIDTH, WIDTH // 4]
@@ -35,8 +37,9 @@ def mla_merge(
     gdc_wait()
     gdc_launch_dependents()
     if first < last:
-        for step in range(gl.program_id(1), TOTAL * (RANK // WIDTH), gl.num_programs(1)):
-            row = step // (RANK // WIDTH)
+        rows = gl.minimum(total - first_row, TILE_ROWS)
+        for step in range(gl.program_id(2), rows * (RANK // WIDTH), gl.num_programs(2)):
+            row = first_row + step // (RANK // WIDTH)
             column = step % (RANK // WIDTH) * WIDTH + gl.arange(0, WIDTH, layout=across)
             highest = gl.to_tensor(-1.0e30)
             weight = gl.to_tensor(0.0)
@@ -45,7 +48,7 @@ def mla_merge(
                 program = start + gl.arange(0, PARTS, layout=down)
                 inside = program <= last
                 # The request is a program's first one unless it begins in the middle of the program's range.
-                part = (program * 2 + gl.where(program * quota < origin, 1, 0)) * TOTAL + row
+                part = (program * 2 + gl.where(program * quota < origin, 1, 0)) * total + row
                 values = gl.load(part_ptr + part[:, None] * RANK + column[None, :], mask=inside[:, None], other=0.0)
                 peak = gl.load(stat_ptr + part * 2, mask=inside, other=-1.0e30)
                 sums = gl.load(stat_ptr + part * 2 + 1, mask=inside, other=0.0)
@@ -55,4 +58,4 @@ def mla_merge(
                 weight = weight * decay + gl.sum(share, 0)
                 acc = acc * decay + gl.sum(values.to(gl.float32) * share[:, None], 0)
                 highest = raised
-            gl.store(out_ptr + (request * TOTAL + row) * RANK + column, (acc / weight).to(gl.bfloat16))
+            gl.store(out_ptr + (request * total + row) * RANK + column, (acc / weight).to(gl.bfloat16))

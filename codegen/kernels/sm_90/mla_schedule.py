@@ -1,8 +1,8 @@
 """Sharing a ragged batch out among the programs of a decode kernel, on the device and without a host round trip.
 
-The cached rows of a request are cut into tiles of 64 positions. All tiles of the batch form one line, request after
-request; program c takes the tiles [c·quota, (c+1)·quota). A program therefore meets at most two requests that it
-shares with others, one at each end of its range.
+The cached rows of a request are cut into tiles of 64 positions, as many as the queries of a row tile attend to. All
+tiles of the batch form one line, request after request; program c takes the tiles [c·quota, (c+1)·quota). A program
+therefore meets at most two requests that it shares with others, one at each end of its range.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ def _add(left, right):
 
 
 @gluon.jit
-def request_reach(positions_ptr, request, QUERIES: gl.constexpr):
-    """The nearest and the furthest position that the queries of one request attend to."""
-    nearest = gl.maximum(gl.load(positions_ptr + request * QUERIES).to(gl.int32), 0)
+def request_reach(positions_ptr, request, queries, first, SPAN: gl.constexpr):
+    """The nearest and the furthest position that the SPAN queries from `first` on attend to in one request."""
+    nearest = gl.maximum(gl.load(positions_ptr + request * queries + first).to(gl.int32), 0)
     furthest = nearest
-    for s in gl.static_range(1, QUERIES):
-        position = gl.maximum(gl.load(positions_ptr + request * QUERIES + s).to(gl.int32), 0)
+    for s in gl.static_range(1, SPAN):
+        query = request * queries + gl.minimum(first + s, queries - 1)
+        position = gl.maximum(gl.load(positions_ptr + query).to(gl.int32), 0)
         nearest = gl.minimum(nearest, position)
         furthest = gl.maximum(furthest, position)
     return nearest, furthest
 
 
 @gluon.jit
-def load_reaches(positions_ptr, requests, QUERIES: gl.constexpr, REQUESTS: gl.constexpr):
-    """The furthest position of every request of the padded batch, and -1 behind its end."""
+def load_reaches(positions_ptr, requests, queries, first, SPAN: gl.constexpr, REQUESTS: gl.constexpr):
+    """The furthest position of those queries in every request of the padded batch, and -1 behind its end."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     request = gl.arange(0, REQUESTS, layout=layout)
     furthest = gl.where(request < requests, 0, -1)
-    for s in gl.static_range(QUERIES):
-        position = gl.load(positions_ptr + request * QUERIES + s, mask=request < requests, other=-1)
+    for s in gl.static_range(SPAN):
+        query = request * queries + gl.minimum(first + s, queries - 1)
+        position = gl.load(positions_ptr + query, mask=request < requests, other=-1)
         furthest = gl.maximum(furthest, position.to(gl.int32))
     return furthest
 

@@ -47,21 +47,22 @@ def _fill(ring, desc, row, column, slot, phase):
 
 @gluon.jit
 def load_cache(
-    latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, request_stride,
-    QUERIES: gl.constexpr, PAGED: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr,
-    SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
+    latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries, request_stride,
+    TILE_ROWS: gl.constexpr, HEADS: gl.constexpr, SPAN: gl.constexpr, PAGED: gl.constexpr, UNITS: gl.constexpr,
+    WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: streams every tile of the program's range, without a pause where a request ends.
 
     request_stride is the distance between requests in cache rows, or in table entries where the cache is paged.
     """
     begin, end, request, origin = schedule
+    first = gl.program_id(0) * TILE_ROWS // HEADS
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     rope_slot = gl.to_tensor(0)
     rope_phase = gl.to_tensor(0)
     while begin < end:
-        nearest, furthest = request_reach(positions_ptr, request, QUERIES)
+        nearest, furthest = request_reach(positions_ptr, request, queries, first, SPAN)
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
         for tile in range(begin - origin, stop - origin):

@@ -8,6 +8,7 @@ or as a barrier that nobody completes.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import types
 from contextlib import contextmanager
@@ -276,10 +277,9 @@ def _run(kernel, *arguments, grid, warmup, **options):
     named = {name: value for name, value in options.items() if name in names}
     function, given = _plain(kernel, {}), [_argument(value) for value in arguments]
     grid = (*grid, 1, 1)[:3]
-    for x in range(grid[0]):
-        for y in range(grid[1]):
-            _PROGRAM.number, _PROGRAM.grid = (x, y, 0), grid
-            function(*given, **named)
+    for number in itertools.product(*(range(size) for size in grid)):
+        _PROGRAM.number, _PROGRAM.grid = number, grid
+        function(*given, **named)
 
 
 @contextmanager
