@@ -140,7 +140,8 @@ def capture_module(
     dynamic = tuple({axis: dims[size] for axis, size in enumerate(one.shape) if size in dims} for one in inputs)
     with fake_mode or contextlib.nullcontext():
         examples = tuple(_example(one) for one in inputs)
-    with warnings.catch_warnings():
+    # Where opt_einsum is installed, torch.einsum would ask it for an order, and it fixes the free sizes.
+    with warnings.catch_warnings(), torch.backends.opt_einsum.flags(enabled=False):
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytrees
         exported = torch.export.export(module.eval(), examples, dynamic_shapes=dynamic).run_decompositions({})
     return _block_graph(exported, inputs)

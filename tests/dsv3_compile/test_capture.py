@@ -120,3 +120,18 @@ def test_a_buffer_is_a_weight():
     graph = capture_module(module, [Input("x", Role.ACTIVATION, ("B", 3), torch.float32)])
     weights = [n.name for n in graph.graph.nodes if n.op == "placeholder" and n.meta["role"] is Role.WEIGHT]
     assert weights[:4] == ["weight", "bias", "running_mean", "running_var"]
+
+
+def test_no_installed_package_decides_how_an_einsum_is_captured():
+    """opt_einsum would turn the free sizes of a product of three into numbers."""
+
+    class Observed(nn.Module):
+        def forward(self, x):
+            seen.append(torch.backends.opt_einsum.enabled)
+            return torch.einsum("bi,bj,bk->b", x, x, x)
+
+    seen: list[bool] = []
+    before = torch.backends.opt_einsum.enabled
+    capture_module(Observed(), [Input("x", Role.ACTIVATION, ("B", 3), torch.float32)])
+    assert seen and not any(seen)
+    assert torch.backends.opt_einsum.enabled == before
