@@ -57,3 +57,12 @@ def test_inspect_passes_of_a_model_too_large_for_this_machine(capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert [r.name for r in records if f"──── {r.spec} " in printed] == ["order-contractions"]
     assert "  matched  " in printed
+
+
+def test_export_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "onnx"
+    assert load("export_onnx").main(["--keep", str(folder)]) == (200, 200)
+    printed = capsys.readouterr().out
+    assert "bfloat16 weights were converted to float32" in printed
+    assert "expanded keys and values 6,912 bytes (5.4 x)" in printed
+    assert {path.name for path in folder.iterdir()} >= {"prefill.onnx", "decode.onnx", "weights.bin", "tokenizer.json"}
