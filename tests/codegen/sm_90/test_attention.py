@@ -1,5 +1,10 @@
 """MLA decode on Hopper: the kernels' logic in the emulator, their machine code made without a GPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -166,3 +171,30 @@ def test_every_form_has_room_for_more_than_a_tile(rows, rank):
 def test_other_calls_get_the_plain_form(operands):
     assert choose("mla_attention", operands, SM_90).parent.name == "kernels"
     assert choose("mla_attention", call("B", "S", 16, 512, 64, "T"), SM_90).parent.name == "sm_90"
+
+
+def test_prefill_agrees_in_the_interpreter():
+    check = Path(__file__).parent / "check_prefill.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prefill_is_emitted_with_the_plain_kernel_behind_it():
+    operands = (
+        TensorSpec(("B", "S", 16, 192), BF16),
+        TensorSpec(("B", "T", 16, 192), BF16),
+        TensorSpec(("B", "T", 16, 128), BF16),
+        TensorSpec(("B", "S"), torch.int64),
+        0.07,
+    )
+    kernel = compile_kernel(write_kernel("attention", operands, SM_90), SM_90)
+    assert "_scaled_dot_product_cudnn_attention" in kernel.source
+    assert {binary["constants"]["FRESH"] for binary in kernel.metadata["binaries"]} == {"True", "False"}
+    grouped = (operands[0], TensorSpec(("B", "T", 4, 192), BF16), TensorSpec(("B", "T", 4, 128), BF16), *operands[3:])
+    assert choose("attention", grouped, SM_90).parent.name == "kernels"
