@@ -66,7 +66,7 @@ def operands(op, dtype=torch.bfloat16):
 
 
 def real_operands(op):
-    """Decode of a model with 16 heads over a latent of 512 and 64 experts, any number of requests."""
+    """A model with 16 heads over a latent of 512 and 64 experts: decode, or prefill; any number of requests."""
 
     def tensor(*shape, dtype=torch.bfloat16):
         return TensorSpec(shape, dtype)
@@ -79,6 +79,13 @@ def real_operands(op):
             tensor("B", "T", 512),
             tensor("B", "T", 64),
             tensor("B", 1, dtype=INT64),
+            0.1,
+        ),
+        "attention": (
+            tensor("B", "S", 16, 192),
+            tensor("B", "T", 16, 192),
+            tensor("B", "T", 16, 128),
+            tensor("B", "S", dtype=INT64),
             0.1,
         ),
         "route": (
