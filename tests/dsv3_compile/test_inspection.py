@@ -29,6 +29,7 @@ def test_a_pass_tells_what_it_did(report):
     (moe,) = [b for b in report["blocks"] if (b["name"], b["phase"]) == ("moe", "decode")]
     (row,) = [row for row in moe["passes"] if row["name"] == "order-contractions"]
     assert set(row) == {
+        "number",
         "name",
         "spec",
         "matches",
