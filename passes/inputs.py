@@ -57,9 +57,9 @@ def _recipe(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Recipe:
 def draw(recipes: Sequence[tuple[str, str, tuple[int, ...], int]], seed: int) -> dict[str, Tensor]:
     """Values by name, floating point in float64.
 
-    Matrices are N(0, 1/fan-in). Vectors are ±(1 + 0.2 N): norm weights do not mind the sign, and selection
-    biases of both signs are what tells masking with −inf from masking with 0. Integers are drawn per row,
-    distinct and ascending.
+    Matrices are N(0, 1/fan-in). Vectors are ±(1 + 0.2 N), one in eight of them positive: norm weights do not mind
+    the sign, and where most selection biases are negative, negative scores get selected, which tells masking with
+    −inf from masking with 0. Integers are drawn per row, distinct and ascending.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: draw_one(kind, shape, upper, generator) for name, kind, shape, upper in recipes}
@@ -73,7 +73,7 @@ def draw_one(kind: str, shape: tuple[int, ...], upper: int, generator: torch.Gen
         return normal
     if kind == "matrix":
         return normal / math.sqrt(shape[-1])
-    sign = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+    sign = torch.where(torch.randint(0, 8, shape, generator=generator) == 0, 1.0, -1.0)
     return sign * (1 + 0.2 * normal)
 
 
