@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, StaticCache
+from transformers import Cache, DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, StaticCache
 
 import dsv3_compile as dsv3
 
@@ -69,11 +70,9 @@ WARM_UP = 3  # steps; the first ones of a compiled peer are its compilation
 Step = Callable[[Tensor], Tensor]  # int64 [1, 1] → logits [1, 1, V]
 
 
-def random_model(experts: str = "eager", seed: int = 0) -> DeepseekV3ForCausalLM:
+def random_model(seed: int = 0) -> DeepseekV3ForCausalLM:
     """Matrices of deviation fan_in^-1/2, so that routing and attention are neither flat nor saturated."""
-    model = DeepseekV3ForCausalLM._from_config(
-        CONFIG, attn_implementation="sdpa", experts_implementation=experts
-    ).eval()
+    model = DeepseekV3ForCausalLM._from_config(CONFIG, attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,19 +96,27 @@ def ours(prompt: Tensor, steps: int, scratch: Path) -> Step:
     return lambda token: model.decode(token, cache)[0]
 
 
-def eager(prompt: Tensor, experts: str) -> Step:
-    model = random_model(experts)
-    cache = DynamicCache(config=CONFIG)
+def peer(prompt: Tensor, cache: Cache, experts: str) -> DeepseekV3ForCausalLM:
+    """A model that has read the prompt, and decodes with the given expert implementation."""
+    model = random_model()
+    model.set_experts_implementation("eager")  # batched_mm copies the experts of every token of a prompt
     model(prompt, past_key_values=cache, logits_to_keep=1)
+    model.set_experts_implementation(experts)
+    return model
+
+
+def eager(prompt: Tensor, steps: int, experts: str) -> Step:
+    """A cache that grows takes any number of steps."""
+    cache = DynamicCache(config=CONFIG)
+    model = peer(prompt, cache, experts)
     return lambda token: model(token, past_key_values=cache).logits
 
 
-def compiled(prompt: Tensor, experts: str, steps: int) -> Step:
+def compiled(prompt: Tensor, steps: int, experts: str) -> Step:
     """The whole decode step as one compiled graph over a static cache."""
-    model = random_model(experts)
     length = prompt.shape[1]
     cache = StaticCache(config=CONFIG, max_cache_len=length + steps)
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    model = peer(prompt, cache, experts)
     forward = torch.compile(model.forward, fullgraph=True)
     position = torch.tensor([[length]])
 
@@ -134,17 +141,24 @@ def measure(step_functions: dict[str, Step], tokens: Tensor) -> tuple[dict[str, 
     return times, logits
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def run(context: int, steps: int) -> dict:
     """Everything the benchmark finds, as a JSON document."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(CONFIG.vocab_size, (1, context), generator=generator)
     tokens = torch.randint(CONFIG.vocab_size, (WARM_UP + steps,), generator=generator)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
+        say(f"{OURS}: compiling and reading the prompt")
         functions = {OURS: ours(prompt, len(tokens), Path(scratch))}
-        for experts in EXPERTS[EAGER]:
-            functions[f"{EAGER}, {experts} experts"] = eager(prompt, experts)
-        for experts in EXPERTS[COMPILED]:
-            functions[f"{COMPILED}, {experts} experts"] = compiled(prompt, experts, len(tokens))
+        for kind, prepare in ((EAGER, eager), (COMPILED, compiled)):
+            for experts in EXPERTS[kind]:
+                name = f"{kind}, {experts} experts"
+                say(f"{name}: reading the prompt")
+                functions[name] = prepare(prompt, len(tokens), experts)
+        say("decoding")
         times, logits = measure(functions, tokens)
     medians = {name: statistics.median(values) for name, values in times.items()}
     fastest = {
