@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     compile_.add_argument("--set", metavar="PASS.FIELD=VALUE", action="append", default=[], help="set an option")
     compile_.add_argument("--disable", metavar="PASS", action="append", default=[], help="leave a pass out")
     compile_.add_argument("--require", metavar="PASS", action="append", default=[], help="fail unless it fires")
+    compile_.add_argument("--until", metavar="PASS", help="run the passes up to and including this one")
+    compile_.add_argument("--repeat", metavar="PASS", action="append", default=[], help="run a pass twice in a row")
     compile_.add_argument("--no-verify", action="store_true", help="skip the certificates")
     compile_.add_argument("--max-batch", metavar="N", type=int, help="rows of a decode step")
     compile_.add_argument("--max-length", metavar="N", type=int, help="positions of the cache")

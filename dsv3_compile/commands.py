@@ -92,6 +92,8 @@ def compile(options: Namespace) -> int:
         "set": options.set,
         "disable": options.disable,
         "require": options.require,
+        "until": options.until,
+        "repeat": options.repeat,
         "verify": not options.no_verify,
         "no_weights": options.no_weights,
         "aot": options.aot,

@@ -17,6 +17,7 @@ from dsv3_compile.options import OptionError, Options, options_from
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
+from dsv3_compile.report.dumps import dump
 from dsv3_compile.report.history import History
 from dsv3_compile.report.phase_plan import phase_plans
 from model_def import names
@@ -84,7 +85,7 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
 def _check_early(options: Options, config: ModelConfig) -> None:
     """What would otherwise be found out only after the capture, or after everything."""
     options.length_for(config.max_position_embeddings)
-    pipeline = Pipeline().configured(options.set, options.disable)
+    pipeline = Pipeline().configured(options.set, options.disable, options.until, options.repeat)
     for name in options.require:
         pipeline.find(name)
 
@@ -109,7 +110,7 @@ def open_model(model: str | Path, options: Options) -> Model:
 def build(config: ModelConfig, options: Options, progress: Progress = silent) -> Program:
     """Capture every distinct block, send it through the passes of each phase, and lay out the schedule."""
     dtype = options.dtype_for(config.dtype)
-    pipeline = Pipeline().configured(options.set, options.disable)
+    pipeline = Pipeline().configured(options.set, options.disable, options.until, options.repeat)
     blocks = capture(config, dtype, _capturing(progress, "capture"))
     specimens = specimens_of(blocks, config, dtype, progress) if options.verify else {}
     workloads = {phase: workload(config, options, phase) for phase in PHASES}
@@ -125,6 +126,7 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step, history)
         program.records[name, phase] = records
         program.graphs[name, phase] = history.document()
+        dump(name, phase, records, program.graphs[name, phase])
     check_required([record for records in program.records.values() for record in records], options.require)
     for name in dict.fromkeys(name for name, _ in blocks):
         share_weights(program.phases(name))

@@ -30,6 +30,8 @@ class Options:
     set: tuple[str, ...] = ()  # pass.field=value
     disable: tuple[str, ...] = ()  # passes left out
     require: tuple[str, ...] = ()  # passes that must fire somewhere in the model
+    until: str | None = None  # the last pass to run
+    repeat: tuple[str, ...] = ()  # passes to run twice in a row
     verify: bool = True  # certify every pass
     no_weights: bool = False  # compile from the config alone
     aot: bool = False  # CPU: store graphs compiled for this machine
@@ -42,7 +44,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise OptionError(f"{name} is {value!r}; accepted: a whole number from 1")
-        for name in ("set", "disable", "require"):
+        for name in ("set", "disable", "require", "repeat"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise OptionError(f"{name} is {value!r}; accepted: a list of strings")

@@ -111,8 +111,14 @@ class Pipeline:
                 return one
         raise PassError(f"unknown pass {name!r}; accepted: {', '.join(one.name() for one in self.passes)}")
 
-    def configured(self, settings: Iterable[str] = (), disable: Iterable[str] = ()) -> Pipeline:
-        """The pipeline with options set by 'pass.field=value' and with passes left out by name.
+    def configured(
+        self,
+        settings: Iterable[str] = (),
+        disable: Iterable[str] = (),
+        until: str | None = None,
+        repeat: Iterable[str] = (),
+    ) -> Pipeline:
+        """The pipeline with options set by 'pass.field=value'; with passes left out, ended after one, or run twice.
 
         Raises PassError for an unknown pass, an unknown field or a value that the field does not take.
         """
@@ -121,7 +127,10 @@ class Pipeline:
             name, option, text = split_setting(setting)
             passes[name] = set_option(Pipeline(tuple(passes.values())).find(name), option, text)
         left_out = {self.find(name).name() for name in disable}
-        return Pipeline(tuple(one for name, one in passes.items() if name not in left_out))
+        last = len(passes) if until is None else self.passes.index(self.find(until)) + 1
+        twice = {self.find(name).name() for name in repeat}
+        kept = [one for name, one in list(passes.items())[:last] if name not in left_out]
+        return Pipeline(tuple(copy for one in kept for copy in [one] * (2 if one.name() in twice else 1)))
 
 
 @dataclass(frozen=True)
