@@ -196,13 +196,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens in the cache before the first step")
     parser.add_argument("--steps", type=int, default=30, help="timed steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu_decode.json")
+    parser.add_argument("--json", type=Path, default=Path("cpu_decode.json"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     result = run(options.context, options.steps)
     print(table(result))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
