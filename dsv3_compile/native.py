@@ -101,7 +101,9 @@ def compile_native(folder: Path, graphs: Graphs, progress: Progress) -> dict[str
 
 def load_native(path: Path) -> Callable[..., Any]:
     """A compiled graph: takes contiguous tensors in the order of the graph's inputs."""
-    return torch._inductor.aoti_load_package(str(path))
+    # Not torch._inductor.aoti_load_package: that one would unpickle a program or weights if a package held them.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    return lambda *inputs: loader.boxed_run(list(inputs))
 
 
 def _has_cache(entry: GraphEntry) -> bool:
