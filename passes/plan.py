@@ -21,6 +21,7 @@ class Plan:
     def __init__(self, graph: fx.Graph, chains: list[Chain], context: Context) -> None:
         self.graph, self.chains, self.context = graph, chains, context
         self.size = concrete_sizes(graph, context.workload)
+        self.form_seconds: dict[str, float] = {}  # of the block, with all chains in one form, as last chosen from
         self.node_seconds = {n: float(c.seconds(context.target)) for n, c in node_costs(graph, self.size).items()}
 
     def choose(self, wanted: list[str], storage_growth: float) -> list[Order]:
@@ -34,11 +35,17 @@ class Plan:
             combos = (tuple(best[:i] + [o] + best[i + 1 :]) for i, option in enumerate(options) for o in option)
         budget = storage_growth * sum(self._bytes(n) for n in placeholders(self.graph, Role.WEIGHT))
         priced = []
+        self.form_seconds.clear()
         for combo in combos:
             if "folded" not in wanted and self.folded_bytes(combo) > budget:
                 continue
             changes = sum(not o.kept for o in combo)
-            priced.append((float(f"{self.seconds(combo):.4g}"), changes, len(priced), combo))
+            seconds = self.seconds(combo)
+            priced.append((float(f"{seconds:.4g}"), changes, len(priced), combo))
+            forms_taken = {o.form for chain, o in zip(self.chains, combo, strict=True) if chain.has_form}
+            if len(forms_taken) == 1:
+                (form,) = forms_taken
+                self.form_seconds[form] = min(seconds, self.form_seconds.get(form, seconds))
         return list(min(priced)[-1]) if priced else best
 
     def why_kept(self, chain: Chain, order: Order) -> str:
@@ -50,7 +57,12 @@ class Plan:
             user = next((u for u in node.users if not any(u in c.value.through for c in self.chains)), None)
             if user is not None and cached & ancestors(node):
                 return f"stays expanded: {node.name} is used by {user.name} as well and must be computed anyway"
-        return f"stays {order.form}: the cheapest order in {self.context.phase} at {self.context.workload}"
+        size = self.context.workload
+        at = f"B={size.batch} S={size.queries} T={size.context}"
+        own = self.form_seconds.get(order.form)
+        others = [(form, seconds / own) for form, seconds in self.form_seconds.items() if own and form != order.form]
+        dearer = "".join(f"; {form}, the block would take {times:.2f} times as long" for form, times in sorted(others))
+        return f"stays {order.form}, the cheapest order in {self.context.phase} at {at}{dearer}"
 
     def _options(self, chain: Chain, form: str) -> list[Order]:
         orders = self._orders(chain)

@@ -78,7 +78,7 @@ def removed(report: dict[str, Any]) -> Answer | None:
     changed = [(block, row) for block, row in _rows(report, ABSORPTION) if row["matches"]]
     if not changed:
         return None
-    block, row = max(changed, key=lambda pair: _flops(pair[1], "cost_before") - _flops(pair[1], "cost_after"))
+    block, row = max(changed, key=lambda pair: (_saved(pair[1]), len(pair[0]["layers"])))
     before, after = _flops(row, "cost_before"), _flops(row, "cost_after")
     size = block["workload"]
     return Answer(
@@ -153,6 +153,10 @@ def _rows(report: dict[str, Any], name: str) -> list[tuple[dict[str, Any], dict[
 
 def _flops(row: dict[str, Any], end: str) -> int:
     return row[end]["at"]["flops"]
+
+
+def _saved(row: dict[str, Any]) -> int:
+    return _flops(row, "cost_before") - _flops(row, "cost_after")
 
 
 def duration(seconds: float) -> str:

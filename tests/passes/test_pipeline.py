@@ -206,3 +206,14 @@ def test_the_default_pipeline_holds_each_pass_once_and_reads_back_from_its_specs
     scope = {type(one).__name__: type(one) for one in DEFAULT_PIPELINE}
     assert tuple(eval(repr(one), scope) for one in DEFAULT_PIPELINE) == DEFAULT_PIPELINE
     assert all(dataclasses.is_dataclass(one) and type(one).__doc__ for one in DEFAULT_PIPELINE)
+
+
+def test_the_passes_can_end_early_and_run_twice():
+    names = [one.name() for one in Pipeline().configured(until="fuse-routing", repeat=["canonicalise"]).passes]
+    assert names[:2] == ["canonicalise", "canonicalise"] and names[-1] == "fuse-routing"
+    assert "lower" not in names
+
+
+def test_the_last_pass_may_be_left_out_itself():
+    names = [one.name() for one in Pipeline().configured(disable=["fuse-routing"], until="fuse-routing").passes]
+    assert names == [one.name() for one in Pipeline().configured(until="fuse-routing").passes][:-1]

@@ -20,6 +20,8 @@ function short(number) {
     number /= 1000;
   }
 }
+// With a unit: 32 B, 1.23 MFLOP.
+const amount = (number, unit) => { const text = short(number); return /[a-zA-Z]$/.test(text) ? text + unit : `${text} ${unit}`; };
 function duration(seconds) {
   for (const [unit, size] of [["s", 1], ["ms", 1e-3], ["µs", 1e-6]]) if (seconds >= size) return `${+(seconds / size).toPrecision(3)} ${unit}`;
   return `${+(seconds / 1e-9).toPrecision(3)} ns`;

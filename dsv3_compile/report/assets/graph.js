@@ -50,8 +50,8 @@ function curve(path) {
 
 function described(node) {
   const parts = [`${node.name} = ${node.op}`, node.value];
-  if (node.flops) parts.push(`${short(node.flops)}FLOP`);
-  if (node.bytes) parts.push(`${short(node.bytes)}B`);
+  if (node.flops) parts.push(amount(node.flops, "FLOP"));
+  if (node.bytes) parts.push(amount(node.bytes, "B"));
   if (node.source) parts.push(node.source);
   return parts.filter(Boolean).join(" · ");
 }

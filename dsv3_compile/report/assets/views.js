@@ -1,11 +1,11 @@
 // The sections of the page, each built from the data.
 
 const plainCost = [
-  ["operations", (c) => c.at.flops, (v) => `${short(v)}FLOP`, (c) => c.flops],
-  ["bytes moved", (c) => c.at.bytes, (v) => `${short(v)}B`, (c) => c.bytes],
+  ["operations", (c) => c.at.flops, (v) => amount(v, "FLOP"), (c) => c.flops],
+  ["bytes moved", (c) => c.at.bytes, (v) => amount(v, "B"), (c) => c.bytes],
   ["kernels", (c) => c.launches, String],
-  ["weights", (c) => c.weight_bytes, (v) => `${short(v)}B`],
-  ["cache per token", (c) => c.cache_bytes_per_token, (v) => `${short(v)}B`],
+  ["weights", (c) => c.weight_bytes, (v) => amount(v, "B")],
+  ["cache per token", (c) => c.cache_bytes_per_token, (v) => amount(v, "B")],
   ["least time", (c) => c.at.seconds, duration],
 ];
 const route = (block, phase, pass) => `#/${block}/${phase}/${pass}`;
@@ -130,7 +130,7 @@ function planPanel(data, plan, words) {
   const chart = h("div");
   const draw = () => chart.replaceChildren(crossoverChart(plan, state.context, state.metric, Math.min(820, Math.max(340, chart.clientWidth || 780))));
   const choice = (label, name, options) => group(label, options, () => state[name], (value) => { state[name] = value; draw(); });
-  const row = (f) => h("tr", {}, h("th", { scope: "row" }, h("span", { style: `color:${FORM_COLOUR[f.form]}` }, "■ "), f.form), h("td", {}, h("code", {}, f.flops)), h("td", { class: "num" }, `${short(f.weight_bytes)}B`));
+  const row = (f) => h("tr", {}, h("th", { scope: "row" }, h("span", { style: `color:${FORM_COLOUR[f.form]}` }, "■ "), f.form), h("td", {}, h("code", {}, f.flops)), h("td", { class: "num" }, amount(f.weight_bytes, "B")));
   requestAnimationFrame(draw);
   new ResizeObserver(draw).observe(chart);
   return h("div", { class: "panel stack" },
@@ -188,5 +188,5 @@ function binaries(kernel) {
   const constants = (b) => Object.entries(b.constants || {}).map(([k, v]) => `${k}=${v}`).join(" ");
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Machine code of ${kernel.name}` }, h("table", {},
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "machine code"), ...names.map(([, t]) => h("th", { scope: "col", class: "num" }, t)), h("th", { scope: "col" }, "constants"))),
-    h("tbody", {}, ...kernel.binaries.map((b) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, b.kernel)), ...names.map(([k]) => h("td", { class: "num" }, b[k] === undefined ? "–" : k.endsWith("bytes") ? `${short(b[k])}B` : String(b[k]))), h("td", {}, h("code", {}, constants(b))))))));
+    h("tbody", {}, ...kernel.binaries.map((b) => h("tr", {}, h("th", { scope: "row" }, h("code", {}, b.kernel)), ...names.map(([k]) => h("td", { class: "num" }, b[k] === undefined ? "–" : k.endsWith("bytes") ? amount(b[k], "B") : String(b[k]))), h("td", {}, h("code", {}, constants(b))))))));
 }
