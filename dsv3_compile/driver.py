@@ -20,13 +20,14 @@ from dsv3_compile.proxy import needs_proxy, proxy
 from dsv3_compile.report.dumps import dump
 from dsv3_compile.report.history import History
 from dsv3_compile.report.phase_plan import phase_plans
+from dsv3_compile.repro import explain
 from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from passes.base import Context, Workload
 from passes.pipeline import Pipeline, check_required
-from passes.verify import Specimen
+from passes.verify import CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
 
@@ -61,13 +62,16 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
 
     `settings` are the fields of Options. Raises ConfigError, CheckpointError, OptionError, PassError or
     ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed; then
-    nothing is written.
+    no artifact is written. Beside it, a failed certificate leaves a script that shows the failure again.
     """
     options = options_from(settings)
     check_output(output)
     found = open_model(model, options)
     _check_early(options, found.config)
-    program = build(found.config, options, progress)
+    try:
+        program = build(found.config, options, progress)
+    except CertificateError as error:
+        raise explain(error, output) from error
     return write_artifact(
         program,
         output,

@@ -40,10 +40,11 @@ def first_departure(
     `expected` and `found` hold the values of the nodes of `before` and `after` by name. Values that an op writes in
     place are those at the end of the run.
     """
+    lines = {node.name: source_line(node) for node in before.nodes}
     for node, culprit, replaced in comparable(before, after):
         error = distance(found.get(node.name), expected.get(replaced))
         if not error <= bound:
-            return Departure(culprit.name, replaced, error, source_line(culprit))
+            return Departure(culprit.name, replaced, error, source_line(culprit) or lines[replaced])
     return None
 
 

@@ -81,7 +81,7 @@ def ascending(shape: tuple[int, ...], upper: int, generator: torch.Generator) ->
     *rows, width = shape
     if width > upper:
         return torch.randint(0, upper, shape, generator=generator)
-    order = torch.rand([*rows, upper], generator=generator)
+    order = torch.rand([*rows, upper], generator=generator, dtype=torch.float32)
     return order.argsort(-1)[..., :width].sort(-1).values
 
 
