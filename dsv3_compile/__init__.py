@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsv3_compile.driver import compile
     from dsv3_compile.export import export_onnx
+    from dsv3_compile.export_mlir import export_mlir
     from dsv3_compile.inspection import inspect
     from dsv3_compile.runtime import load
 
@@ -21,10 +22,11 @@ _HOMES = {
     "compile": ("dsv3_compile.driver", "compile"),
     "load": ("dsv3_compile.runtime", "load"),
     "inspect": ("dsv3_compile.inspection", "inspect"),
+    "export_mlir": ("dsv3_compile.export_mlir", "export_mlir"),
     "export_onnx": ("dsv3_compile.export", "export_onnx"),
 }
 
-__all__ = ["compile", "export_onnx", "inspect", "load"]
+__all__ = ["compile", "export_mlir", "export_onnx", "inspect", "load"]
 
 
 def __getattr__(name: str) -> Any:

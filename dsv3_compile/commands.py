@@ -43,9 +43,10 @@ class UsageError(ValueError):
 
 def at_fault() -> tuple[type[Exception], ...]:
     """Errors that mean that the input is wrong."""
+    from codegen.mlir import MlirError
     from codegen.onnx import ExportError
 
-    own = (ArtifactError, CaptureError, ExportError, OptionError, TokenizerError, UsageError)
+    own = (ArtifactError, CaptureError, ExportError, MlirError, OptionError, TokenizerError, UsageError)
     return (*own, CheckpointError, ConfigError, PassError, OSError)
 
 
@@ -169,14 +170,16 @@ def verify(options: Namespace) -> int:
 
 
 def export(options: Namespace) -> int:
-    if options.format == "mlir":
-        raise UsageError("export to mlir is not available yet; accepted: --format onnx")
     from dsv3_compile.export import export_onnx
+    from dsv3_compile.export_mlir import export_mlir
 
+    settings: dict[str, Any] = {"dtype": options.dtype, "verify": not options.no_verify}
     with Display() as display:
-        done = export_onnx(
-            options.model, options.output, dtype=options.dtype, progress=display, verify=not options.no_verify
-        )
+        if options.format == "mlir":
+            settings |= {"dialect": options.dialect, "inline": options.inline}
+            done = export_mlir(options.model, options.output, progress=display, **settings)
+        else:
+            done = export_onnx(options.model, options.output, progress=display, **settings)
     files = {path.name: path.stat().st_size for path in sorted(done.folder.iterdir())}
     if options.json:
         return _print_json({"folder": str(done.folder), "converted": done.converted, "files": files})

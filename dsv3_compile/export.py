@@ -41,6 +41,7 @@ from dsv3_compile.driver import Event, Progress, build, open_model, silent
 from dsv3_compile.options import Options
 from dsv3_compile.packaging import TOKENIZER_FILES
 from dsv3_compile.program import PHASES, Occurrence, Program, Reader, bind, recipe_of
+from model_def.config import ModelConfig
 from passes.base import Role
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
@@ -58,6 +59,7 @@ class Exported:
     converted: str
 
     def model(self, phase: str) -> Path:
+        """The ONNX model of a phase."""
         return self.folder / f"{phase}.onnx"
 
 
@@ -87,12 +89,11 @@ def export_onnx(
         raise ExportError(f"dtype {dtype!r}; accepted: {', '.join(DTYPES)}")
     left_out = (*settings.pop("disable", ()), "lower")  # ONNX graphs are functional
     options = Options(target="cpu", dtype=dtype, disable=left_out, **settings)
-    found = open_model(_checkpoint_of(model), options)
+    found = open_model(checkpoint_of(model), options)
     if found.checkpoint is None:
         raise ExportError(f"{model}: an export needs weights; name a folder with a checkpoint")
     program = build(found.config, options, progress)
-    stored = "float8_e4m3fn" if found.config.quantization else found.config.torch_dtype
-    converted = "" if stored == dtype else f"{stored} weights were converted to {dtype}"
+    converted = conversion(found.config, dtype)
     write_onnx(program, output, found.checkpoint.tensor, found.checkpoint.folder, converted, progress)
     return Exported(Path(output), dtype, converted)
 
@@ -286,7 +287,14 @@ def _read_by(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     return found
 
 
-def _checkpoint_of(model: str | Path) -> str | Path:
+def conversion(config: ModelConfig, dtype: str) -> str:
+    """How weights as they are stored become `dtype`, in words; "" if they are not changed."""
+    stored = "float8_e4m3fn" if config.quantization else config.torch_dtype
+    return "" if stored == dtype else f"{stored} weights were converted to {dtype}"
+
+
+def checkpoint_of(model: str | Path) -> str | Path:
+    """Where the weights of MODEL are: an artifact's checkpoint, or what was named."""
     if not is_artifact(model):
         return model
     checkpoint = read_manifest(Path(model)).checkpoint
