@@ -41,7 +41,13 @@ def _line(left: str, right: str, changed: bool, half: int, colour: bool) -> str:
 
 def _fitted(line: str, width: int) -> str:
     line = re.sub(r"^ {4}", "", line)
-    return f"{line[: width - 1]}…" if len(line) > width else line.ljust(width)
+    if len(line) <= width:
+        return line.ljust(width)
+    # The shape at the end says more than the last arguments.
+    said, mark, shape = line.rpartition("  # ")
+    shape = mark + shape if said.strip() and len(shape) < width // 2 else ""
+    kept = width - 1 - len(shape)
+    return f"{line[:kept]}…{shape}"
 
 
 def _painted(text: str, code: str, colour: bool) -> str:

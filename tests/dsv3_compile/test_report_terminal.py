@@ -83,3 +83,8 @@ def test_side_by_side_shows_changes_with_their_neighbours():
 
 def test_side_by_side_of_equal_graphs_is_empty():
     assert list(side_by_side("a = 1", "a = 1", 60)) == []
+
+
+def test_side_by_side_cuts_arguments_before_shapes():
+    (line,) = side_by_side("", "x = aten.einsum.default(a, b, c, d, e, f)  # float32 [B, T]", 80)
+    assert line.endswith("…  # float32 [B, T]") and len(line) <= 80

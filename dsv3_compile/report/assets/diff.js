@@ -6,7 +6,7 @@ const TOKEN = /(#.*$)|("""[\s\S]*?"""|"[^"\n]*"|'[^'\n]*')|\b(def|return|class|i
 
 // `del` lines move with every change and say nothing new.
 function printed(text) {
-  return text.split("\n").filter((line) => line.trim() && !line.trim().startsWith("del ")).map((line) => line.replace(/(\S) {2,}# /, "$1  # "));
+  return text.split("\n").filter((line) => line.trim() && !line.trim().startsWith("del ")).map((line) => line.replace(/(\S) {2,}# /, "$1  # ").replace(/^ {4}/, "  "));
 }
 
 // The longest common subsequence as a list of [kind, left, right], kind one of " ", "-", "+".
@@ -106,6 +106,7 @@ function diffTable(before, after, { whole, split }) {
     table.append(h("thead", { class: "hidden" }, h("tr", {}, ...["line", "before", "line", "after"].map((t) => h("th", { scope: "col" }, t)))));
     table.prepend(h("colgroup", {}, h("col", { style: "width:3.2rem" }), h("col"), h("col", { style: "width:3.2rem" }), h("col")));
   }
+  if (!split) table.prepend(h("colgroup", {}, h("col", { style: "width:2.6rem" }), h("col", { style: "width:1.2rem" }), h("col")));
   let added = [];
   const flush = () => { body.append(...added); added = []; };
   for (const row of aligned(old, fresh, whole)) {
