@@ -26,9 +26,9 @@ def last_axis_of_result(node: fx.Node) -> bool:
 
 
 def merges_last_axes(node: fx.Node) -> bool:
-    return (
-        shape_of(node)[-1] == 2 * shape_of(node.args[0])[-2] and len(shape_of(node)) == len(shape_of(node.args[0])) - 1
-    )
+    # A plain == on a free size would pin it to its example value.
+    merged, before = shape_of(node), shape_of(node.args[0])
+    return len(merged) == len(before) - 1 and same_size(merged[-1], 2 * before[-2])
 
 
 first, second = Cast(Var("first")), Cast(Var("second"))
@@ -169,10 +169,14 @@ def member_of(node: fx.Node) -> tuple[fx.Node, int] | None:
         view, number = settled(node.args[0]), node.args[2] % 2
     else:
         return None
-    if not is_call(view, *VIEWS) or shape_of(view)[-1] != 2 or len(shape_of(view)) != len(shape_of(view.args[0])) + 1:
+    if (
+        not is_call(view, *VIEWS)
+        or not same_size(shape_of(view)[-1], 2)
+        or len(shape_of(view)) != len(shape_of(view.args[0])) + 1
+    ):
         return None
     x = settled(view.args[0])
-    return (x, number) if shape_of(x)[-1] == 2 * shape_of(view)[-2] else None
+    return (x, number) if same_size(shape_of(x)[-1], 2 * shape_of(view)[-2]) else None
 
 
 def table_of(node: fx.Node, layout: str, shape: tuple[Any, ...]) -> Table | None:
@@ -182,7 +186,7 @@ def table_of(node: fx.Node, layout: str, shape: tuple[Any, ...]) -> Table | None
     if len(own) > len(layout):
         return None
     letters = "".join(
-        BROADCAST if size == 1 and c == "h" else c for c, size in zip(layout[-len(own) :], own, strict=True)
+        BROADCAST if c == "h" and same_size(size, 1) else c for c, size in zip(layout[-len(own) :], own, strict=True)
     )
     while letters != "bsf":
         sources = sources_of_dims(node)

@@ -12,9 +12,11 @@ from torch import fx, nn
 
 from codegen.targets import TARGETS
 from dsv3_compile.capture import Input, capture_module
-from passes.base import Context, Outcome, Pass, Role, Workload, call, calls
+from model_def.decoder import Layer
+from passes.base import Context, Outcome, Pass, Role, Workload, call, calls, fake_mode_of
 from passes.pipeline import DEFAULT_PIPELINE, PassError, Pipeline, RequirementError, check_required
 from passes.verify import CertificateError, Specimen
+from tests.passes.capture import DENSE_LAYER, layer_inputs
 
 aten = torch.ops.aten
 CONTEXT = Context("prefill", TARGETS["cpu"], Workload(2, 8, 8))
@@ -217,3 +219,13 @@ def test_the_passes_can_end_early_and_run_twice():
 def test_the_last_pass_may_be_left_out_itself():
     names = [one.name() for one in Pipeline().configured(disable=["fuse-routing"], until="fuse-routing").passes]
     assert names == [one.name() for one in Pipeline().configured(until="fuse-routing").passes][:-1]
+
+
+def test_no_pass_pins_a_free_size():
+    """Comparing a free size with == asks for its example value, and the graph would hold for that value alone."""
+    # 2 · S is the width of a query head at the example value of S.
+    module = capture_module(Layer(DENSE_LAYER, torch.float32), layer_inputs(DENSE_LAYER))
+    shapes = fake_mode_of(module.graph).shape_env
+    before = [str(guard.expr) for guard in shapes.guards]
+    Pipeline().run(module, CONTEXT)
+    assert [str(guard.expr) for guard in shapes.guards] == before
