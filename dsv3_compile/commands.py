@@ -179,6 +179,7 @@ def export(options: Namespace) -> int:
             settings |= {"dialect": options.dialect, "inline": options.inline}
             done = export_mlir(options.model, options.output, progress=display, **settings)
         else:
+            settings["contrib"] = options.contrib
             done = export_onnx(options.model, options.output, progress=display, **settings)
     files = {path.name: path.stat().st_size for path in sorted(done.folder.iterdir())}
     if options.json:

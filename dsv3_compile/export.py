@@ -33,8 +33,10 @@ import torch
 from onnx import helper
 from torch import fx
 
-from codegen.onnx import Builder, ExportError, Scope, Value, WeightFile, stored_transposed, translate
+from codegen.onnx import Builder, ExportError, Scope, Value, WeightFile, layout_of, translate
 from codegen.onnx.builder import ONNX_TYPES, bodies
+from codegen.onnx.contrib import CONTRIB
+from codegen.onnx.translate import Translation
 from codegen.onnx.vocabulary import one_token_experts
 from dsv3_compile.artifact import is_artifact, read_manifest, writing
 from dsv3_compile.driver import Event, Progress, build, open_model, silent
@@ -69,7 +71,7 @@ class StoredWeight:
 
     name: str
     node: fx.Node
-    transposed: bool
+    layout: str  # of codegen.onnx.layout_of
 
 
 def export_onnx(
@@ -77,12 +79,14 @@ def export_onnx(
     output: str | Path,
     *,
     dtype: str = "float32",
+    contrib: bool = False,
     progress: Progress = silent,
     **settings: Any,
 ) -> Exported:
     """Compile a preset, a Hugging Face folder or an artifact's checkpoint, and write it as ONNX.
 
-    dtype: float32 or float16; weights stored otherwise are converted. `settings` are the fields of Options.
+    dtype: float32 or float16; weights stored otherwise are converted. contrib: experts and DeepSeek-V3's routing as
+    ONNX Runtime's own operators instead of standard ones. `settings` are the fields of Options.
     Raises ExportError for what has no ONNX form, and what `compile` raises.
     """
     if dtype not in DTYPES:
@@ -94,7 +98,7 @@ def export_onnx(
         raise ExportError(f"{model}: an export needs weights; name a folder with a checkpoint")
     program = build(found.config, options, progress)
     converted = conversion(found.config, dtype)
-    write_onnx(program, output, found.checkpoint.tensor, found.checkpoint.folder, converted, progress)
+    write_onnx(program, output, found.checkpoint.tensor, found.checkpoint.folder, converted, progress, contrib)
     return Exported(Path(output), dtype, converted)
 
 
@@ -105,13 +109,14 @@ def write_onnx(
     checkpoint: Path | None = None,
     converted: str = "",
     progress: Progress = silent,
+    contrib: bool = False,
 ) -> None:
     """Write a program, compiled without `lower`, as a new folder, wholly or not at all.
 
     read: reads checkpoint tensors, of which one bound tensor's worth is in memory at a time. checkpoint: its
     folder, for the tokenizer.
     """
-    plan = weight_plan(program)
+    plan = weight_plan(program, contrib)
     with writing(output) as folder:
         weights = WeightFile(folder / WEIGHTS)
         count = sum(len(program.weights(step.block)) for step in program.schedule)
@@ -120,10 +125,10 @@ def write_onnx(
                 progress(Event("weights", key, done, count))
                 stored = plan[key]
                 if stored.name not in weights.entries:
-                    weights.write(stream, stored.name, tensor, stored.transposed)
+                    weights.write(stream, stored.name, tensor, stored.layout)
         for phase in PHASES:
             progress(Event("onnx", phase, PHASES.index(phase), len(PHASES)))
-            model = phase_model(program, phase, plan, weights, converted)
+            model = phase_model(program, phase, plan, weights, converted, contrib)
             (folder / f"{phase}.onnx").write_bytes(model.SerializeToString())
             onnx.checker.check_model(str(folder / f"{phase}.onnx"), full_check=True)
         for name in TOKENIZER_FILES if checkpoint else ():
@@ -131,7 +136,7 @@ def write_onnx(
                 shutil.copyfile(checkpoint / name, folder / name)  # type: ignore[operator]
 
 
-def weight_plan(program: Program) -> dict[str, StoredWeight]:
+def weight_plan(program: Program, contrib: bool = False) -> dict[str, StoredWeight]:
     """How every weight of the schedule is stored, by its key: one entry for weights that are one tensor."""
     named: dict[str, tuple[str, fx.Node]] = {}
     uses: dict[str, list[tuple[fx.Node, int]]] = {}
@@ -143,11 +148,16 @@ def weight_plan(program: Program) -> dict[str, StoredWeight]:
                 uses.setdefault(name, []).extend(
                     (user, index) for user in node.users for index, arg in enumerate(user.args) if arg is node
                 )
-    return {key: StoredWeight(name, node, stored_transposed(uses[name])) for key, (name, node) in named.items()}
+    return {key: StoredWeight(name, node, layout_of(uses[name], contrib)) for key, (name, node) in named.items()}
 
 
 def phase_model(
-    program: Program, phase: str, plan: Mapping[str, StoredWeight], weights: WeightFile, converted: str = ""
+    program: Program,
+    phase: str,
+    plan: Mapping[str, StoredWeight],
+    weights: WeightFile,
+    converted: str = "",
+    contrib: bool = False,
 ) -> onnx.ModelProto:
     """The whole model in one phase: every layer's block, one behind the other."""
     b = Builder()
@@ -160,7 +170,11 @@ def phase_model(
     inputs = tokens + [_cache_info("past_key_values", *key, node, "past_sequence") for key, node in pasts.items()]
     _name_sizes(b, phase, inputs[len(tokens)].name)
     values = {block: Value(name, (), torch.int64) for block, name in TOKENS.items()}
-    special = {torch.ops.dsv3.routed_swiglu.default: one_token_experts} if phase == "decode" else {}
+    special: Mapping[Any, Translation] = (
+        {torch.ops.dsv3.routed_swiglu.default: one_token_experts} if phase == "decode" else {}
+    )
+    if contrib:
+        special = CONTRIB
     outputs = []
     output_names: dict[str, str] = {}
     for step in program.schedule:
@@ -247,7 +261,7 @@ def _with_room(b: Builder, step: Occurrence, cache: fx.Node) -> str:
 
 
 def _weight_value(stored: StoredWeight, fake: torch.Tensor) -> Value:
-    name, transposed = ("", stored.name) if stored.transposed else (stored.name, "")
+    name, transposed = ("", stored.name) if stored.layout == "transposed" else (stored.name, "")
     return Value(name, tuple(fake.shape), fake.dtype, transposed)
 
 

@@ -56,7 +56,8 @@ class WholeModel(nn.Module):
             weights = [getattr(self, f"weight_{index}") for index in range(len(self.weight_names))]
         named = dict(zip(self.weight_names, weights, strict=True))
         values = {"input_ids_BS": input_ids, "positions_BS": position_ids}
-        rest, written = list(caches), []
+        rest: list[Tensor] = list(caches)
+        written: list[Tensor] = []
         for step in self.program.schedule:
             graph = self.program.blocks[step.block, self.phase]
             given = []
@@ -137,7 +138,7 @@ def whole_program(program: Program, phase: str, inline: dict[str, Tensor]) -> Ex
     held = [] if inline else [torch.empty(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in nodes.values()]
     ids = torch.zeros(EXAMPLE["B"], queries, dtype=torch.int64)
     given = [torch.zeros(EXAMPLE["B"], EXAMPLE["T"], *map(int, c.shape[2:]), dtype=c.dtype) for c in caches]
-    shapes = (tokens, tokens, [{0: sizes["B"], 1: sizes["T"]} for _ in given], [{} for _ in held])
+    shapes: Any = (tokens, tokens, [{0: sizes["B"], 1: sizes["T"]} for _ in given], [{} for _ in held])
     module = WholeModel(program, phase, inline).eval()
     exported = torch.export.export(module, (ids, ids.clone(), given, held), dynamic_shapes=shapes)
     return exported.run_decompositions({})

@@ -3,7 +3,7 @@
 from codegen.onnx import aten, vocabulary
 from codegen.onnx.builder import Builder, ExportError, Scope, Value
 from codegen.onnx.external import WeightFile
-from codegen.onnx.translate import stored_transposed, translate
+from codegen.onnx.translate import layout_of, translate
 
 __all__ = [
     "Builder",
@@ -12,7 +12,7 @@ __all__ = [
     "Value",
     "WeightFile",
     "aten",
-    "stored_transposed",
+    "layout_of",
     "translate",
     "vocabulary",
 ]

@@ -80,7 +80,7 @@ class Builder:
         given = {key: value for key, value in attributes.items() if value is not None}
         node = helper.make_node(kind, names, outputs, name=name, domain=domain, **given)
         origin = {"module": self.scope.module, "source": self.scope.source}
-        helper.set_model_props(node, {key: text for key, text in origin.items() if text})  # type: ignore[arg-type]
+        helper.set_model_props(node, {key: text for key, text in origin.items() if text})
         self.nodes.append(node)
         self.domains.add(domain)
         return tuple(outputs)

@@ -24,17 +24,19 @@ class WeightFile:
     path: Path
     entries: dict[str, TensorProto] = field(default_factory=dict)
 
-    def write(self, stream: BinaryIO, name: str, tensor: Tensor, swap: bool) -> None:
-        """Append a tensor; swap: with its last two axes exchanged. ExportError when it holds NaN or infinity."""
+    def write(self, stream: BinaryIO, name: str, tensor: Tensor, layout: str) -> None:
+        """Append a tensor in a layout of `layout_of`. ExportError when it holds NaN or infinity."""
         stream.seek(-(-stream.tell() // ALIGNMENT) * ALIGNMENT)
         offset = stream.tell()
         for part in _parts(tensor):
-            if swap:
+            if layout == "transposed":
                 part = part.transpose(-1, -2)
+            if layout == "interleaved":
+                part = part.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
             if part.is_floating_point() and part.numel() and not all(e.isfinite() for e in part.aminmax()):
                 raise ExportError(f"{name} does not fit {part.dtype}: it holds NaN or infinity; accepted: float32")
-            stream.write(memoryview(part.contiguous().numpy()).cast("B"))
-        sizes = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if swap else tensor.shape
+            stream.write(part.contiguous().numpy().tobytes())
+        sizes = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if layout == "transposed" else tensor.shape
         kind = ONNX_TYPES[tensor.dtype]
         entry = TensorProto(name=name, data_type=kind, data_location=TensorProto.EXTERNAL, dims=sizes)
         length = stream.tell() - offset

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -56,8 +56,8 @@ def translate(
             scope = Scope(_module_path(path, node), node.name, _model_line(node))
             with builder.within(scope):
                 known[node] = _translated(builder, node, known, table, scope)
-    (results,) = module.graph.output_node().args
-    return tuple(_as_value(builder, known[node]) for node in results)  # type: ignore[union-attr]
+    (results,) = cast(tuple[tuple[fx.Node, ...]], module.graph.output_node().args)
+    return tuple(_as_value(builder, known[node]) for node in results)
 
 
 def _translated(
@@ -71,7 +71,7 @@ def _translated(
         return args[0][args[1]]
     leaves = torch.utils._pytree.tree_leaves((args, kwargs))
     if not any(isinstance(leaf, (Value, torch.SymInt)) for leaf in leaves):
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     found = table.get(node.target) or table.get(getattr(node.target, "overloadpacket", None))
     where = f"node {node.name} of {scope.module}" + (f" ({scope.source})" if scope.source else "")
     if found is None:
@@ -107,11 +107,15 @@ def _model_line(node: fx.Node) -> str:
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 
 
-def stored_transposed(uses: Sequence[tuple[fx.Node, int]]) -> bool:
-    """Should a weight be stored with its last two axes swapped, given all its (user, argument index)?
+def layout_of(uses: Sequence[tuple[fx.Node, int]], contrib: bool = False) -> str:
+    """How a weight is stored, given all its (user, argument index): plain, transposed or interleaved.
 
-    ONNX multiplies by [in, out]; torch keeps [out, in].
+    ONNX multiplies by [in, out] where torch keeps [out, in]. contrib: experts are computed by `MoE`.
     """
     aten, dsv3 = torch.ops.aten, torch.ops.dsv3
-    right = {aten.linear.default: (1,), dsv3.routed_swiglu.default: (3, 4), dsv3.grouped_linear.default: (1,)}
-    return bool(uses) and all(index in right.get(user.target, ()) for user, index in uses)  # type: ignore[arg-type]
+    experts = dsv3.routed_swiglu.default
+    right: dict[Any, tuple[int, ...]] = {aten.linear.default: (1,), experts: () if contrib else (3, 4)}
+    if contrib and uses and all((user.target, index) == (experts, 3) for user, index in uses):
+        return "interleaved"
+    swapped = uses and all(index in right.get(user.target, ()) for user, index in uses)
+    return "transposed" if swapped else "plain"

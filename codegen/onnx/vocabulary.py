@@ -6,6 +6,7 @@ Axis letters follow docs/architecture.md. Routing and softmax compute in float32
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def rotary(b: Builder, node: fx.Node, x: Value, cos: Value, sin: Value, interlea
 
 def _rotary(b: Builder, x: str, dtype: torch.dtype, heads: int, cos: Value, sin: Value, interleaved: bool) -> str:
     """x [B, S, H·R]."""
-    tables = [b.once(("angles", table.name, dtype), lambda table=table: b.cast(table, dtype)) for table in (cos, sin)]
+    tables = [b.once(("angles", table.name, dtype), partial(b.cast, table, dtype)) for table in (cos, sin)]
     return b.op("RotaryEmbedding", x, *tables, num_heads=heads, interleaved=int(interleaved))
 
 
@@ -214,7 +215,7 @@ def many_token_experts(
         where = b.op("Unsqueeze", tokens, b.ints(1))
         total = b.op("ScatterND", f"{prefix}.sum", where, weighted, reduction="add")
         going = b.op("Identity", f"{prefix}.going")
-    sizes = ["tokens", int(x.shape[1])]
+    sizes: list[str | int | None] = ["tokens", int(x.shape[1])]
     body = helper.make_graph(
         nodes,
         prefix,

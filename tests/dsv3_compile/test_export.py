@@ -193,6 +193,24 @@ def test_metadata_tells_the_cache_layout(case: Case) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["v3", "v2-group-limited"])
+def test_the_runtimes_own_operators_compute_the_same(name: str, tmp_path: Path, case_of: Callable[[str], Case]) -> None:
+    case = case_of(name)
+    write_onnx(case.program, tmp_path / "own", checkpoint_of(case.definition).__getitem__, contrib=True)
+    ids = np.random.default_rng(0).integers(0, case.config.vocab_size, (3, 8))
+    positions = np.tile(np.arange(8), (3, 1))
+    truth = expected(case.definition, ids)
+    past = None
+    for phase, part in (("prefill", slice(0, 7)), ("decode", slice(7, 8))):
+        path = tmp_path / "own" / f"{phase}.onnx"
+        kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+        layers = sum(case.config.is_moe(i) for i in range(case.config.num_hidden_layers))
+        assert kinds.count("MoE") == layers
+        assert kinds.count("MoEGroupRouter") == (layers if name == "v3" else 0)
+        logits, past = run(session(str(path)), ids[:, part].copy(), positions[:, part].copy(), past)
+        assert np.abs(logits - truth[:, part]).max() <= 1e-4
+
+
 def test_both_models_read_one_copy_of_every_weight(case: Case) -> None:
     where: dict[str, set[int]] = {}
     length = 0
