@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,9 @@ def to_mlir(exported: ExportedProgram, dialect: str, name: str) -> str:
     except ImportError as error:
         raise MlirError("torch-mlir is not installed: pip install 'dsv3-compile[mlir]'") from error
     try:
-        module = torch_mlir.export_and_import(exported, output_type=DIALECTS[dialect], func_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytrees
+            module = torch_mlir.export_and_import(exported, output_type=DIALECTS[dialect], func_name=name)
     except Exception as error:  # torch-mlir raises nothing more specific
         raise MlirError(f"torch-mlir cannot write {dialect}: {_reason(str(error))}") from error
     if not module.operation.verify():

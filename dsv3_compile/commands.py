@@ -173,6 +173,9 @@ def export(options: Namespace) -> int:
     from dsv3_compile.export import export_onnx
     from dsv3_compile.export_mlir import export_mlir
 
+    other = {"mlir": "contrib", "onnx": "inline"}[options.format]
+    if getattr(options, other):
+        raise UsageError(f"--{other} is not an option of --format {options.format}")
     settings: dict[str, Any] = {"dtype": options.dtype, "verify": not options.no_verify}
     with Display() as display:
         if options.format == "mlir":

@@ -12,6 +12,7 @@ the weights. Results are the logits and the caches with the new tokens in slots 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,10 @@ def whole_program(program: Program, phase: str, inline: dict[str, Tensor]) -> Ex
     given = [torch.zeros(EXAMPLE["B"], EXAMPLE["T"], *map(int, c.shape[2:]), dtype=c.dtype) for c in caches]
     shapes: Any = (tokens, tokens, [{0: sizes["B"], 1: sizes["T"]} for _ in given], [{} for _ in held])
     module = WholeModel(program, phase, inline).eval()
-    exported = torch.export.export(module, (ids, ids.clone(), given, held), dynamic_shapes=shapes)
-    return exported.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytrees
+        exported = torch.export.export(module, (ids, ids.clone(), given, held), dynamic_shapes=shapes)
+        return exported.run_decompositions({})
 
 
 def used_weights(program: Program, phase: str) -> list[str]:

@@ -316,6 +316,12 @@ def test_export_names_the_dtypes_it_takes(tmp_path: Path, capsys: Capture) -> No
     assert "bfloat16" in line and "accepted: float32, float16" in line and not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(("form", "flag"), [("onnx", "--inline"), ("mlir", "--contrib")])
+def test_export_refuses_options_of_the_other_format(form: str, flag: str, tmp_path: Path, capsys: Capture) -> None:
+    line = error_of(capsys, "export", "toy", "--format", form, flag, "-o", tmp_path / "model")
+    assert f"{flag} is not an option of --format {form}" in line and not (tmp_path / "model").exists()
+
+
 def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Capture) -> None:
     assert main(["verify", str(artifact_folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
