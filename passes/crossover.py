@@ -52,7 +52,7 @@ def price_forms(module: fx.GraphModule, context: Context) -> list[FormCost]:
     totals, nodes = {}, {}
     for form in FORMS:
         graph_module = clone(module)
-        passes = (OrderContractions(**{context.phase: form}), FuseAttention(), HoistWeights())
+        passes = (OrderContractions(prefill=form, decode=form), FuseAttention(), HoistWeights())
         Pipeline(passes).run(graph_module, context)
         totals[form] = cost(graph_module.graph)
         found = node_costs(graph_module.graph, symbolic_sizes(graph_module.graph))
