@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 import dsv3_compile as dsv3
 
-OURS, PEER = "dsv3-compile", "transformers, torch.onnx.export"
+OURS, CONTRIB, PEER = "dsv3-compile", "dsv3-compile --contrib", "transformers, torch.onnx.export"
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 WARM_UP = 3  # steps
 
@@ -68,9 +68,13 @@ def stepper(running: onnxruntime.InferenceSession, past: list[np.ndarray]) -> St
     return step
 
 
-def ours(prompt: np.ndarray, folder: Path, threads: int) -> Step:
-    random_model().save_pretrained(folder / "checkpoint")
-    exported = dsv3.export_onnx(folder / "checkpoint", folder / "onnx", max_length=2 * prompt.shape[1])
+def ours(prompt: np.ndarray, folder: Path, threads: int, contrib: bool) -> Step:
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        random_model().save_pretrained(checkpoint)
+    exported = dsv3.export_onnx(
+        checkpoint, folder / f"onnx_{contrib}", contrib=contrib, max_length=2 * prompt.shape[1], verify=False
+    )
     prefill = session(exported.model("prefill"), threads)
     feeds = {"input_ids": prompt, "position_ids": np.arange(prompt.shape[1])[None]}
     for one in prefill.get_inputs()[2:]:
@@ -128,7 +132,8 @@ def main() -> dict[str, object]:
     prompt = tokens[None, : chosen.context]
     with tempfile.TemporaryDirectory() as scratch:
         say("exporting ours")
-        steps = {OURS: ours(prompt, Path(scratch), chosen.threads), **peers(prompt, Path(scratch), chosen.threads)}
+        given = prompt, Path(scratch), chosen.threads
+        steps = {OURS: ours(*given, contrib=False), CONTRIB: ours(*given, contrib=True), **peers(*given)}
         times: dict[str, list[float]] = {name: [] for name in steps}
         logits: dict[str, np.ndarray] = {}
         for position in range(chosen.context, len(tokens)):
