@@ -17,15 +17,16 @@ Recipe = tuple[str, str, tuple[int, ...], int]
 
 
 def size_values(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
-    """Small, all-different values for the free sizes of a graph, ascending in order of first appearance.
+    """Small, all-different values for the free sizes of a graph, in order of first appearance.
 
-    A block's inputs show batch, queries, context in that order, so a row's queries fit into its context.
+    A block's inputs show batch, queries, context in that order, so a row's queries fit into its context, and even a
+    decode step has tokens enough to tell two ways of choosing experts apart.
     """
     symbols: dict[sympy.Symbol, None] = {}
     for node in placeholders(module.graph):
         for size in node.meta["val"].shape:
             symbols |= dict.fromkeys(getattr(expression_of(size), "free_symbols", ()))
-    return dict(zip(symbols, (3, 5, 11, 13, 17), strict=False))
+    return dict(zip(symbols, (13, 5, 11, 17, 19), strict=False))
 
 
 def random_inputs(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int], seed: int) -> dict[str, Tensor]:
@@ -57,9 +58,10 @@ def _recipe(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Recipe:
 def draw(recipes: Sequence[tuple[str, str, tuple[int, ...], int]], seed: int) -> dict[str, Tensor]:
     """Values by name, floating point in float64.
 
-    Matrices are N(0, 1/fan-in). Vectors are ±(1 + 0.2 N), one in eight of them positive: norm weights do not mind
-    the sign, and where most selection biases are negative, negative scores get selected, which tells masking with
-    −inf from masking with 0. Integers are drawn per row, distinct and ascending.
+    Matrices are N(0, 1/fan-in). Vectors are −(1 + 0.2 N): norm weights do not mind the sign, and selection biases
+    that are all negative, and spread as far as the scores, let every token choose its own groups and experts. A
+    large positive bias would choose them for all tokens, and hide a mask of 0 for −∞ or another score of groups.
+    Integers are drawn per row, distinct and ascending.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: draw_one(kind, shape, upper, generator) for name, kind, shape, upper in recipes}
@@ -73,8 +75,7 @@ def draw_one(kind: str, shape: tuple[int, ...], upper: int, generator: torch.Gen
         return normal
     if kind == "matrix":
         return normal / math.sqrt(shape[-1])
-    sign = torch.where(torch.randint(0, 8, shape, generator=generator) == 0, 1.0, -1.0)
-    return sign * (1 + 0.2 * normal)
+    return -(1 + 0.2 * normal)
 
 
 def ascending(shape: tuple[int, ...], upper: int, generator: torch.Generator) -> Tensor:

@@ -45,7 +45,7 @@ def test_a_pass_tells_what_it_did(report):
     assert row["cost_after"]["at"]["flops"] < row["cost_before"]["at"]["flops"]
     assert "T" in row["cost_before"]["flops"]
     assert set(row["certificate"]) >= {"max_rel_error", "dtype", "sizes"}
-    assert row["certificate"]["sizes"] == {"B": 3, "T": 5}
+    assert row["certificate"]["sizes"] == {"B": 13, "T": 5}
 
 
 def test_refusals_carry_node_source_and_reason(report):

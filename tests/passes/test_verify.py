@@ -64,7 +64,7 @@ def test_an_unchanged_meaning_is_certified(graph):
         node.args = (*node.args[:2], False)
     certificate = specimen.certify(graph, "rename on small")
     assert certificate.max_rel_error <= 1e-15
-    assert certificate.sizes == {"B": 3, "S": 5}
+    assert certificate.sizes == {"B": 13, "S": 5}
 
 
 def test_a_change_is_reported_with_pass_output_and_node(graph):
@@ -124,15 +124,15 @@ def test_anything_differs_from_zero():
 
 def test_positions_are_distinct_ascending_and_different_per_row(graph):
     positions = random_inputs(graph, size_values(graph), 0)["positions"]
-    assert positions.shape == (3, 5)
+    assert positions.shape == (13, 5)
     assert bool((positions.diff(dim=-1) > 0).all()) and bool(((0 <= positions) & (positions < 6)).all())
     assert len({tuple(row.tolist()) for row in positions}) > 1
 
 
-def test_vectors_have_both_signs_and_stay_away_from_zero(graph):
+def test_vectors_are_negative_and_stay_away_from_zero(graph):
     norms = [random_inputs(graph, size_values(graph), seed)["norm"] for seed in range(20)]
     values = torch.stack(norms)
-    assert bool((values < 0).any()) and bool((values > 0).any()) and values.abs().median() > 0.7
+    assert bool((values < 0).all()) and values.abs().median() > 0.7 and values.std() > 0.1
 
 
 def test_inputs_repeat_with_the_seed(graph):
