@@ -153,8 +153,9 @@ class Specimen:
             return Certificate(0.0, bound, sizes=self.sizes, proxy=self.proxy)
         try:
             results, values = run_float64(self.module, self.inputs, record=True)
-        except NodeError as error:
-            raise self._failed(before, f"{label}: the graph no longer runs: {error}", error.departure) from error
+        except NodeError as stopped:
+            message = f"{label}: the graph no longer runs: {stopped}"
+            raise self._failed(before, message, stopped.departure) from stopped
         found = tree_leaves(results)
         if len(found) != len(self.outputs):
             raise self._failed(before, f"{label}: {len(self.outputs)} outputs became {len(found)}", None)
