@@ -132,7 +132,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("steps", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_way_to_write_it(steps):
-    graph = routing_graph(lambda z, b: v3(z, b, **steps), 12)
+    # Positive biases: among experts that a mask has made equal to zero, any choice is right.
+    graph = routing_graph(lambda z, b: v3(z, b.abs(), **steps), 12)
     outcome = certified(FuseRouting(), graph)
     assert len(outcome.matches) == 1 and not outcome.refusals
     assert count(graph, aten.topk, aten.gather, aten.scatter) == 0
@@ -140,7 +141,7 @@ def test_every_way_to_write_it(steps):
 
 def test_attributes_are_captured_exactly():
     steps = dict(VARIANTS["product with the mask"], post=lambda w: w / (w.sum(-1, keepdim=True) + 3e-7) * 1.75)
-    graph = routing_graph(lambda z, b: v3(z, b, **steps), 12)
+    graph = routing_graph(lambda z, b: v3(z, b.abs(), **steps), 12)
     certified(FuseRouting(), graph)
     found = attributes(graph)
     assert [found[k] for k in ("masked", "group_score", "epsilon", "scale")] == [0.0, "max", 3e-7, 1.75]
