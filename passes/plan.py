@@ -34,7 +34,7 @@ class Plan:
         else:  # too many to try them all: improve one chain at a time
             combos = (tuple(best[:i] + [o] + best[i + 1 :]) for i, option in enumerate(options) for o in option)
         budget = storage_growth * sum(self._bytes(n) for n in placeholders(self.graph, Role.WEIGHT))
-        priced = []
+        priced: list[tuple[float, int, int, tuple[Order, ...]]] = []
         self.form_seconds.clear()
         for combo in combos:
             if "folded" not in wanted and self.folded_bytes(combo) > budget:

@@ -63,9 +63,19 @@ def test_it_opens_from_disk_without_a_complaint(opened):
 
 
 @needs_chromium
-def test_the_page_paints(opened):
-    # How soon depends on what else the processor does, so it is measured and not tested.
-    assert opened.run("performance.getEntriesByType('paint').length") > 0 or opened.run("document.body.innerText.length") > 0
+def test_first_paint_comes_within_a_second(tab, page_file):
+    # The fastest of several openings: the bound is the page's, not that of whatever else the processor does.
+    paints = []
+    for _ in range(8):
+        tab.open("about:blank")
+        tab.open(page_file.as_uri())
+        tab.settle()
+        paints.append(
+            tab.run("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? performance.now()")
+        )
+        if paints[-1] < 1000:
+            break
+    assert min(paints) < 1000
 
 
 @needs_chromium
