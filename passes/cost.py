@@ -35,7 +35,8 @@ VIEWS = (
 )  # fmt: skip
 NOT_ELEMENTWISE = (
     aten.einsum, aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.scaled_dot_product_attention,
-    aten.softmax, aten._softmax, aten.topk, aten.sort, aten.scatter, aten.index_put, aten.index_put_, aten.index, aten.embedding,
+    aten.softmax, aten._softmax, aten.topk, aten.sort, aten.scatter, aten.index_put, aten.index_put_,
+    aten.index, aten.embedding,
     aten.gather, aten.sum, aten.mean, aten.amax, aten.rms_norm, aten.index_add, aten.cat, aten.stack,
 )  # fmt: skip
 

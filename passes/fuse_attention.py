@@ -108,7 +108,9 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 def is_minus_infinity(node: object) -> bool:
     if node == -inf:
         return True
-    return is_call(node, aten.full, aten.scalar_tensor, aten.full_like) and -inf in node.args  # type: ignore[union-attr]
+    if not isinstance(node, fx.Node):
+        return False
+    return is_call(node, aten.full, aten.scalar_tensor, aten.full_like) and -inf in node.args
 
 
 def negated(node: fx.Node) -> fx.Node:

@@ -45,9 +45,7 @@ def _value_output(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: flo
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@opaque(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor", fake=_value_output
-)
+@opaque("attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor", fake=_value_output)
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
     """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] int64 → [B, S, H, V].
 

@@ -9,14 +9,10 @@ from codegen.ops.norm import rms_norm
 from codegen.ops.registry import composite, opaque
 from codegen.ops.rotary import rotary
 
-_ARGUMENTS = (
-    "Tensor kv, Tensor weight, Tensor cos, Tensor sin, Tensor positions, {latent}, {rope_key}, float eps, "
-)
+_ARGUMENTS = "Tensor kv, Tensor weight, Tensor cos, Tensor sin, Tensor positions, {latent}, {rope_key}, float eps, "
 
 
-def _rows(
-    kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+def _rows(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, interleaved: bool) -> tuple[Tensor, Tensor]:
     rank = weight.shape[0]
     latent = rms_norm(kv[..., :rank], weight, eps)
     rope_key = rotary(kv[..., rank:].unsqueeze(-2), cos, sin, interleaved).squeeze(-2)
