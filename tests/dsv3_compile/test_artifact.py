@@ -8,7 +8,8 @@ import os
 import random
 import shutil
 import signal
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,26 +128,50 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_kep
     assert not gone.exists() and kept.exists()
 
 
-def test_a_process_killed_at_any_moment_leaves_a_whole_artifact_or_none(tmp_path: Path, definition: Decoder) -> None:
+@pytest.mark.parametrize("replaced", [False, True], ids=["new", "over an older one"])
+def test_a_process_killed_at_any_moment_leaves_a_whole_artifact_or_none(
+    tmp_path: Path, definition: Decoder, replaced: bool
+) -> None:
     program, read = tiny.program(), tiny.checkpoint_of(definition).__getitem__
-    output = tmp_path / "out"
+    older, output = tmp_path / "older", tmp_path / "out"
 
     def write() -> None:
         write_artifact(program, output, passes=[], max_batch=3, max_length=32, read=read)
 
-    start = time.perf_counter()
     write()
-    duration = time.perf_counter() - start
-    shutil.rmtree(output)
-    generator, found = random.Random(0), set()
-    for _ in range(24):
-        process = multiprocessing.get_context("fork").Process(target=write)
-        process.start()
-        time.sleep(generator.uniform(0, 1.5 * duration))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        found.add(output.exists())
+    output.rename(older)
+    found = []
+    for moment in range(1, 1000):
+        if replaced:
+            shutil.copytree(older, output)
+        killed = dies_at(moment, write)
+        found.append(output.exists())
         if output.exists():
             Artifact.open(output)
             shutil.rmtree(output)
-    assert found == {True, False}, "no kill fell into the write, or all did"
+        if not killed:
+            break
+    assert not killed and found[-1], "the write never came to its end"
+    assert len(found) > 10 and False in found, "no kill fell into the write"
+
+
+def dies_at(moment: int, work: Callable[[], None]) -> bool:
+    """Do the work in a process that kills itself before its `moment`-th use of the file system; did it come to that?"""
+
+    def doomed() -> None:
+        left = moment
+
+        def count(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal left
+            left -= event == "open" or event.startswith(("os.", "shutil."))
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=doomed)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
