@@ -171,7 +171,7 @@ def _block_graph(exported: ExportedProgram, inputs: Sequence[Input]) -> fx.Graph
                 given[new] = one
         elif node.op == "call_function" and node.target not in _LEFTOVERS:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = _tidy(node.meta)
+            copies[node].meta = tidy(node.meta)
     (result,) = exported.graph.output_node().args
     graph.output(fx.node.map_arg(result, copies.__getitem__))
 
@@ -208,7 +208,7 @@ def _placeholder(graph: fx.Graph, spec: InputSpec, given: Input | None) -> fx.No
     return node
 
 
-def _tidy(meta: dict[str, Any]) -> dict[str, Any]:
+def tidy(meta: dict[str, Any]) -> dict[str, Any]:
     """What the passes need of a node's record; of its stack, the frames of the model."""
     kept: dict[str, Any] = {key: meta[key] for key in ("val", "nn_module_stack") if key in meta}
     frames = re.findall(r'File "[^"]+", line \d+.*\n(?:    .*\n?)?', meta.get("stack_trace") or "")

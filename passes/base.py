@@ -22,6 +22,8 @@ class Role(StrEnum):
     ACTIVATION = "activation"
     WEIGHT = "weight"
     CACHE = "cache"
+    INPUT = "input"  # of a foreign graph: a tensor of which nothing more is known
+    SIZE = "size"  # of a foreign graph: a number
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Workload:
 class Context:
     """What a pass may know besides the graph."""
 
-    phase: str  # "prefill" or "decode"
+    phase: str  # "prefill" or "decode"; "any" of a foreign graph
     target: Target
     workload: Workload
 

@@ -71,9 +71,9 @@ class NodeCost:
         return max(self.flops / target.flops, self.bytes / target.bandwidth)
 
 
-def cost(graph: fx.Graph) -> Cost:
-    """Symbolic totals of a graph."""
-    size = symbolic_sizes(graph)
+def cost(graph: fx.Graph, size: SizeOf | None = None) -> Cost:
+    """Totals of a graph: numbers where `size` gives numbers, else expressions in B, S and T."""
+    size = size or symbolic_sizes(graph)
     each = node_costs(graph, size).values()
     caches = [n.meta["val"] for n in placeholders(graph, Role.CACHE)]
     return Cost(
@@ -96,6 +96,13 @@ def symbol_names(graph: fx.Graph) -> dict[Any, sympy.Symbol]:
     return names
 
 
+def traced_sizes(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """The value that each free size of a foreign graph had when it was traced."""
+    values = [node.meta["val"] for role in (Role.SIZE, Role.INPUT) for node in placeholders(graph, role)]
+    sizes = [size for value in values for size in getattr(value, "shape", (value,)) if isinstance(size, torch.SymInt)]
+    return {size.node.expr: size.node.hint for size in sizes if size.node.expr.is_Symbol and size.node.hint is not None}
+
+
 def symbolic_sizes(graph: fx.Graph) -> SizeOf:
     names = symbol_names(graph)
 
@@ -107,9 +114,9 @@ def symbolic_sizes(graph: fx.Graph) -> SizeOf:
 
 
 def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
-    """Sizes as integers for one workload."""
+    """Sizes as integers for one workload; a foreign graph, in which nobody named them, at the sizes it was traced at."""
     sizes = {B: workload.batch, S: workload.queries, T: workload.context}
-    values = {symbol: sizes[name] for symbol, name in symbol_names(graph).items()}
+    values = traced_sizes(graph) | {symbol: sizes[name] for symbol, name in symbol_names(graph).items()}
 
     @functools.cache
     def numbered(expression: Any) -> int:

@@ -253,6 +253,8 @@ def _read_getitem(node: fx.Node) -> Value:
 
 def _read_cat(node: fx.Node) -> Value:
     dim = (node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))
+    if any(len(shape_of(n)) != len(shape_of(node)) for n in node.args[0]):
+        raise NotLinear("an empty part without dims")
     parts = [_read(n) for n in node.args[0]]
     for k, part in enumerate(parts):
         if part.joined is not None or len(part.dims[dim]) != 1:  # merged there: take the tensor as it is

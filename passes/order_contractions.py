@@ -55,11 +55,12 @@ class OrderContractions(Pass):
             write(graph, chain, order)
             outcome.matches.append(f"{chain.root.name}: {order.form}, {chain.describe(order)}")
         self_forms = [o.form for c, o in zip(chains, chosen, strict=True) if c.has_form]
-        outcome.decision = {context.phase: "+".join(self_forms) or "auto"}
+        if context.phase in ("prefill", "decode"):
+            outcome.decision = {context.phase: "+".join(self_forms) or "auto"}
         return outcome
 
     def _forms(self, phase: str, count: int) -> list[str]:
-        forms = getattr(self, phase).split("+")
+        forms = getattr(self, phase, "auto").split("+")
         if len(forms) == 1:
             return forms * count
         if len(forms) != count:
