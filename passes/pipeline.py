@@ -45,6 +45,19 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
     Lower(),
 )
 
+FOREIGN_PIPELINE: tuple[Pass, ...] = (
+    Canonicalise(),
+    OrderContractions(),
+    SparsifyExperts(),
+    FuseRouting(),
+    FuseAttention(),
+    FuseSwiglu(),
+    FuseRotary(),
+    FuseNorm(),
+    FuseExperts(),
+)
+"""For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache."""
+
 
 class PassError(ValueError):
     """A pass, an option or a value that does not exist."""
