@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv3_compile.backend import last_report, reports
     from dsv3_compile.driver import compile
     from dsv3_compile.export import export_onnx
     from dsv3_compile.export_mlir import export_mlir
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "compile": ("dsv3_compile.driver", "compile"),
     "load": ("dsv3_compile.runtime", "load"),
+    "last_report": ("dsv3_compile.backend", "last_report"),
+    "reports": ("dsv3_compile.backend", "reports"),
     "inspect": ("dsv3_compile.inspection", "inspect"),
     "export_mlir": ("dsv3_compile.export_mlir", "export_mlir"),
     "export_onnx": ("dsv3_compile.export", "export_onnx"),
 }
 
-__all__ = ["compile", "export_mlir", "export_onnx", "inspect", "load"]
+__all__ = ["compile", "export_mlir", "export_onnx", "inspect", "last_report", "load", "reports"]
 
 
 def __getattr__(name: str) -> Any:

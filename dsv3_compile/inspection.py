@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
 from codegen.targets import Target
@@ -23,6 +24,7 @@ from passes.pipeline import PassRecord
 SCHEMA = 1  # of the document; report/schema.json describes it
 REPORT = "report/passes.json"
 GRAPHS = "report/graphs.json"
+TRACED = Workload(0, 0, 0)  # of graphs whose sizes are known otherwise
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:
@@ -69,30 +71,43 @@ def document(program: Program, options: Options) -> dict[str, Any]:
     for step in program.schedule:
         layers.setdefault(step.block, []).extend([] if step.layer is None else [step.layer])
     return {
-        "schema": SCHEMA,
-        "model_type": program.config.model_type,
-        "target": program.target.name,
-        "machine": {
-            "bytes_per_second": program.target.bandwidth,
-            "flops_per_second": program.target.flops,
-            "launch_seconds": program.target.launch_seconds,
-        },
-        "dtype": str(program.dtype).removeprefix("torch."),
-        "options": repr(options),
+        **header(program.config.model_type, program.target, program.dtype, repr(options)),
         "blocks": [
-            {
-                "name": name,
-                "phase": phase,
-                "layers": layers[name],
-                "workload": asdict(program.workloads[phase]),
-                "passes": [
-                    {"number": number, **_record(record, program.workloads[phase], program.target)}
-                    for number, record in enumerate(records)
-                ],
-            }
+            block_document(name, phase, layers[name], records, program.workloads[phase], program.target)
             for (name, phase), records in program.records.items()
         ],
         "phase_plans": program.plans,
+    }
+
+
+def header(model_type: str, target: Target, dtype: torch.dtype, options: str) -> dict[str, Any]:
+    """What was compiled, for which machine, and how."""
+    return {
+        "schema": SCHEMA,
+        "model_type": model_type,
+        "target": target.name,
+        "machine": {
+            "bytes_per_second": target.bandwidth,
+            "flops_per_second": target.flops,
+            "launch_seconds": target.launch_seconds,
+        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "options": options,
+    }
+
+
+def block_document(
+    name: str, phase: str, layers: list[int], records: Sequence[PassRecord], workload: Workload | None, target: Target
+) -> dict[str, Any]:
+    """One block in one phase. workload: None where the costs are numbers already, at the sizes of a traced graph."""
+    return {
+        "name": name,
+        "phase": phase,
+        "layers": layers,
+        "workload": None if workload is None else asdict(workload),
+        "passes": [
+            {"number": number, **_record(record, workload or TRACED, target)} for number, record in enumerate(records)
+        ],
     }
 
 
@@ -136,9 +151,8 @@ def table(report: dict[str, Any]) -> str:
         busy = [row for row in block["passes"] if row["matches"] or row["refusals"]]
         size = block["workload"]
         layers = f" × {len(block['layers'])}" if block["layers"] else ""
-        title = (
-            f"{block['name']}{layers}, {block['phase']}  (B={size['batch']} S={size['queries']} T={size['context']})"
-        )
+        at = f"  (B={size['batch']} S={size['queries']} T={size['context']})" if size else ""
+        title = f"{block['name']}{layers}, {block['phase']}{at}"
         rows = [HEADER, *(tuple(_cells(row)) for row in busy)]
         sections.append("\n".join([title, *(_aligned(rows) if busy else ["  every pass found nothing"])]))
     return "\n\n".join(sections) + "\n"

@@ -14,7 +14,8 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from passes.base import Context, Outcome, Pass, Refusal, sweep
 from passes.canonicalise import Canonicalise
-from passes.cost import Cost, cost
+from passes.certify import RegionalSpecimen
+from passes.cost import Cost, concrete_sizes, cost
 from passes.fuse_attention import FuseAttention
 from passes.fuse_cache_write import FuseCacheWrite
 from passes.fuse_experts import FuseExperts
@@ -27,7 +28,7 @@ from passes.lower import Lower
 from passes.merge_projections import MergeProjections
 from passes.order_contractions import OrderContractions
 from passes.sparsify_experts import SparsifyExperts
-from passes.verify import Certificate, CertificateError, Specimen, clone
+from passes.verify import Certificate, CertificateError, Specimen
 
 DEFAULT_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
@@ -96,7 +97,7 @@ class Pipeline:
         module: fx.GraphModule,
         context: Context,
         label: str = "block",
-        specimen: Specimen | None = None,
+        specimen: Specimen | RegionalSpecimen | None = None,
         step: Callable[[str, int], None] = lambda name, number: None,
         printer: Callable[[fx.GraphModule], str] = lambda module: "",
     ) -> list[PassRecord]:
@@ -108,11 +109,11 @@ class Pipeline:
         Raises CertificateError naming pass and `label`.
         """
         records: list[PassRecord] = []
-        before = Snapshot.of(module, printer)
+        before = Snapshot.of(module, context, printer)
         for number, one in enumerate(self.passes):
             step(one.name(), number)
             outcome, seconds, certificate = _run_one(one, module, context, f"{one.name()} on {label}", specimen)
-            after = Snapshot.of(module, printer)
+            after = Snapshot.of(module, context, printer)
             records.append(_record(one, outcome, seconds, certificate, before, after))
             before = after
         return records
@@ -155,14 +156,16 @@ class Snapshot:
     text: str
 
     @classmethod
-    def of(cls, module: fx.GraphModule, printer: Callable[[fx.GraphModule], str]) -> Snapshot:
-        return cls(len(module.graph.nodes), cost(module.graph), printer(module))
+    def of(cls, module: fx.GraphModule, context: Context, printer: Callable[[fx.GraphModule], str]) -> Snapshot:
+        # A foreign graph can be a whole model: numbers are enough there, and expressions would take minutes.
+        size = concrete_sizes(module.graph, context.workload) if context.phase == "any" else None
+        return cls(len(module.graph.nodes), cost(module.graph, size), printer(module))
 
 
 def _run_one(
-    one: Pass, module: fx.GraphModule, context: Context, label: str, specimen: Specimen | None
+    one: Pass, module: fx.GraphModule, context: Context, label: str, specimen: Specimen | RegionalSpecimen | None
 ) -> tuple[Outcome, float, Certificate | None]:
-    before = clone(module) if specimen is not None and specimen.module is module else None
+    before = specimen.snapshot() if specimen is not None and specimen.module is module else None
     started = time.perf_counter()
     outcome = _apply(one, module, context)
     seconds = time.perf_counter() - started
@@ -204,9 +207,9 @@ def _record(
     )
 
 
-def _follow(one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen) -> fx.GraphModule:
+def _follow(one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen | RegionalSpecimen) -> fx.GraphModule:
     """Send the small block through the pass as the real one went; returns what it was before."""
-    before = clone(specimen.module)
+    before = specimen.snapshot()
     # Sizes decide what is cheapest, and the small block has others.
     small = _apply(one.decided(outcome), specimen.module, context)
     if len(small.matches) != len(outcome.matches):

@@ -1,0 +1,159 @@
+"""`torch.compile(model, backend="dsv3")`: the passes on whatever graph Dynamo traced, and Inductor behind them.
+
+    Dynamo's graph → functional ATen → passes, certified region by region → Inductor
+
+For inference. A graph that the passes leave as it was goes to Inductor untouched; so does one that they cannot read,
+and a graph that trains. `last_report()` says what happened, and why.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from codegen.targets import TARGETS, Target
+from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
+from dsv3_compile.inspection import block_document, header, print_graph
+from passes.base import Context, Role, Workload, placeholders
+from passes.canonicalise import Canonicalise
+from passes.certify import RegionalSpecimen
+from passes.pipeline import FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
+
+LOGGER = logging.getLogger(__name__)
+
+KEPT_REPORTS = 64
+_reports: deque[dict[str, Any]] = deque(maxlen=KEPT_REPORTS)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of the backend: `torch.compile(model, backend="dsv3", options={"disable": ("fuse-norm",)})`.
+
+    Options with other names are Inductor's.
+    """
+
+    set: tuple[str, ...] = ()  # pass.field=value
+    disable: tuple[str, ...] = ()  # passes left out
+    require: tuple[str, ...] = ()  # passes that must fire in every graph
+    verify: bool = True  # certify every pass
+
+
+def dsv3(
+    traced: fx.GraphModule, examples: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile one graph; the entry point "dsv3" of torch.compile, which takes `mode` and `options`.
+
+    Raises PassError for an unknown pass or option of one, CertificateError when a rewrite changed what the graph
+    computes, RequirementError when a required pass found nothing.
+    """
+    own = {name: value for name, value in (options or {}).items() if name in Settings.__dataclass_fields__}
+    others = {name: value for name, value in (options or {}).items() if name not in own}
+    settings, number = Settings(**own), len(_reports)
+    reason = _why_not(examples)
+    rewritten, records = None, []
+    target = target_of(examples)
+    if not reason:
+        try:
+            found = functional(traced)
+        except NotFunctional as problem:
+            reason = str(problem)
+        else:
+            records = _improve(found, examples, target, settings, f"graph {number}")
+            rewritten = found if any(r.matches for r in records if r.name != Canonicalise.name()) else None
+    _reports.append(_document(number, records, target, examples, settings, reason))
+    LOGGER.info("graph %d: %s", number, reason or _summary(records) or "nothing to improve")
+    return _inductor(traced if rewritten is None else callable_again(rewritten), examples, mode, others)
+
+
+def last_report() -> dict[str, Any]:
+    """What the backend did to the graph it compiled last: the document of `inspect`, with one block.
+
+    `fallback` says why the graph went to plain Inductor without passes, or is empty; `uncertified` lists what was
+    too large to be run before and after, by pass. ValueError when nothing was compiled yet.
+    """
+    if not _reports:
+        raise ValueError("the backend has compiled nothing in this process yet")
+    return _reports[-1]
+
+
+def reports() -> list[dict[str, Any]]:
+    """The reports of the graphs compiled so far, oldest first; the last 64 are kept."""
+    return list(_reports)
+
+
+def _why_not(examples: Sequence[Any]) -> str:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in examples):
+        return "the graph trains: the passes are for inference (call the model under torch.no_grad)"
+    return ""
+
+
+def _improve(
+    found: Functional, examples: Sequence[Any], target: Target, settings: Settings, label: str
+) -> list[PassRecord]:
+    pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
+    context = Context("any", target, Workload(0, 0, 0))
+    specimen = RegionalSpecimen(found.module, given_integers(found.module, examples)) if settings.verify else None
+    records = pipeline.run(found.module, context, label, specimen, printer=print_graph)
+    check_required(records, settings.require)
+    return records
+
+
+def given_integers(module: fx.GraphModule, examples: Sequence[Any]) -> dict[str, Tensor]:
+    """Integers and masks that the graph was traced with, by input: positions and indices cannot be drawn at random."""
+    return {
+        node.name: example.detach().cpu()
+        for node, example in zip(placeholders(module.graph), examples, strict=True)
+        if isinstance(example, Tensor)
+        and not isinstance(example, torch._subclasses.FakeTensor)
+        and not example.is_floating_point()
+    }
+
+
+def target_of(examples: Sequence[Any]) -> Target:
+    """The machine that the inputs lie on; of a GPU that nobody described, the closest older one."""
+    device = next((x.device for x in examples if isinstance(x, Tensor) and x.device.type == "cuda"), None)
+    if device is None:
+        return TARGETS["cpu"]
+    if torch.version.hip:
+        return TARGETS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    older = [one for one in TARGETS.values() if one.backend == "cuda" and int(one.arch) <= 10 * major + minor]
+    return max(older, key=lambda one: int(one.arch), default=TARGETS["sm_80"])
+
+
+def _inductor(
+    module: fx.GraphModule, examples: Sequence[Any], mode: str | None, options: Mapping[str, Any]
+) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+    return compile_fx(module, list(examples), config_patches={k.replace("-", "_"): v for k, v in patches.items()})
+
+
+def _document(
+    number: int, records: list[PassRecord], target: Target, examples: Sequence[Any], settings: Settings, reason: str
+) -> dict[str, Any]:
+    dtype = next((x.dtype for x in examples if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
+    skipped = [
+        {"pass": record.name, "reason": line}
+        for record in records
+        for line in (record.certificate.skipped if record.certificate else ())
+    ]
+    return {
+        **header("", target, dtype, repr(settings)),
+        "blocks": [block_document(f"graph {number}", "any", [], records, None, target)],
+        "phase_plans": [],
+        "fallback": reason,
+        "uncertified": skipped,
+    }
+
+
+def _summary(records: Sequence[PassRecord]) -> str:
+    return ", ".join(f"{record.name} {len(record.matches)}" for record in records if record.matches)

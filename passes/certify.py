@@ -1,0 +1,146 @@
+"""Certificates for graphs of any size: every changed region is run before and after, each kind of region once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from passes.base import Role, placeholders
+from passes.bisection import relative_error
+from passes.cost import node_costs, traced_sizes
+from passes.inputs import draw_one, expression_of
+from passes.regions import Changes, Pair, Region, number
+from passes.verify import EXACT, Certificate, CertificateError, NodeError, clone, run_float64
+
+MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
+MOST_FLOPS = 1e11
+DEPTHS = (0, 6, 24, None)  # how much of a region's surroundings is run with it, until the two sides agree
+SMALL = (3, 5, 11, 13, 7, 17, 19)  # free sizes of regions that would be too large as they were traced
+
+Sizes = Mapping[sympy.Symbol, int]
+
+
+class TooLarge(Exception):
+    """A region that is not run. One line: why."""
+
+
+@dataclass
+class RegionalSpecimen:
+    """A graph on its way through the passes, certified by what changes.
+
+    Floating-point values around a region are drawn at random. Integers are those that were handed in when the graph
+    was traced, since positions and indices have a meaning: `given` holds them by placeholder name. A region that is
+    too large to run is not certified, and the certificate says so.
+    """
+
+    module: fx.GraphModule
+    given: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    known: dict[str, float] = field(default_factory=dict)  # errors of the regions that were run, by their text
+
+    def snapshot(self) -> fx.GraphModule:
+        """The graph as it is now, to be compared with what a pass makes of it."""
+        number(self.module.graph)
+        return clone(self.module)
+
+    def certify(self, before: fx.GraphModule, label: str, bound: float = EXACT) -> Certificate:
+        """Compare `module`, just rewritten, with its snapshot. CertificateError names pass, value and error."""
+        changes, traced = Changes(before, self.module), traced_sizes(before.graph)
+        errors, skipped = [0.0], []
+        for root in changes.roots:
+            try:
+                errors.append(self._certify(changes, root, traced, label, bound))
+            except TooLarge as reason:
+                skipped.append(f"{root[0].name}: {reason}")
+        sizes = {str(symbol): value for symbol, value in traced.items()}
+        return Certificate(max(errors), bound, sizes=sizes, skipped=tuple(skipped))
+
+    def _certify(self, changes: Changes, root: Pair, traced: Sizes, label: str, bound: float) -> float:
+        failed = ""
+        for depth in DEPTHS:
+            region = changes.region(root, depth)
+            text = region.text()
+            if text not in self.known:
+                try:
+                    error = compare(region, self._inputs(region, traced))
+                except TooLarge:
+                    if failed:  # at a smaller depth, and nothing affordable shows that it is equal after all
+                        break
+                    raise
+                except NodeError as stopped:
+                    error, failed = float("inf"), f"the graph no longer runs: {stopped}"
+                else:
+                    failed = f"{region.root} differs by {error:.3g} (bound {bound:g})"
+                if error > bound or error != error:
+                    if region.whole:
+                        break
+                    continue
+                self.known[text] = error
+            return self.known[text]
+        raise CertificateError(f"{label}: {failed}")
+
+    def _inputs(self, region: Region, traced: Sizes) -> dict[str, Any]:
+        sizes = affordable_sizes(region, traced)
+        generator = torch.Generator().manual_seed(self.seed)
+        return {n.name: self._draw(n, sizes, generator) for n in placeholders(region.before.graph)}
+
+    def _draw(self, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Any:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return number_of(value, sizes)
+        shape = tuple(number_of(size, sizes) for size in value.shape)
+        if value.is_floating_point():
+            kind = "normal"
+            if node.meta["role"] is Role.WEIGHT:
+                kind = "matrix" if len(shape) > 1 else "vector"
+            return draw_one(kind, shape, 0, generator)
+        given = self.given.get(node.name)
+        if given is None:
+            upper = 2 if value.dtype is torch.bool else min((*shape, *sizes.values()), default=2)
+            return torch.randint(0, upper, shape, generator=generator).to(value.dtype)
+        return given[tuple(slice(size) for size in shape)]
+
+
+def compare(region: Region, inputs: Mapping[str, Any]) -> float:
+    """The largest relative difference between the two graphs of a region on the same inputs."""
+    expected, found = (tree_leaves(run_float64(side, inputs)[0]) for side in (region.before, region.after))
+    if len(expected) != len(found):
+        return float("inf")
+    return max((relative_error(two, one) for one, two in zip(expected, found, strict=True)), default=0.0)
+
+
+def affordable_sizes(region: Region, traced: Sizes) -> Sizes:
+    """Values of the free sizes with which a region can be run: as traced, or small ones. Raises TooLarge."""
+    small = {symbol: min(value, SMALL[k % len(SMALL)]) for k, (symbol, value) in enumerate(traced.items())}
+    for sizes in (traced, small):
+        work = [_work(side.graph, sizes) for side in (region.before, region.after)]
+        if all(numbers <= MOST_NUMBERS and flops <= MOST_FLOPS for numbers, flops in work):
+            return sizes
+    numbers, flops = max(work)
+    raise TooLarge(f"not certified, running it in float64 takes {8 * numbers / 1e9:.1f} GB and {flops / 1e9:.0f} GFLOP")
+
+
+def _work(graph: fx.Graph, sizes: Sizes) -> tuple[int, float]:
+    """How many numbers a graph holds and how many operations its products take."""
+    values = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    numbers = sum(_elements(value, sizes) for value in values)
+    flops = sum(float(c.flops) for c in node_costs(graph, lambda size: number_of(size, sizes)).values())
+    return numbers, flops
+
+
+def _elements(value: Tensor, sizes: Sizes) -> int:
+    total = 1
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        total *= 1 if isinstance(stride, int) and stride == 0 else number_of(size, sizes)
+    return total
+
+
+def number_of(size: Any, sizes: Sizes) -> int:
+    expression = expression_of(size)
+    return int(expression.subs(sizes)) if isinstance(expression, sympy.Expr) else int(expression)
