@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
 from dsv3_compile.inspection import block_document, header, print_graph
-from passes.base import Context, Role, Workload, placeholders
+from passes.base import Context, Workload, placeholders, state
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
 from passes.pipeline import FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
@@ -99,7 +99,7 @@ def _improve(
     pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
     context = Context("any", target, Workload(0, 0, 0))
     specimen = RegionalSpecimen(found.module, given_integers(found.module, examples)) if settings.verify else None
-    records = pipeline.run(found.module, context, label, specimen, printer=print_graph)
+    records = pipeline.run(found.module, context, label, specimen, printer=_Printer())
     check_required(records, settings.require)
     return records
 
@@ -125,6 +125,20 @@ def target_of(examples: Sequence[Any]) -> Target:
     major, minor = torch.cuda.get_device_capability(device)
     older = [one for one in TARGETS.values() if one.backend == "cuda" and int(one.arch) <= 10 * major + minor]
     return max(older, key=lambda one: int(one.arch), default=TARGETS["sm_80"])
+
+
+class _Printer:
+    """Prints a graph unless it is the one it printed last: the text of a whole model is long."""
+
+    def __init__(self) -> None:
+        self.state: list[Any] | None = None
+        self.text = ""
+
+    def __call__(self, module: fx.GraphModule) -> str:
+        now = state(module.graph)
+        if now != self.state:
+            self.state, self.text = now, print_graph(module)
+        return self.text
 
 
 def _inductor(

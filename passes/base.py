@@ -167,6 +167,11 @@ def sweep(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
+def state(graph: fx.Graph) -> list[Any]:
+    """Equal for a graph and itself later on exactly when nothing was changed in between."""
+    return [(node, node.target, node.args, node.kwargs) for node in graph.nodes]
+
+
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """The node and all data it is computed from; sizes are not data."""
     seen: set[fx.Node] = set()

@@ -16,10 +16,11 @@ from passes.bisection import relative_error
 from passes.cost import node_costs, traced_sizes
 from passes.inputs import draw_one, expression_of
 from passes.regions import Changes, Pair, Region, number
-from passes.verify import EXACT, Certificate, CertificateError, NodeError, clone, run_float64
+from passes.verify import EXACT, Certificate, CertificateError, NodeError, run_float64
 
 MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
 MOST_FLOPS = 1e11
+FEW_NUMBERS = 1 << 20  # whose products take less than MOST_FLOPS in any case
 DEPTHS = (0, 6, 24, None)  # how much of a region's surroundings is run with it, until the two sides agree
 SMALL = (3, 5, 11, 13, 7, 17, 19)  # free sizes of regions that would be too large as they were traced
 
@@ -44,14 +45,16 @@ class RegionalSpecimen:
     seed: int = 0
     known: dict[str, float] = field(default_factory=dict)  # errors of the regions that were run, by their text
 
-    def snapshot(self) -> fx.GraphModule:
+    def snapshot(self) -> fx.Graph:
         """The graph as it is now, to be compared with what a pass makes of it."""
         number(self.module.graph)
-        return clone(self.module)
+        before = fx.Graph()
+        before.output(before.graph_copy(self.module.graph, {}))
+        return before
 
-    def certify(self, before: fx.GraphModule, label: str, bound: float = EXACT) -> Certificate:
+    def certify(self, before: fx.Graph, label: str, bound: float = EXACT) -> Certificate:
         """Compare `module`, just rewritten, with its snapshot. CertificateError names pass, value and error."""
-        changes, traced = Changes(before, self.module), traced_sizes(before.graph)
+        changes, traced = Changes(before, self.module.graph), traced_sizes(before)
         errors, skipped = [0.0], []
         for root in changes.roots:
             try:
@@ -68,7 +71,7 @@ class RegionalSpecimen:
             text = region.text()
             if text not in self.known:
                 try:
-                    error = compare(region, self._inputs(region, traced))
+                    error = compare(self.module, region, self._inputs(region, traced))
                 except TooLarge:
                     if failed:  # at a smaller depth, and nothing affordable shows that it is equal after all
                         break
@@ -88,7 +91,7 @@ class RegionalSpecimen:
     def _inputs(self, region: Region, traced: Sizes) -> dict[str, Any]:
         sizes = affordable_sizes(region, traced)
         generator = torch.Generator().manual_seed(self.seed)
-        return {n.name: self._draw(n, sizes, generator) for n in placeholders(region.before.graph)}
+        return {n.name: self._draw(n, sizes, generator) for n in placeholders(region.before)}
 
     def _draw(self, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Any:
         value = node.meta["val"]
@@ -107,9 +110,10 @@ class RegionalSpecimen:
         return given[tuple(slice(size) for size in shape)]
 
 
-def compare(region: Region, inputs: Mapping[str, Any]) -> float:
+def compare(module: fx.GraphModule, region: Region, inputs: Mapping[str, Any]) -> float:
     """The largest relative difference between the two graphs of a region on the same inputs."""
-    expected, found = (tree_leaves(run_float64(side, inputs)[0]) for side in (region.before, region.after))
+    sides = region.before, region.after
+    expected, found = (tree_leaves(run_float64(module, inputs, graph=side)[0]) for side in sides)
     if len(expected) != len(found):
         return float("inf")
     return max((relative_error(two, one) for one, two in zip(expected, found, strict=True)), default=0.0)
@@ -118,20 +122,23 @@ def compare(region: Region, inputs: Mapping[str, Any]) -> float:
 def affordable_sizes(region: Region, traced: Sizes) -> Sizes:
     """Values of the free sizes with which a region can be run: as traced, or small ones. Raises TooLarge."""
     small = {symbol: min(value, SMALL[k % len(SMALL)]) for k, (symbol, value) in enumerate(traced.items())}
+    sides = region.before, region.after
     for sizes in (traced, small):
-        work = [_work(side.graph, sizes) for side in (region.before, region.after)]
-        if all(numbers <= MOST_NUMBERS and flops <= MOST_FLOPS for numbers, flops in work):
+        numbers = max(_numbers(side, sizes) for side in sides)
+        flops = max(_flops(side, sizes) for side in sides) if numbers > FEW_NUMBERS else 0.0
+        if numbers <= MOST_NUMBERS and flops <= MOST_FLOPS:
             return sizes
-    numbers, flops = max(work)
     raise TooLarge(f"not certified, running it in float64 takes {8 * numbers / 1e9:.1f} GB and {flops / 1e9:.0f} GFLOP")
 
 
-def _work(graph: fx.Graph, sizes: Sizes) -> tuple[int, float]:
-    """How many numbers a graph holds and how many operations its products take."""
+def _numbers(graph: fx.Graph, sizes: Sizes) -> int:
+    """How many numbers the values of a graph hold together."""
     values = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    numbers = sum(_elements(value, sizes) for value in values)
-    flops = sum(float(c.flops) for c in node_costs(graph, lambda size: number_of(size, sizes)).values())
-    return numbers, flops
+    return sum(_elements(value, sizes) for value in values)
+
+
+def _flops(graph: fx.Graph, sizes: Sizes) -> float:
+    return sum(float(c.flops) for c in node_costs(graph, lambda size: number_of(size, sizes)).values())
 
 
 def _elements(value: Tensor, sizes: Sizes) -> int:

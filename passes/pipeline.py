@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from passes.base import Context, Outcome, Pass, Refusal, sweep
+from passes.base import Context, Outcome, Pass, Refusal, state, sweep
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
 from passes.cost import Cost, concrete_sizes, cost
@@ -113,7 +113,7 @@ class Pipeline:
         for number, one in enumerate(self.passes):
             step(one.name(), number)
             outcome, seconds, certificate = _run_one(one, module, context, f"{one.name()} on {label}", specimen)
-            after = Snapshot.of(module, context, printer)
+            after = Snapshot.of(module, context, printer, before)
             records.append(_record(one, outcome, seconds, certificate, before, after))
             before = after
         return records
@@ -151,15 +151,25 @@ class Pipeline:
 class Snapshot:
     """A graph between two passes."""
 
-    nodes: int
+    state: list[Any]
     cost: Cost
     text: str
 
     @classmethod
-    def of(cls, module: fx.GraphModule, context: Context, printer: Callable[[fx.GraphModule], str]) -> Snapshot:
+    def of(
+        cls,
+        module: fx.GraphModule,
+        context: Context,
+        printer: Callable[[fx.GraphModule], str],
+        before: Snapshot | None = None,
+    ) -> Snapshot:
+        """The graph as it is now. What it costs is taken from the snapshot before where nothing changed."""
+        now = state(module.graph)
+        if before is not None and before.state == now:
+            return cls(now, before.cost, printer(module))
         # A foreign graph can be a whole model: numbers are enough there, and expressions would take minutes.
         size = concrete_sizes(module.graph, context.workload) if context.phase == "any" else None
-        return cls(len(module.graph.nodes), cost(module.graph, size), printer(module))
+        return cls(now, cost(module.graph, size), printer(module))
 
 
 def _run_one(
@@ -176,10 +186,12 @@ def _run_one(
 
 
 def _apply(one: Pass, module: fx.GraphModule, context: Context) -> Outcome:
+    before = state(module.graph)
     # Without the Python dispatcher some fake kernels would take a symbolic size for its example value.
     with enable_python_dispatcher():
         outcome = one.run(module, context)
-    sweep(module)
+    if state(module.graph) != before:
+        sweep(module)
     return outcome
 
 
@@ -197,8 +209,8 @@ def _record(
         matches=tuple(outcome.matches),
         refusals=tuple(outcome.refusals),
         seconds=seconds,
-        nodes_before=before.nodes,
-        nodes_after=after.nodes,
+        nodes_before=len(before.state),
+        nodes_after=len(after.state),
         cost_before=before.cost,
         cost_after=after.cost,
         certificate=certificate,

@@ -25,13 +25,13 @@ class Region:
     """Two graphs with one output each and the same placeholders; `root` names the value they compute."""
 
     root: str
-    before: fx.GraphModule
-    after: fx.GraphModule
+    before: fx.Graph
+    after: fx.Graph
     whole: bool  # reads nothing but inputs of the model
 
     def text(self) -> str:
         """Equal for regions that compute the same from inputs of the same kind."""
-        return f"{_canonical(self.before.graph)}\n{_canonical(self.after.graph)}"
+        return f"{_canonical(self.before)}\n{_canonical(self.after)}"
 
 
 def number(graph: fx.Graph) -> None:
@@ -43,7 +43,7 @@ def number(graph: fx.Graph) -> None:
 class Changes:
     """The differences between a marked graph and what a pass made of it."""
 
-    def __init__(self, before: fx.GraphModule, after: fx.GraphModule) -> None:
+    def __init__(self, before: fx.Graph, after: fx.Graph) -> None:
         self.before, self.after = before, after
         self.roots = self._find_roots()
         self.same = self._find_same()
@@ -51,7 +51,7 @@ class Changes:
 
     def _find_roots(self) -> dict[Pair, None]:
         """Pairs of nodes that must be equal and are not computed alike."""
-        pairs = [*inner_pairs(self.before.graph.output_node(), self.after.graph.output_node())]
+        pairs = [*inner_pairs(self.before.output_node(), self.after.output_node())]
         seen, roots = set(pairs), dict[Pair, None]()
         while pairs:
             pair = pairs.pop()
@@ -66,9 +66,9 @@ class Changes:
 
     def _find_same(self) -> dict[fx.Node, fx.Node]:
         """Nodes before, and the nodes after that hold the same value if all roots are equal."""
-        marked = {node.meta[MARK]: node for node in self.after.graph.nodes if MARK in node.meta}
+        marked = {node.meta[MARK]: node for node in self.after.nodes if MARK in node.meta}
         same: dict[fx.Node, fx.Node] = {}
-        for node in self.before.graph.nodes:
+        for node in self.before.nodes:
             other = marked.get(node.meta.get(MARK, -1))
             if other is None or not alike(node, other):
                 continue
@@ -103,7 +103,7 @@ class Changes:
         # and every input of the model that is reached around them
         found = _reached(before, lambda n: n in start or n.op == "placeholder")
         found |= {back[n] for n in _reached(after, lambda n: back.get(n) in start or n.op == "placeholder")}
-        return [node for node in self.before.graph.nodes if node in found]
+        return [node for node in self.before.nodes if node in found]
 
 
 def alike(one: fx.Node, two: fx.Node) -> bool:
@@ -168,7 +168,7 @@ def _near(node: fx.Node, others: set[fx.Node], depth: int) -> bool:
     return False
 
 
-def _cut(module: fx.GraphModule, root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.GraphModule:
+def _cut(source: fx.Graph, root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.Graph:
     """The computation of `root` from `starts`; a placeholder bears the name of the node before that it stands for."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -182,11 +182,11 @@ def _cut(module: fx.GraphModule, root: fx.Node, starts: dict[fx.Node, fx.Node]) 
         if node not in needed:
             needed.add(node)
             stack += node.all_input_nodes
-    for node in module.graph.nodes:
+    for node in source.nodes:
         if node in needed and node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output((copies[root],))
-    return fx.GraphModule(module, graph)
+    return graph
 
 
 def _canonical(graph: fx.Graph) -> str:

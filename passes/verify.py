@@ -61,8 +61,8 @@ class NodeError(Exception):
 class Float64Interpreter(fx.Interpreter):
     """Runs a graph with every floating-point dtype, stated or default, read as float64."""
 
-    def __init__(self, module: fx.GraphModule, record: bool = False) -> None:
-        super().__init__(module, garbage_collect_values=not record)
+    def __init__(self, module: fx.GraphModule, record: bool = False, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, garbage_collect_values=not record, graph=graph)
         self.record: dict[str, Any] | None = {} if record else None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -94,20 +94,21 @@ def _widen(value: Any) -> Any:
 
 
 def run_float64(
-    module: fx.GraphModule, inputs: Mapping[str, Tensor], record: bool = False
+    module: fx.GraphModule, inputs: Mapping[str, Any], record: bool = False, graph: fx.Graph | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """Outputs of a graph, and with `record` every node's value by name.
 
     `inputs` holds values by placeholder name. A weight with a recipe (`meta["bind"]`) is computed by it from
-    original weights, which must then be among the inputs. Raises NodeError.
+    original weights, which must then be among the inputs. graph: to be run in place of the module's own, whose
+    constants it reads. Raises NodeError.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.no_grad():
             # Cloned: a lowered graph writes its caches in place.
-            arguments = tree_map(_copied, [_argument(node, inputs) for node in placeholders(module.graph)])
-            interpreter = Float64Interpreter(module, record)
+            arguments = tree_map(_copied, [_argument(node, inputs) for node in placeholders(graph or module.graph)])
+            interpreter = Float64Interpreter(module, record, graph)
             outputs = interpreter.run(*arguments, enable_io_processing=False)
     finally:
         torch.set_default_dtype(default)

@@ -1,0 +1,140 @@
+"""Regional certificates: equal rewrites pass, wrong ones are caught, what is too large is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from codegen.targets import target
+from passes import certify
+from passes.base import Context, Outcome, Pass, Workload, call, calls, sweep
+from passes.certify import RegionalSpecimen
+from passes.fuse_norm import FuseNorm
+from passes.fuse_routing import FuseRouting
+from passes.pipeline import Pipeline
+from passes.verify import CertificateError
+from tests.foreign.tracing import graphs_of
+
+aten = torch.ops.aten
+ANY = Context("any", target("cpu"), Workload(0, 0, 0))
+
+
+class Tower(nn.Module):
+    """Equal layers, so that what is changed in one is changed in all."""
+
+    def __init__(self, layers: int = 3, width: int = 6) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(2, width, width) for _ in range(layers))
+        self.norms = nn.ParameterList(torch.randn(width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight, norm in zip(self.weights, self.norms, strict=True):
+            y = torch.tanh((x @ weight[0]) @ weight[1])
+            x = x + y
+            x = nn.functional.rms_norm(x, x.shape[-1:], norm, 1e-5)
+        return x
+
+
+@dataclass(frozen=True)
+class Rescale(Pass):
+    """tanh(x) → tanh(x · factor), which is another function unless the factor is 1."""
+
+    factor: float = 1.0
+    only: int | None = None
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        outcome = Outcome()
+        for index, node in enumerate(calls(graph_module.graph, aten.tanh)):
+            if self.only in (None, index):
+                with graph_module.graph.inserting_before(node):
+                    scaled = call(graph_module.graph, aten.mul.Tensor, node.args[0], self.factor)
+                    node.replace_all_uses_with(call(graph_module.graph, aten.tanh.default, scaled))
+                outcome.matches.append(node.name)
+        sweep(graph_module)
+        return outcome
+
+
+def tower(**sizes: int) -> fx.GraphModule:
+    module = Tower(**sizes)
+    (found,) = graphs_of(module, lambda f: f(torch.randn(4, module.norms[0].shape[0])))
+    return found.module
+
+
+def test_equal_layers_are_run_once() -> None:
+    module = tower(layers=5)
+    specimen = RegionalSpecimen(module)
+    (record,) = Pipeline((Rescale(),)).run(module, ANY, "tower", specimen)
+    assert len(record.matches) == 5 and record.certificate is not None
+    assert record.certificate.max_rel_error == 0.0 and not record.certificate.skipped
+    assert len(specimen.known) == 1
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_one_wrong_layer_among_right_ones_is_caught(layer: int) -> None:
+    module = tower()
+    passes = (Rescale(), Rescale(1.0 + 1e-6, only=layer))
+    with pytest.raises(CertificateError, match=r"rescale on tower: tanh\S* differs by \S+ \(bound 1e-10\)"):
+        Pipeline(passes).run(module, ANY, "tower", RegionalSpecimen(module))
+
+
+@pytest.mark.parametrize("only", [0, 2])
+def test_a_changed_output_and_a_changed_start_are_regions_too(only: int) -> None:
+    module = tower(layers=3)
+    with pytest.raises(CertificateError):
+        Pipeline((Rescale(0.5, only),)).run(module, ANY, "tower", RegionalSpecimen(module))
+
+
+class Residual(nn.Module):
+    """The sum goes on, and so does its norm: the fused op computes both from the summands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6) * self.norm
+        return total + normed @ self.weight
+
+
+def test_values_that_are_related_are_drawn_together() -> None:
+    (found,) = graphs_of(Residual(), lambda f: f(torch.randn(3, 6), torch.randn(3, 6)))
+    (record,) = Pipeline((FuseNorm(),)).run(found.module, ANY, "residual", RegionalSpecimen(found.module))
+    assert record.matches and record.certificate is not None and record.certificate.max_rel_error <= 1e-10
+
+
+class Router(nn.Module):
+    def __init__(self, experts: int = 8) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(experts, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.sigmoid(x @ self.gate.T)
+        weights, indices = torch.topk(scores, 3, dim=-1, sorted=False)
+        return indices, weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
+def test_integers_are_computed_from_what_they_depend_on() -> None:
+    (found,) = graphs_of(Router(), lambda f: f(torch.randn(5, 6)))
+    (record,) = Pipeline((FuseRouting(),)).run(found.module, ANY, "router", RegionalSpecimen(found.module))
+    assert record.matches and record.certificate is not None and record.certificate.max_rel_error <= 1e-10
+
+
+def test_what_is_too_large_is_named_and_the_rest_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify, "MOST_NUMBERS", 100)
+    module = tower(width=12)
+    (record,) = Pipeline((Rescale(),)).run(module, ANY, "tower", RegionalSpecimen(module))
+    assert record.certificate is not None and len(record.certificate.skipped) == 3
+    assert "not certified" in record.certificate.skipped[0] and "GB" in record.certificate.skipped[0]
+
+
+def test_free_sizes_are_made_small_where_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify, "MOST_NUMBERS", 4000)
+    (found,) = graphs_of(Tower(), lambda f: f(torch.randn(1000, 6)), dynamic=True)
+    (record,) = Pipeline((Rescale(),)).run(found.module, ANY, "tower", RegionalSpecimen(found.module))
+    assert record.certificate is not None and not record.certificate.skipped
+    with pytest.raises(CertificateError):
+        Pipeline((Rescale(0.9),)).run(found.module, ANY, "tower", RegionalSpecimen(found.module))
