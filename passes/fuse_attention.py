@@ -11,9 +11,9 @@ from torch import fx
 
 from codegen import ops as _vocabulary  # noqa: F401  registers torch.ops.dsv3
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
-from passes.chains import is_probability
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import lift
+from passes.nodes import SOFTMAX, is_probability
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class FuseAttention(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
-        for softmax in calls(graph, aten.softmax, aten._softmax):
+        for softmax in calls(graph, *SOFTMAX):
             try:
                 core = read_core(softmax)
                 node = write_core(graph, core)

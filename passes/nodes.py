@@ -15,6 +15,7 @@ CASTS = (aten._to_copy, aten.to)
 COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
 VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.flatten, aten.unflatten, aten.slice)
 ASSERTIONS = (aten._assert_tensor_metadata,)
+SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 
 
 def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> bool:
@@ -140,3 +141,10 @@ def bring_before(place: fx.Node, weight: fx.Node) -> None:
     for source in weight.all_input_nodes:
         bring_before(place, source)
     place.prepend(weight)
+
+
+def is_probability(node: fx.Node) -> bool:
+    """Is the node a softmax, possibly cast afterwards?"""
+    while is_call(node, aten._to_copy, aten.to, aten.clone):
+        node = node.args[0]
+    return is_call(node, *SOFTMAX)

@@ -10,9 +10,10 @@ from typing import Any
 from torch import fx
 
 from passes.base import Context, Role, ancestors, placeholders
-from passes.chains import Chain, Cut, Order, Subset, Tree, is_probability, leaves, subsets
+from passes.chains import Chain, Cut, Order, Subset, Tree, leaves, subsets
 from passes.contraction import Axis, Term
 from passes.cost import concrete_sizes, node_costs
+from passes.nodes import is_probability
 
 
 class Plan:
