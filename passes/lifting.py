@@ -185,6 +185,9 @@ def _read_view(node: fx.Node) -> Value:
             if not axes:
                 raise NotLinear("a view that cannot be followed")
             axis = axes.pop(0)
+            if axis.size == 1:  # merged with others it is nothing
+                value = value.substitute(axis, ())
+                continue
             if (
                 isinstance(size, int)
                 and isinstance(have, int)

@@ -76,6 +76,9 @@ def constant_of(value: Any) -> float | None:
         return float(value.args[1])
     if is_call(value, aten.scalar_tensor):
         return float(value.args[0])
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        held = getattr(value.graph.owning_module, str(value.target))
+        return float(held) if isinstance(held, torch.Tensor) and held.numel() == 1 else None
     if is_call(value, aten.zeros, aten.zeros_like, aten.new_zeros):
         return 0.0
     return 1.0 if is_call(value, aten.ones, aten.ones_like, aten.new_ones) else None

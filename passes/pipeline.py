@@ -14,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from passes.base import Context, Outcome, Pass, Refusal, sweep
 from passes.canonicalise import Canonicalise
+from passes.concatenate_slices import ConcatenateSlices
 from passes.cost import Cost, cost
 from passes.fuse_attention import FuseAttention
 from passes.fuse_cache_write import FuseCacheWrite
@@ -25,6 +26,7 @@ from passes.fuse_swiglu import FuseSwiglu
 from passes.hoist_weights import HoistWeights
 from passes.lower import Lower
 from passes.merge_projections import MergeProjections
+from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.sparsify_experts import SparsifyExperts
 from passes.verify import Certificate, CertificateError, Specimen, clone
@@ -47,6 +49,8 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
 
 FOREIGN_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
+    ConcatenateSlices(),
+    OpenAttention(),
     OrderContractions(),
     SparsifyExperts(),
     FuseRouting(),
