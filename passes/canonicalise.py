@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
+from passes.nodes import same_shape
+from passes.products import part_of
 
 aten = torch.ops.aten
 
@@ -18,6 +20,7 @@ class Canonicalise(Pass):
     """clone(x), x.to(same dtype), x.view(same shape), expand(same shape), x + 0, dropout(eval)  →  x
     _unsafe_view, view of a permuted tensor                                                     →  reshape
     mm(x, Wᵀ), matmul(x, Wᵀ), addmm(bias, x, Wᵀ)                                                →  linear(x, W[, bias])
+    cat([empty, x]), copy(x, y), slice(cat) at its seams                                        →  the part
     two equal nodes                                                                             →  one
     """
 
@@ -27,7 +30,7 @@ class Canonicalise(Pass):
             if is_call(node, *CHECKS):
                 graph.erase_node(node)
                 continue
-            source = same_value(node)
+            source = same_value(node) or the_part(node)
             if source is not None:
                 node.replace_all_uses_with(source)
                 outcome.matches.append(f"{node.name} is {source.name}")
@@ -66,6 +69,33 @@ def same_value(node: fx.Node) -> fx.Node | None:
         return source if value.dtype == source.meta["val"].dtype else None
     if is_call(node, aten.dropout) and (node.args[1] == 0 or not node.args[2]):
         return source
+    return None
+
+
+def the_part(node: fx.Node) -> fx.Node | None:
+    """Of several inputs the one that this node repeats, if any."""
+    if is_call(node, aten.cat):
+        filled = [part for part in node.args[0] if shape_of(part) != (0,)]
+        same = len(filled) == 1 and filled[0].meta["val"].dtype == node.meta["val"].dtype
+        return filled[0] if same else None
+    if is_call(node, aten.copy):
+        target, source = (n.meta["val"] for n in node.args[:2])
+        same = same_shape(*node.args[:2]) and (target.dtype, target.device) == (source.dtype, source.device)
+        return node.args[1] if same else None
+    part = part_of(node)
+    if part is None or not is_call(part.source, aten.cat) or part.step != 1:
+        return None
+    parts, axis = part.source.args[0], part.source.args[1] if len(part.source.args) > 1 else 0
+    start = 0
+    for candidate in parts:
+        if axis % len(shape_of(node)) != part.axis or len(shape_of(candidate)) != len(shape_of(node)):
+            return None
+        length = shape_of(candidate)[part.axis]
+        if (start, length) == (part.start, part.length):
+            return candidate if candidate.meta["val"].dtype == node.meta["val"].dtype else None
+        start += length
+        if not isinstance(start, int) or start > part.start:
+            return None
     return None
 
 

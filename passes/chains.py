@@ -13,6 +13,7 @@ from torch import fx
 from passes.base import Role, calls, is_call, placeholders
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import lift
+from passes.nodes import SOFTMAX, is_probability
 
 aten = torch.ops.aten
 FORMS = ("expanded", "absorbed", "folded")
@@ -174,7 +175,7 @@ def summed_by_softmax(root: fx.Node, value: Value) -> list[Axis]:
     if probabilities:
         kept = {axis for group in value.dims for axis in group}
         return [a for o in probabilities for a in o.axes if a not in kept]
-    softmax = next((n for n in elementwise_users(root) if is_call(n, aten.softmax, aten._softmax)), None)
+    softmax = next((n for n in elementwise_users(root) if is_call(n, *SOFTMAX)), None)
     if softmax is None:
         return []
     return list(value.dims[softmax.args[1] % len(value.dims)])
@@ -191,10 +192,3 @@ def elementwise_users(node: fx.Node, depth: int = 12) -> Iterator[fx.Node]:
 KEEPS_SHAPE = (
     aten.mul, aten.div, aten.add, aten.sub, aten.masked_fill, aten.where, aten._to_copy, aten.to, aten.clone,
 )  # fmt: skip
-
-
-def is_probability(node: fx.Node) -> bool:
-    """Is the node a softmax, possibly cast afterwards?"""
-    while is_call(node, aten._to_copy, aten.to, aten.clone):
-        node = node.args[0]
-    return is_call(node, aten.softmax, aten._softmax)

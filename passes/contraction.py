@@ -149,6 +149,12 @@ def unify(a: Value, b: Value, dim_a: int, dim_b: int) -> tuple[Value, Value]:
             raise NotLinear("sizes do not match")
         x, y = group_a[i], group_b[i]
         if x is not y:
+            if x.size == 1 != y.size:
+                a = a.substitute(x, ())
+                continue
+            if y.size == 1 != x.size:
+                b = b.substitute(y, ())
+                continue
             if x.size == y.size:
                 if y is b.joined and x is not a.joined:
                     a = a.substitute(x, (y,))

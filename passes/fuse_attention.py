@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import fx
 
 from codegen import ops as _vocabulary  # noqa: F401  registers torch.ops.dsv3
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
-from passes.chains import is_probability
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import lift
+from passes.masks import NotAttention, Visible, read_mask
+from passes.nodes import SOFTMAX, is_probability
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class FuseAttention(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
-        for softmax in calls(graph, aten.softmax, aten._softmax):
+        for softmax in calls(graph, *SOFTMAX):
             try:
                 core = read_core(softmax)
                 node = write_core(graph, core)
@@ -43,10 +43,6 @@ class FuseAttention(Pass):
         return outcome
 
 
-class NotAttention(Exception):
-    """Why a softmax is not the middle of an attention core."""
-
-
 @dataclass(frozen=True)
 class Core:
     """One attention core: out = softmax(mask(scale · scores)) · values."""
@@ -55,7 +51,7 @@ class Core:
     out_value: Value
     scores: fx.Node
     scores_value: Value
-    positions: fx.Node
+    visible: Visible
     scale: float
 
 
@@ -70,13 +66,16 @@ def read_core(softmax: fx.Node) -> Core:
             f"the shares are used by {', '.join(u.name for u in users) or 'nothing'}, not by one product"
         )
     masked = strip_casts(softmax.args[0])
-    scores, keep = read_mask(masked)
-    positions = read_positions(keep)
+    scores, visible = read_mask(masked)
     scores, scale = read_scale(strip_casts(scores))
     for node in (masked, scores):
         if len(node.users) != 1:
             raise NotAttention(f"{node.name} is used outside the attention as well")
-    return Core(users[0], lift_shallow(users[0]), scores, lift_shallow(scores), positions, scale)
+    value = lift_shallow(scores)
+    factors = {term.scale for term in value.terms}
+    if len(factors) > 1:
+        raise NotAttention(f"the products that {scores.name} adds up are scaled differently")
+    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * factors.pop())
 
 
 def only_path(node: fx.Node, *through: object) -> fx.Node:
@@ -90,57 +89,6 @@ def strip_casts(node: fx.Node) -> fx.Node:
     while is_call(node, aten._to_copy, aten.to):
         node = node.args[0]
     return node
-
-
-def read_mask(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """(scores, mask of what is kept)."""
-    if is_call(node, aten.masked_fill) and node.args[2] == -inf:
-        return node.args[0], negated(node.args[1])
-    if is_call(node, aten.where):
-        keep, yes, no = node.args
-        if is_minus_infinity(no):
-            return yes, keep
-        if is_minus_infinity(yes):
-            return no, negated(keep)
-    raise NotAttention(f"{node.name} before the softmax is not a mask with −∞")
-
-
-def is_minus_infinity(node: object) -> bool:
-    if node == -inf:
-        return True
-    if not isinstance(node, fx.Node):
-        return False
-    return is_call(node, aten.full, aten.scalar_tensor, aten.full_like) and -inf in node.args
-
-
-def negated(node: fx.Node) -> fx.Node:
-    """The mask whose negation this is."""
-    path = []
-    while is_call(node, aten.unsqueeze, aten.expand):
-        path.append(node)
-        node = node.args[0]
-    if is_call(node, aten.bitwise_not, aten.logical_not):
-        return node.args[0]
-    raise NotAttention("the mask is not a negated comparison of positions")
-
-
-def read_positions(keep: fx.Node) -> fx.Node:
-    """The query positions, from a mask arange(T) ≤ positions[:, :, None]."""
-    while is_call(keep, aten.unsqueeze, aten.expand):
-        keep = keep.args[0]
-    if is_call(keep, aten.le):
-        cached, query = keep.args
-    elif is_call(keep, aten.ge):
-        query, cached = keep.args
-    else:
-        raise NotAttention(f"the mask {keep.name} is not a comparison of positions")
-    while is_call(query, aten.unsqueeze, aten.expand):
-        query = query.args[0]
-    while is_call(cached, aten.unsqueeze, aten.expand):
-        cached = cached.args[0]
-    if not is_call(cached, aten.arange) or not isinstance(query, fx.Node) or len(shape_of(query)) != 2:
-        raise NotAttention(f"the mask {keep.name} does not compare arange with positions [B, S]")
-    return query
 
 
 def read_scale(node: fx.Node) -> tuple[fx.Node, float]:
@@ -181,7 +129,8 @@ def shallow(term: Term) -> Term:
 def write_core(graph: fx.Graph, core: Core) -> fx.Node:
     """Insert the op that fits, in place of the core's last product."""
     out_terms, score_terms = core.out_value.terms, core.scores_value.terms
-    if len(out_terms) != 1 or any(len(t.operands) != 2 or t.scale != 1.0 for t in (*out_terms, *score_terms)):
+    plain = all(len(t.operands) == 2 for t in (*out_terms, *score_terms))
+    if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands")
     b, h, s, t = axes_of_scores(core)
     values = next(o for o in out_terms[0].operands if not is_probability(o.node))
@@ -240,9 +189,10 @@ def latent_core(
     rope_node = in_order(writer, q_rope, (b, s, h, rest(q_rope, b, s, h)))
     latent_node = in_order(writer, latent, (b, t, rest(latent, b, t)))
     key_node = in_order(writer, rope_key, (b, t, rest(rope_key, b, t)))
+    positions = core.visible.write(writer.graph, query_node, latent_node)
     return call(
         writer.graph, torch.ops.dsv3.mla_attention.default,
-        query_node, rope_node, latent_node, key_node, core.positions, core.scale, like=core.out,
+        query_node, rope_node, latent_node, key_node, positions, core.scale, like=core.out,
     )  # fmt: skip
 
 
@@ -266,9 +216,10 @@ def expanded_core(
         nodes[0] if len(nodes) == 1 else call(writer.graph, torch.ops.aten.cat.default, nodes, -1, like=core.out)
         for nodes in (queries, keys)
     )
+    positions = core.visible.write(writer.graph, query_node, key_node)
     return call(
         writer.graph, torch.ops.dsv3.attention.default,
-        query_node, key_node, value_node, core.positions, core.scale, like=core.out,
+        query_node, key_node, value_node, positions, core.scale, like=core.out,
     )  # fmt: skip
 
 

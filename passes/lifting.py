@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from passes.base import is_call, shape_of
+from passes.base import Role, is_call, shape_of
 from passes.contraction import (
     CONTRACTIONS,
     Axis,
@@ -30,6 +30,7 @@ from passes.contraction import (
     size_expr,
     unify,
 )
+from passes.nodes import is_probability
 
 aten = torch.ops.aten
 
@@ -90,7 +91,7 @@ def _read_einsum(node: fx.Node) -> Value:
     lonely = [c for i, s in enumerate(letters) for c in s if c not in out and c not in letters[1 - i]]
     if lonely:
         raise NotLinear("an axis of one operand is summed away")
-    return contract(_read(operands[0]), _read(operands[1]), letters[0], letters[1], out, name=True)
+    return _read_product(operands[0], operands[1], letters[0], letters[1], out, name=True)
 
 
 def _read_linear(node: fx.Node) -> Value:
@@ -98,7 +99,7 @@ def _read_linear(node: fx.Node) -> Value:
         raise NotLinear("a bias is added")
     rank = len(shape_of(node.args[0]))
     batch = "abcdefgh"[: rank - 1]
-    return contract(_read(node.args[0]), _read(node.args[1]), batch + "i", "oi", batch + "o")
+    return _read_product(node.args[0], node.args[1], batch + "i", "oi", batch + "o")
 
 
 def _read_matmul(node: fx.Node) -> Value:
@@ -112,12 +113,55 @@ def _read_matmul(node: fx.Node) -> Value:
         batch[rank - (len(shape_l) - 2) :] + "ik",
         batch[rank - (len(shape_r) - 2) :] + "ko",
     )
-    a, b = _read(left), _read(right)
-    for letter in set(letters_l) & set(letters_r) - {"k"}:
-        dims = a.dims[letters_l.index(letter)], b.dims[letters_r.index(letter)]
-        if (dims[0] == ()) != (dims[1] == ()):
-            raise NotLinear("a broadcast batch dim")
-    return contract(a, b, letters_l, letters_r, batch + "io")
+    return _read_product(left, right, letters_l, letters_r, batch + "io")
+
+
+def _read_product(left: fx.Node, right: fx.Node, letters_l: str, letters_r: str, out: str, *, name: bool = False) -> Value:
+    """A product of two nodes; dims of size one are broadcast against those of the other side.
+
+    A concatenation along an axis that the product keeps, or sums against the shares of an attention, is taken as it
+    stands: the rows of a cache are not multiplied part by part.
+    """
+    sides = []
+    for node, other, letters in ((left, right, letters_l), (right, left, letters_r)):
+        value = _read(node)
+        whole = value.joined is not None and (is_probability(other) or _kept(value, letters, out))
+        sides.append(leaf(node) if whole and not _of_weights(value) else value)
+    a, b = sides
+    for letter in dict.fromkeys(letters_l):
+        if letter in letters_r:
+            one_a, one_b = (
+                all(axis.size == 1 for axis in v.dims[letters.index(letter)])
+                for v, letters in ((a, letters_l), (b, letters_r))
+            )
+            if one_a and not one_b:
+                a, letters_l = _without(a, letters_l, letter)
+            elif one_b and (not one_a or () in (a.dims[letters_l.index(letter)], b.dims[letters_r.index(letter)])):
+                b, letters_r = _without(b, letters_r, letter)
+    return contract(a, b, letters_l, letters_r, out, name=name)
+
+
+def _kept(value: Value, letters: str, out: str) -> bool:
+    return any(value.joined in group and letter in out for group, letter in zip(value.dims, letters, strict=True))
+
+
+def _of_weights(value: Value) -> bool:
+    operands = (o.node for piece in value.pieces for term in piece.terms for o in term.operands)
+    return all(node.op == "placeholder" and node.meta["role"] is Role.WEIGHT for node in operands)
+
+
+def _without(value: Value, letters: str, letter: str) -> tuple[Value, str]:
+    """The value without a dim of size one."""
+    dim = letters.index(letter)
+    value = _squeezed(value, dim)
+    return replace(value, dims=value.dims[:dim] + value.dims[dim + 1 :]), letters[:dim] + letters[dim + 1 :]
+
+
+def _squeezed(value: Value, dim: int) -> Value:
+    """The value with the axes of a dim of size one taken out of its operands."""
+    for axis in value.dims[dim]:
+        value = value.substitute(axis, ())
+    return value
 
 
 def _read_same(node: fx.Node) -> Value:
@@ -141,6 +185,9 @@ def _read_view(node: fx.Node) -> Value:
             if not axes:
                 raise NotLinear("a view that cannot be followed")
             axis = axes.pop(0)
+            if axis.size == 1:  # merged with others it is nothing
+                value = value.substitute(axis, ())
+                continue
             if (
                 isinstance(size, int)
                 and isinstance(have, int)
@@ -203,13 +250,34 @@ def _read_expand(node: fx.Node) -> Value:
     wanted = [size_expr(s) for s in shape_of(node)]
     dims = ((),) * (len(wanted) - len(value.dims)) + value.dims
     grown: list[tuple[Axis, ...]] = []
-    for group, size in zip(dims, wanted, strict=True):
-        if group == () and size != 1:
-            group = (Axis(size),)  # an axis that no operand has: broadcast
-        elif group and size != 1 and all(a.size == 1 for a in group):
-            raise NotLinear("a dim of size one is broadcast")
-        grown.append(group)
+    value = replace(value, dims=dims)
+    for dim, size in enumerate(wanted):
+        if size != 1 and all(axis.size == 1 for axis in value.dims[dim]):
+            value = _squeezed(value, dim)
+            grown.append((Axis(size),))  # an axis that no operand has: broadcast
+        else:
+            grown.append(value.dims[dim])
     return replace(value, dims=tuple(grown))
+
+
+def _read_repeat(node: fx.Node) -> Value:
+    """Copies beside each other, block after block or element after element: one more axis that no operand has."""
+    value, blocks = _read(node.args[0]), is_call(node, aten.repeat)
+    dims = list(value.dims)
+    if blocks:
+        counts = list(node.args[1])
+        dims = [()] * (len(counts) - len(dims)) + dims
+    else:
+        if len(node.args) < 3 or node.args[2] is None:
+            raise NotLinear("a repetition of the flattened tensor")
+        counts = [1] * len(dims)
+        counts[node.args[2] % len(dims)] = node.args[1]
+    for dim, times in enumerate(counts):
+        if not isinstance(times, int) or (times != 1 and value.joined in dims[dim]):
+            raise NotLinear("a repetition that cannot be followed")
+        if times != 1:
+            dims[dim] = (Axis(times), *dims[dim]) if blocks else (*dims[dim], Axis(times))
+    return replace(value, dims=tuple(dims))
 
 
 def _narrow(value: Value, dim: int, start: int, stop: int, size: Size) -> Value:
@@ -315,6 +383,7 @@ READERS: tuple[tuple[tuple[Any, ...], Callable[[fx.Node], Value]], ...] = (
     ((aten.squeeze,), _read_squeeze),
     ((aten.permute, aten.transpose, aten.t), _read_permute),
     ((aten.expand,), _read_expand),
+    ((aten.repeat, aten.repeat_interleave), _read_repeat),
     ((aten.slice,), _read_slice),
     ((operator.getitem,), _read_getitem),
     ((aten.cat,), _read_cat),

@@ -15,6 +15,7 @@ CASTS = (aten._to_copy, aten.to)
 COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
 VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.flatten, aten.unflatten, aten.slice)
 ASSERTIONS = (aten._assert_tensor_metadata,)
+SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 
 
 def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> bool:
@@ -75,6 +76,9 @@ def constant_of(value: Any) -> float | None:
         return float(value.args[1])
     if is_call(value, aten.scalar_tensor):
         return float(value.args[0])
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        held = getattr(value.graph.owning_module, str(value.target))
+        return float(held) if isinstance(held, torch.Tensor) and held.numel() == 1 else None
     if is_call(value, aten.zeros, aten.zeros_like, aten.new_zeros):
         return 0.0
     return 1.0 if is_call(value, aten.ones, aten.ones_like, aten.new_ones) else None
@@ -140,3 +144,10 @@ def bring_before(place: fx.Node, weight: fx.Node) -> None:
     for source in weight.all_input_nodes:
         bring_before(place, source)
     place.prepend(weight)
+
+
+def is_probability(node: fx.Node) -> bool:
+    """Is the node a softmax, possibly cast afterwards?"""
+    while is_call(node, aten._to_copy, aten.to, aten.clone):
+        node = node.args[0]
+    return is_call(node, *SOFTMAX)

@@ -15,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from passes.base import Context, Outcome, Pass, Refusal, state, sweep
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
+from passes.concatenate_slices import ConcatenateSlices
 from passes.cost import Cost, concrete_sizes, cost
 from passes.fuse_attention import FuseAttention
 from passes.fuse_cache_write import FuseCacheWrite
@@ -26,6 +27,7 @@ from passes.fuse_swiglu import FuseSwiglu
 from passes.hoist_weights import HoistWeights
 from passes.lower import Lower
 from passes.merge_projections import MergeProjections
+from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.sparsify_experts import SparsifyExperts
 from passes.verify import Certificate, CertificateError, Specimen
@@ -48,6 +50,8 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
 
 FOREIGN_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
+    ConcatenateSlices(),
+    OpenAttention(),
     OrderContractions(),
     SparsifyExperts(),
     FuseRouting(),

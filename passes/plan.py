@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import networkx as nx
 from torch import fx
 
 from passes.base import Context, Role, ancestors, placeholders
-from passes.chains import Chain, Cut, Order, Subset, Tree, is_probability, leaves, subsets
+from passes.chains import Chain, Cut, Order, Subset, Tree, leaves, subsets
 from passes.contraction import Axis, Term
 from passes.cost import concrete_sizes, node_costs
+from passes.nodes import is_probability
 
 
 class Plan:
@@ -21,31 +24,52 @@ class Plan:
     def __init__(self, graph: fx.Graph, chains: list[Chain], context: Context) -> None:
         self.graph, self.chains, self.context = graph, chains, context
         self.size = concrete_sizes(graph, context.workload)
-        self.form_seconds: dict[str, float] = {}  # of the block, with all chains in one form, as last chosen from
         self.node_seconds = {n: float(c.seconds(context.target)) for n, c in node_costs(graph, self.size).items()}
+        self.groups = groups_of(chains)
+        self.regions = [Region.of(group) for group in self.groups]
+        own = {node for region in self.regions for node in region.nodes}
+        rest = sum(seconds for node, seconds in self.node_seconds.items() if node not in own)
+        self.rest_seconds = rest / max(len(self.groups), 1)  # of the graph around a group
+        self.form_seconds: dict[Chain, dict[str, float]] = {}  # of the block, with a chain's whole group in one form
 
     def choose(self, wanted: list[str], storage_growth: float) -> list[Order]:
-        """The cheapest combination; `wanted` restricts the chains that have a form."""
+        """The cheapest combination; `wanted` restricts the chains that have a form.
+
+        Chains that share neither operands nor intermediate values are decided apart from each other.
+        """
         forms = iter(wanted)
-        options = [self._options(chain, next(forms) if chain.has_form else "auto") for chain in self.chains]
+        options = {chain: self._options(chain, next(forms) if chain.has_form else "auto") for chain in self.chains}
+        budget = storage_growth * sum(self._bytes(n) for n in placeholders(self.graph, Role.WEIGHT))
+        chosen: dict[Chain, Order] = {}
+        for group, region in zip(self.groups, self.regions, strict=True):
+            limit = None if "folded" in wanted else budget
+            orders = self._cheapest(group, region, [options[chain] for chain in group], limit)
+            budget -= self.folded_bytes(group, orders)
+            chosen.update(zip(group, orders, strict=True))
+        return [chosen[chain] for chain in self.chains]
+
+    def _cheapest(
+        self, group: list[Chain], region: Region, options: list[list[Order]], budget: float | None
+    ) -> list[Order]:
+        """The cheapest combination of one group whose folded weights need at most `budget` bytes."""
         best = [option[0] for option in options]
         if prod(len(o) for o in options) <= 4096:
             combos: Iterator[tuple[Order, ...]] = itertools.product(*options)
         else:  # too many to try them all: improve one chain at a time
             combos = (tuple(best[:i] + [o] + best[i + 1 :]) for i, option in enumerate(options) for o in option)
-        budget = storage_growth * sum(self._bytes(n) for n in placeholders(self.graph, Role.WEIGHT))
         priced: list[tuple[float, int, int, tuple[Order, ...]]] = []
-        self.form_seconds.clear()
+        form_seconds: dict[str, float] = {}
         for combo in combos:
-            if "folded" not in wanted and self.folded_bytes(combo) > budget:
+            if budget is not None and self.folded_bytes(group, combo) > budget:
                 continue
             changes = sum(not o.kept for o in combo)
-            seconds = self.seconds(combo)
+            seconds = self.rest_seconds + self.seconds(group, region, combo)
             priced.append((float(f"{seconds:.4g}"), changes, len(priced), combo))
-            forms_taken = {o.form for chain, o in zip(self.chains, combo, strict=True) if chain.has_form}
+            forms_taken = {o.form for chain, o in zip(group, combo, strict=True) if chain.has_form}
             if len(forms_taken) == 1:
                 (form,) = forms_taken
-                self.form_seconds[form] = min(seconds, self.form_seconds.get(form, seconds))
+                form_seconds[form] = min(seconds, form_seconds.get(form, seconds))
+        self.form_seconds.update(dict.fromkeys(group, form_seconds))
         return list(min(priced)[-1]) if priced else best
 
     def why_kept(self, chain: Chain, order: Order) -> str:
@@ -57,11 +81,13 @@ class Plan:
             user = next((u for u in node.users if not any(u in c.value.through for c in self.chains)), None)
             if user is not None and cached & ancestors(node):
                 return f"stays expanded: {node.name} is used by {user.name} as well and must be computed anyway"
-        size = self.context.workload
-        at = f"B={size.batch} S={size.queries} T={size.context}"
-        own = self.form_seconds.get(order.form)
-        others = [(form, seconds / own) for form, seconds in self.form_seconds.items() if own and form != order.form]
+        size, form_seconds = self.context.workload, self.form_seconds[chain]
+        own = form_seconds.get(order.form)
+        others = [(form, seconds / own) for form, seconds in form_seconds.items() if own and form != order.form]
         dearer = "".join(f"; {form}, the block would take {times:.2f} times as long" for form, times in sorted(others))
+        if self.context.phase == "any":
+            return f"stays {order.form}, the cheapest order at the traced sizes{dearer}"
+        at = f"B={size.batch} S={size.queries} T={size.context}"
         return f"stays {order.form}, the cheapest order in {self.context.phase} at {at}{dearer}"
 
     def _options(self, chain: Chain, form: str) -> list[Order]:
@@ -107,17 +133,17 @@ class Plan:
                         for b in self._trees(chain, term, right):
                             yield (a, b)
 
-    def seconds(self, combo: tuple[Order, ...] | list[Order]) -> float:
-        """Roofline time of everything the block still computes when its chains are multiplied out this way."""
+    def seconds(self, group: list[Chain], region: Region, combo: Sequence[Order]) -> float:
+        """Roofline time of what a group still computes when its chains are multiplied out this way."""
         products: dict[Any, tuple[float, float]] = {}  # FLOPs and bytes
         feeds: dict[fx.Node, list[fx.Node]] = {}
-        for chain, order in zip(self.chains, combo, strict=True):
+        for chain, order in zip(group, combo, strict=True):
             feeds[chain.root] = []
             for term, tree in zip(chain.value.terms, order.trees, strict=True):
                 self._price(chain, term, tree, products, feeds[chain.root])
-        alive = reachable(self.graph, feeds)
+        alive = region.computed(feeds)
         target = self.context.target
-        return sum(self.node_seconds.get(n, 0.0) for n in alive if n not in feeds) + sum(
+        return sum(self.node_seconds.get(n, 0.0) for n in alive) + sum(
             max(flops / target.flops, moved / target.bandwidth) for flops, moved in products.values()
         )
 
@@ -162,10 +188,10 @@ class Plan:
     def _volume(self, axes: Any) -> int:
         return prod((a.size if isinstance(a.size, int) else self.size(a.size) for a in axes), start=1)
 
-    def folded_bytes(self, combo: tuple[Order, ...] | list[Order]) -> int:
+    def folded_bytes(self, group: list[Chain], combo: Sequence[Order]) -> int:
         """Bytes of weight products that must be stored besides the weights themselves (the other phase needs those)."""
         found: dict[Any, int] = {}
-        for chain, order in zip(self.chains, combo, strict=True):
+        for chain, order in zip(group, combo, strict=True):
             item = chain.root.meta["val"].element_size()
             for term, tree in zip(chain.value.terms, order.trees, strict=True):
                 for subset in subsets(tree, term):
@@ -185,13 +211,38 @@ def is_original(term: Term, tree: Tree) -> bool:
     return all(subset in computed for subset in subsets(tree, term))
 
 
-def reachable(graph: fx.Graph, feeds: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
-    """Nodes the outputs need, when each root in `feeds` reads the given nodes instead of its own inputs."""
-    seen: set[fx.Node] = set()
-    stack = [graph.output_node()]
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(feeds[node] if node in feeds else node.all_input_nodes)
-    return seen
+def groups_of(chains: list[Chain]) -> list[list[Chain]]:
+    """Chains that share a node, a computed one or an operand, and so must be decided together; in graph order."""
+    links = nx.Graph()
+    links.add_nodes_from(chains)
+    for chain in chains:
+        operands = (o.node for term in chain.value.terms for o in term.operands)
+        links.add_edges_from((chain, node) for node in (*chain.value.through, *operands))
+    order = {chain: position for position, chain in enumerate(chains)}
+    groups = (sorted(found & order.keys(), key=order.__getitem__) for found in nx.connected_components(links))
+    return sorted(groups, key=lambda group: order[group[0]])
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that a group of chains reads through, and those among them that others read."""
+
+    nodes: frozenset[fx.Node]
+    read: tuple[fx.Node, ...]
+
+    @classmethod
+    def of(cls, group: list[Chain]) -> Region:
+        nodes = frozenset().union(*(chain.value.through for chain in group))
+        roots = {chain.root for chain in group}
+        return cls(nodes, tuple(n for n in nodes - roots if any(user not in nodes for user in n.users)))
+
+    def computed(self, feeds: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
+        """Nodes that are still needed when each root in `feeds` reads the given nodes instead of its own inputs."""
+        seen: set[fx.Node] = set()
+        stack = [*self.read, *(node for nodes in feeds.values() for node in nodes)]
+        while stack:
+            node = stack.pop()
+            if node in self.nodes and node not in seen and node not in feeds:
+                seen.add(node)
+                stack.extend(node.all_input_nodes)
+        return seen

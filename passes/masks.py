@@ -1,0 +1,210 @@
+"""What a mask before a softmax lets a query see: all that is cached, or the positions up to its own."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.base import call, is_call, same_size, shape_of
+from passes.nodes import CASTS, constant_of, dtype_of
+from passes.products import sources_of_dims
+
+aten = torch.ops.aten
+BATCH, QUERIES, CACHED = 0, 2, 3  # dims of scores [B, H, S, T]
+Dims = tuple[int | None, ...]  # for every dim of a tensor the dim of the scores that it lies along; None: of size one
+
+
+class NotAttention(Exception):
+    """Why a softmax is not the middle of an attention core."""
+
+
+@dataclass(frozen=True)
+class Visible:
+    """A query sees cached positions t ≤ `last`; None: all of them. Positions of queries are taken as not negative."""
+
+    last: fx.Node | int | None = None
+    dims: Dims = ()
+    diagonal: bool = False  # `last` is the query's own index
+
+    def write(self, graph: fx.Graph, queries: fx.Node, keys: fx.Node) -> fx.Node:
+        """positions [B, S] int64, of queries [B, S, H, A] and keys [B, T, …], at the graph's insertion point."""
+        sizes = [size_of(graph, queries, dim) for dim in (0, 1)]
+        if self.diagonal:
+            own = call(graph, aten.arange.default, sizes[1], device=queries.meta["val"].device, like=queries)
+            return replace(self, last=own, dims=(QUERIES,), diagonal=False).write(graph, queries, keys)
+        if not isinstance(self.last, fx.Node):
+            last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries) if self.last is None else self.last
+            device = queries.meta["val"].device
+            return call(graph, aten.full.default, sizes, last, dtype=torch.int64, device=device, like=queries)
+        return self._arranged(graph, self.last, queries, keys, sizes)
+
+    def _arranged(self, graph: fx.Graph, node: fx.Node, queries: fx.Node, keys: fx.Node, sizes: list[Any]) -> fx.Node:
+        context = shape_of(keys)[1]
+        in_bounds = "upper" in node.meta or counts_to(node, context)
+        for dim in reversed(range(len(self.dims))):
+            if self.dims[dim] is None:
+                node = call(graph, aten.squeeze.dim, node, dim, like=queries)
+        kept = [dim for dim in self.dims if dim is not None]
+        if kept == [QUERIES, BATCH]:
+            node = call(graph, aten.transpose.int, node, 0, 1, like=queries)
+        for place, dim in enumerate((BATCH, QUERIES)):
+            if dim not in kept:
+                node = call(graph, aten.unsqueeze.default, node, place, like=queries)
+        if not all(same_size(own, full) for own, full in zip(shape_of(node), shape_of(queries), strict=False)):
+            node = call(graph, aten.expand.default, node, sizes, like=queries)
+        if dtype_of(node) != torch.int64:
+            node = call(graph, aten._to_copy.default, node, dtype=torch.int64, like=queries)
+        if in_bounds:
+            return node
+        last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries)
+        return call(graph, aten.clamp_max.default, node, last, like=queries)
+
+
+def counts_to(node: fx.Node, size: Any) -> bool:
+    return is_call(node, aten.arange) and from_zero(node) and same_size(shape_of(node)[0], size)
+
+
+def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
+    """A size as an argument: the number, or a node that reads it."""
+    size = shape_of(node)[dim]
+    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
+    """(scores, what they let through) of the input of a softmax. Raises NotAttention."""
+    if is_call(node, aten.masked_fill) and is_minus_infinity(node.args[2]):
+        return node.args[0], read_comparison(node.args[1], False)
+    if is_call(node, aten.where):
+        condition, yes, no = node.args
+        if is_minus_infinity(no):
+            return yes, read_comparison(condition, True)
+        if is_minus_infinity(yes):
+            return no, read_comparison(condition, False)
+        raise NotAttention(f"{node.name} before the softmax is not a mask with −∞")
+    if is_call(node, aten.add) and not node.kwargs:
+        for scores, mask in (node.args[:2], node.args[1::-1]):
+            if isinstance(mask, fx.Node) and is_mask(mask):
+                return scores, read_additive(mask)
+    if is_call(node, *MASKING):
+        raise NotAttention(f"{node.name} before the softmax is not a mask with −∞")
+    return node, Visible()
+
+
+MASKING = (aten.masked_fill, aten.where, aten.masked_scatter)
+
+
+def is_minus_infinity(node: object) -> bool:
+    return constant_of(node) == -inf
+
+
+def is_mask(node: fx.Node) -> bool:
+    """Is what is added to scores no product of anything?"""
+    node = through(node)
+    return node.op == "placeholder" or is_call(node, *MASKING, aten.triu, aten.mul)
+
+
+def through(node: fx.Node) -> fx.Node:
+    """The tensor behind casts, views and slices of a mask."""
+    while is_call(node, *CASTS, aten.slice) or (node.op == "call_function" and sources_of_dims(node) is not None):
+        node = node.args[0]
+    return node
+
+
+def read_additive(mask: fx.Node) -> Visible:
+    """A mask of zero where a query sees and −∞ (or the lowest number of its dtype) where it does not."""
+    node, dims = behind(mask, tuple(range(4 - len(shape_of(mask)), 4)))
+    if is_call(node, aten.triu) and is_lowest(node.args[0], node) and _is_diagonal(node, dims, 1):
+        return Visible(diagonal=True)
+    if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node):
+        return read_comparison(node.args[1], False, dims)
+    if is_call(node, aten.where):
+        condition, yes, no = node.args
+        if constant_of(yes) == 0 and is_lowest(no, node):
+            return read_comparison(condition, True, dims)
+        if constant_of(no) == 0 and is_lowest(yes, node):
+            return read_comparison(condition, False, dims)
+    raise NotAttention(f"{mask.name}, added before the softmax, is not a mask of zero and −∞")
+
+
+def is_lowest(value: Any, mask: fx.Node) -> bool:
+    """−∞, or the lowest number of the mask's dtype: no score that is added to it leaves anything of its share."""
+    number = constant_of(value)
+    return number is not None and (number == -inf or number == torch.finfo(dtype_of(mask)).min)
+
+
+def behind(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
+    """The tensor behind casts and moved, new or broadcast dims, and where its dims lie in the scores."""
+    while True:
+        sources = None if node.op != "call_function" else sources_of_dims(node)
+        if is_call(node, *CASTS):
+            node = node.args[0]
+        elif sources is not None:
+            before: list[int | None] = [None] * len(shape_of(node.args[0]))
+            for source, dim in zip(sources, dims, strict=True):
+                if source is not None:
+                    before[source] = dim
+            node, dims = node.args[0], tuple(before)
+        else:
+            return node, dims
+
+
+def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) -> Visible:
+    """What a bool tensor lets through where it is `kept` (or its opposite)."""
+    node = condition
+    dims = tuple(range(4 - len(shape_of(node)), 4)) if dims is None else dims[len(dims) - len(shape_of(node)) :]
+    node, dims = behind(node, dims)
+    while is_call(node, aten.bitwise_not, aten.logical_not):
+        node, dims = behind(node.args[0], dims)
+        kept = not kept
+    if is_call(node, aten.tril) and kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 0):
+        return Visible(diagonal=True)
+    if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
+        return Visible(diagonal=True)
+    if is_call(node, aten.bitwise_and, aten.logical_and, aten.bitwise_or, aten.logical_or):
+        raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)")
+    at_most, at_least = ((aten.le,), (aten.ge,)) if kept else ((aten.gt,), (aten.lt,))
+    if not is_call(node, *at_most, *at_least):
+        raise NotAttention(f"the mask {condition.name} is not a comparison of positions")
+    cached, query = node.args if is_call(node, *at_most) else node.args[::-1]
+    if not isinstance(cached, fx.Node) or not _counts_cached(*_side(cached, node, dims)):
+        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]")
+    if not isinstance(query, fx.Node):
+        return Visible(query)
+    last, along = _side(query, node, dims)
+    if any(dim not in (None, BATCH, QUERIES) for dim in along) or dtype_of(last).is_floating_point:
+        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]")
+    return Visible(last, along)
+
+
+def _side(side: fx.Node, comparison: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
+    """One side of a comparison, and where its dims lie; those of size one that are broadcast lie nowhere."""
+    own, full = shape_of(side), shape_of(comparison)
+    skipped = len(full) - len(own)
+    along = tuple(
+        dim if same_size(size, wide) and not same_size(size, 1) else None
+        for dim, size, wide in zip(dims[skipped:], own, full[skipped:], strict=True)
+    )
+    return behind(side, along)
+
+
+def _counts_cached(node: fx.Node, along: Dims) -> bool:
+    return along == (CACHED,) and is_call(node, aten.arange) and from_zero(node)
+
+
+def from_zero(arange: fx.Node) -> bool:
+    """arange(end), arange(0, end) or arange(0, end, 1)"""
+    if len(arange.args) == 1:
+        return True
+    return arange.args[0] == 0 and arange.args[2:] in ((), (1,))
+
+
+def _is_diagonal(node: fx.Node, dims: Dims, diagonal: int) -> bool:
+    return dims[-2:] == (QUERIES, CACHED) and (*node.args[1:], 0)[0] == diagonal

@@ -1,0 +1,132 @@
+"""scaled_dot_product_attention → the two products and the softmax that it stands for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.base import Context, Outcome, Pass, call, calls, shape_of
+from passes.nodes import cast, dtype_of
+
+aten = torch.ops.aten
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+@dataclass(frozen=True)
+class OpenAttention(Pass):
+    """scaled_dot_product_attention(q, k, v, mask, scale)   →   softmax(mask(scale · q · kᵀ)) · v
+
+    So that products before and behind it can be ordered together with those inside. The softmax is the safe one
+    where a mask may hide a whole row, whose result is zero. `close-attention` puts together again what no pass used.
+    """
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        graph, outcome = graph_module.graph, Outcome()
+        for node in calls(graph, aten.scaled_dot_product_attention):
+            arguments = arguments_of(node)
+            reason = why_not(arguments)
+            if reason:
+                outcome.refuse(node, reason)
+                continue
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(opened(graph, node, arguments))
+            outcome.matches.append(node.name)
+            graph.erase_node(node)  # a sweep would not: dropout makes it random
+        return outcome
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """q [B, H, S, A], k [B, G, T, A], v [B, G, T, V]; the mask broadcasts to [B, H, S, T]."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    dropout: float
+    causal: bool
+    scale: float
+    grouped: bool
+
+
+def arguments_of(node: fx.Node) -> Arguments:
+    """The call's arguments with torch's defaults filled in."""
+    given: dict[str, Any] = dict(
+        zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)
+    )
+    given.update(node.kwargs)
+    q = given["query"]
+    scale = given.get("scale")
+    if scale is None:
+        width = shape_of(q)[-1]
+        scale = 1 / math.sqrt(width) if isinstance(width, int) else math.nan
+    return Arguments(
+        q, given["key"], given["value"], given.get("attn_mask"), given.get("dropout_p", 0.0),
+        given.get("is_causal", False), scale, given.get("enable_gqa", False),
+    )  # fmt: skip
+
+
+def why_not(found: Arguments) -> str:
+    """The reason for leaving a call closed, or ''."""
+    if found.dropout:
+        return "dropout is at work"
+    if any(len(shape_of(n)) != 4 for n in (found.q, found.k, found.v)):
+        return "queries, keys and values do not have four dims"
+    if math.isnan(found.scale):
+        return "the width of a head is free"
+    if len({dtype_of(n) for n in (found.q, found.k, found.v)}) > 1:
+        return "queries, keys and values have different dtypes"
+    heads = [shape_of(n)[1] for n in (found.q, found.k, found.v)]
+    if found.grouped and not (all(isinstance(h, int) for h in heads) and heads[1] == heads[2]):
+        return "the groups of heads are of free or different number"
+    return ""
+
+
+def opened(graph: fx.Graph, node: fx.Node, found: Arguments) -> fx.Node:
+    k, v = found.k, found.v
+    if found.grouped:
+        times = shape_of(found.q)[1] // shape_of(k)[1]
+        k, v = (repeated(graph, one, times, node) for one in (k, v))
+    transposed = call(graph, aten.transpose.int, k, -2, -1, like=node)
+    scores = call(graph, aten.matmul.default, found.q, transposed, like=node)
+    # The fused kernels keep scores wide.
+    scores = cast(graph, scores, WIDE.get(dtype_of(scores), dtype_of(scores)))
+    if found.scale != 1.0:
+        scores = call(graph, aten.mul.Tensor, scores, found.scale, like=node)
+    mask = causal_mask(graph, scores, node) if found.causal else found.mask
+    if mask is None:
+        shares = call(graph, aten.softmax.int, scores, -1, like=node)
+    else:
+        if dtype_of(mask) == torch.bool:
+            scores = call(graph, aten.where.ScalarOther, mask, scores, -math.inf, like=node)
+        else:
+            scores = call(graph, aten.add.Tensor, scores, cast(graph, mask, dtype_of(scores)), like=node)
+        softmax = aten.softmax.int if found.causal else aten._safe_softmax.default
+        shares = call(graph, softmax, scores, -1, like=node)
+    return call(graph, aten.matmul.default, cast(graph, shares, dtype_of(v)), v, like=node)
+
+
+def repeated(graph: fx.Graph, node: fx.Node, times: int, like: fx.Node) -> fx.Node:
+    """[B, G, T, A] → [B, G · times, T, A]"""
+    if times == 1:
+        return node
+    return call(graph, aten.repeat_interleave.self_int, node, times, 1, like=like)
+
+
+def causal_mask(graph: fx.Graph, scores: fx.Node, like: fx.Node) -> fx.Node:
+    """[S, T] bool: query s sees the cached positions t ≤ s, aligned at the top left as torch does."""
+    device = scores.meta["val"].device
+    queries, cached = (
+        call(graph, aten.arange.default, size_of(graph, scores, dim), device=device, like=like) for dim in (2, 3)
+    )
+    return call(graph, aten.le.Tensor, cached, call(graph, aten.unsqueeze.default, queries, 1, like=like), like=like)
+
+
+def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
+    """A size as an argument: the number, or the node that reads it."""
+    size = shape_of(node)[dim]
+    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
