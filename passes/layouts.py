@@ -7,13 +7,13 @@ feature), `1` for a dim of size one that is broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from passes.base import call, same_size, shape_of
-from passes.products import BROADCAST
+from passes.base import call, is_call, same_size, shape_of
+from passes.products import BROADCAST, sources_of_dims
 
 aten = torch.ops.aten
 
@@ -45,6 +45,11 @@ class Layouts:
         return self.merged(node, 0, len(lead)) if lead else node
 
     def permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        """Dims in another order, with permutations before it merged into one."""
+        while is_call(node, aten.permute, aten.transpose, aten.t):
+            sources = sources_of_dims(node)
+            assert sources is not None
+            node, order = node.args[0], [cast(int, sources[d]) for d in order]
         return node if list(order) == sorted(order) else self.call(aten.permute.default, node, list(order))
 
     def merged(self, node: fx.Node, start: int, count: int) -> fx.Node:
