@@ -138,7 +138,7 @@ class Pairs(Layouts):
         gone = [number for number in numbers.values() if number not in kept]
         value = self.permuted(value, [0, *kept, *gone])
         if gone:
-            value = self.call(aten.squeeze.dims, value, [1 + len(kept) + i for i in range(len(gone))])
+            value = self.squeezed(value, [1 + len(kept) + i for i in range(len(gone))])
         for position, move in enumerate(moves):
             if move is None:
                 value = self.call(aten.unsqueeze.default, value, 1 + position)
@@ -186,21 +186,22 @@ class Pairs(Layouts):
         return self.features_of(value, letters, product.out, labels), weights
 
     def features_of(self, value: fx.Node, letters: str, out: str, labels: str) -> fx.Node:
-        """A product's features as its output has them, of which broadcast ones are dropped."""
-        real = [c for c, label in zip(out, labels, strict=True) if label == FEATURE and c != BROADCAST]
+        """A product's features as its output has them: those of size one added, those that are broadcast dropped."""
+        kept = [c for c, label in zip(out, labels, strict=True) if label == FEATURE]
+        real = [c for c in kept if c in letters]
         ones = [c for c in letters if c not in real]
         value = self.permuted(value, [0, *(1 + letters.index(c) for c in (*real, *ones))])
         if ones:
-            value = self.call(aten.squeeze.dims, value, [1 + len(real) + i for i in range(len(ones))])
-        for position, c in enumerate(c for c, label in zip(out, labels, strict=True) if label == FEATURE):
-            if c == BROADCAST:
+            value = self.squeezed(value, [1 + len(real) + i for i in range(len(ones))])
+        for position, c in enumerate(kept):
+            if c not in letters:
                 value = self.call(aten.unsqueeze.default, value, 1 + position)
         return value
 
     def without_ones(self, value: fx.Node, letters: str, labels: str) -> tuple[fx.Node, str]:
         own = [c for c, label in zip(letters, labels, strict=True) if label == FEATURE]
         ones = [1 + d for d, c in enumerate(own) if c == BROADCAST]
-        value = self.call(aten.squeeze.dims, value, ones) if ones else value
+        value = self.squeezed(value, ones) if ones else value
         return value, "".join(c for c in own if c != BROADCAST)
 
     def product_on_pairs(
