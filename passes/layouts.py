@@ -7,13 +7,13 @@ feature), `1` for a dim of size one that is broadcast.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-from passes.base import call, same_size, shape_of
-from passes.products import BROADCAST
+from passes.base import call, is_call, same_size, shape_of
+from passes.products import BROADCAST, sources_of_dims
 
 aten = torch.ops.aten
 
@@ -38,19 +38,33 @@ class Layouts:
         """Dims `lead` first, merged to one; then the others. Broadcast dims are dropped."""
         ones = [d for d, label in enumerate(labels) if label == BROADCAST]
         if ones:
-            node = self.call(aten.squeeze.dims, node, ones)
+            node = self.squeezed(node, ones)
             labels = labels.replace(BROADCAST, "")
         first = [labels.index(label) for label in lead]
         node = self.permuted(node, first + [d for d in range(len(labels)) if d not in first])
         return self.merged(node, 0, len(lead)) if lead else node
 
     def permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        """Dims in another order, with permutations before it merged into one."""
+        if list(order) == sorted(order):
+            return node
+        while is_call(node, aten.permute, aten.transpose, aten.t):
+            sources = sources_of_dims(node)
+            assert sources is not None
+            node, order = node.args[0], [cast(int, sources[d]) for d in order]
         return node if list(order) == sorted(order) else self.call(aten.permute.default, node, list(order))
+
+    def squeezed(self, node: fx.Node, dims: Sequence[int]) -> fx.Node:
+        if is_call(node, aten.unsqueeze) and list(dims) == [node.args[1]]:
+            return node.args[0]
+        return self.call(aten.squeeze.dims, node, list(dims))
 
     def merged(self, node: fx.Node, start: int, count: int) -> fx.Node:
         """`count` dims from `start` on as one."""
         if count == 0:
             return self.call(aten.unsqueeze.default, node, start)
+        if count == 2 and is_call(node, aten.unsqueeze) and node.args[1] in (start, start + 1):
+            return node.args[0]
         return node if count == 1 else self.call(aten.flatten.using_ints, node, start, start + count - 1)
 
 

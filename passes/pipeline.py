@@ -24,6 +24,7 @@ from passes.fuse_norm import FuseNorm
 from passes.fuse_rotary import FuseRotary
 from passes.fuse_routing import FuseRouting
 from passes.fuse_swiglu import FuseSwiglu
+from passes.group_experts import GroupExperts
 from passes.hoist_weights import HoistWeights
 from passes.lower import Lower
 from passes.merge_projections import MergeProjections
@@ -54,6 +55,7 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     OpenAttention(),
     OrderContractions(),
     SparsifyExperts(),
+    GroupExperts(),
     FuseRouting(),
     FuseAttention(),
     FuseSwiglu(),

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, calls, is_call, shape_of, sweep
+from passes.dense_sum import DenseSum
 from passes.layouts import EXPERT, FEATURE
 from passes.nodes import CASTS, substitute
-from passes.pairs import Pairs
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused, matched
 
@@ -36,7 +36,7 @@ class SparsifyExperts(Pass):
             for total, path in list(sums_over_experts(gate)):
                 try:
                     with graph.inserting_before(total):
-                        new = Pairs(graph, gate, total, path).sum()
+                        new = DenseSum(graph, gate, total, path).sum()
                 except Refused as refused:
                     outcome.refuse(refused.node, refused.reason)
                 else:

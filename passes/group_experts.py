@@ -1,0 +1,165 @@
+"""From experts written for chosen pairs, in whatever order, to grouped products over pairs sorted by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.base import Context, Outcome, Pass, is_call, same_size, shape_of, sweep
+from passes.chosen_pairs import ChosenPairs
+from passes.grouped_calls import grouped_call
+from passes.layouts import FEATURE
+from passes.nodes import constant_of, substitute
+from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_experts
+from passes.products import BROADCAST, product_of
+from passes.rewrite import Refused, matched
+
+aten = torch.ops.aten
+
+INDEXING = {aten.index: 1, aten.index_select: 2, aten.embedding: 1, aten.gather: 2}  # where the indices are
+
+
+@dataclass(frozen=True)
+class GroupExperts(Pass):
+    """h = act(W1[indices] · x)                              order, offsets = sort_pairs(indices)
+       y = Σ_k weights · W2[indices] · h                →    h = act(grouped_linear(x[order // K], W1, offsets))
+    or the same with the graph's own sort,                   y = combine_pairs(grouped_linear(h, W2, offsets), order,
+    grouped products and sorting back                                          weights)
+
+    The weights of a pair may be gathered or grouped, the pairs in the tokens' order or sorted by expert; scores may
+    multiply before or after the last product. Indices must come from a top-k, so that they point at experts.
+    """  # fmt: skip
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        outcome, graph = Outcome(), graph_module.graph
+        for chosen, seeds in expert_products(graph).items():
+            if not all(isinstance(size, int) for size in (shape_of(chosen)[-1], chosen_experts(chosen))):
+                outcome.refuse(seeds[0], "the number of experts is not known")
+                continue
+            refusals = []
+            for total, new in sums_over_chosen(graph, chosen, seeds):
+                if isinstance(new, Refused):
+                    refusals.append(new)
+                    continue
+                outcome.matches.append(matched(total, new))
+                substitute(graph, total, new)
+                break
+            else:
+                why = refusals[0] if refusals else Refused(seeds[0], f"nothing sums {seeds[0].name} over its experts")
+                outcome.refuse(why.node, why.reason)
+            graph.eliminate_dead_code()
+        sweep(graph_module)
+        return outcome
+
+
+def expert_products(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every top-k of experts, the calls that pick or group weights by its indices."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        indices: Any = None
+        if any(is_call(node, target) for target in INDEXING) and len(shape_of(node.args[0])) > 2:
+            indices = node.args[next(at for target, at in INDEXING.items() if is_call(node, target))]
+        elif (grouped := grouped_call(node)) is not None:
+            indices = grouped.offsets
+        chosen = chosen_behind(indices) if indices is not None else None
+        if chosen is not None:
+            found.setdefault(chosen, []).append(node)
+    return found
+
+
+def chosen_behind(indices: Any) -> fx.Node | None:
+    """The top-k that integers were computed from."""
+    queue = list(indices) if isinstance(indices, (list, tuple)) else [indices]
+    seen: set[fx.Node] = set()
+    while queue:
+        node = queue.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if chosen_experts(node) is not None:
+            return node
+        if node.op == "call_function" and not is_call(node, aten.topk):
+            queue.extend(node.all_input_nodes)
+    return None
+
+
+def sums_over_chosen(
+    graph: fx.Graph, chosen: fx.Node, seeds: list[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node | Refused]]:
+    """Sums over the chosen experts behind the seeds, each with what replaces it or the reason against it."""
+    computed = set(seeds)
+    for node in list(graph.nodes):
+        if node._erased or not any(n in computed for n in node.all_input_nodes):
+            continue
+        computed.add(node)
+        refused = None
+        for path in [*ways_to_sum(node, PairNumbers(chosen), computed)]:
+            try:
+                with graph.inserting_before(node):
+                    yield node, rewritten(ChosenPairs(graph, node, path, PairNumbers(chosen), computed))
+                return
+            except Refused as reason:
+                refused = refused or reason
+        if refused is not None:
+            yield node, refused
+
+
+def ways_to_sum(node: fx.Node, numbers: PairNumbers, computed: set[fx.Node]) -> Iterator[dict[fx.Node, str]]:
+    """Labels under which the node would be a sum over each token's experts: of itself, and of what it sums."""
+    values = added_rows(node)
+    if values is not None and values[2] in computed:
+        yield from ({node: TOKEN + FEATURE * (len(shape_of(node)) - 1), values[2]: order} for order in (PAIR, RANK))
+    product = product_of(node)
+    if product is None:
+        return
+    for operand, letters in product.operands:
+        for c in sorted(product.summed() & set(letters)):
+            if operand not in computed or not same_size(shape_of(operand)[letters.index(c)], numbers.top_k):
+                continue
+            sizes = dict(zip(letters, shape_of(operand), strict=True))
+            for tokens in dict.fromkeys((letters[: letters.index(c)].replace(BROADCAST, ""), *product.out)):
+                count = prod(sizes.get(token, 0) for token in tokens)
+                if tokens and set(tokens) <= set(product.out) and same_size(count, numbers.sizes[TOKEN]):
+                    names = TOKEN if len(tokens) == 1 else TOKEN_AXES
+                    named = dict(zip(tokens, names, strict=False)) | {c: CHOICE, BROADCAST: BROADCAST}
+                    own, out = ("".join(named.get(x, FEATURE) for x in one) for one in (letters, product.out))
+                    yield {node: out.replace(BROADCAST, FEATURE), operand: own}
+
+
+def added_rows(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(base, rows, values) of a node that adds values to rows of a base."""
+    if is_call(node, aten.index_add) and node.args[1] == 0 and node.kwargs.get("alpha", 1) == 1:
+        return node.args[0], node.args[2], node.args[3]
+    if is_call(node, aten.scatter_add) and node.args[1] == 0:
+        return node.args[0], node.args[2], node.args[3]
+    if is_call(node, aten.index_put) and node.args[3:] == (True,) and len(node.args[1]) == 1:
+        return node.args[0], node.args[1][0], node.args[2]
+    return None
+
+
+def rewritten(pairs: ChosenPairs) -> fx.Node:
+    """What replaces the sum. Raises Refused."""
+    node = pairs.total
+    labels = pairs.path[node]
+    added = added_rows(node)
+    if added is None:
+        product = product_of(node)
+        assert product is not None
+        return pairs.shaped(pairs.sum(*pairs.product(node, labels, product), labels.count(FEATURE)), labels)
+    base, rows, values = added
+    order = pairs.path.pop(values)
+    features = FEATURE * (len(labels) - 1)
+    same = len(shape_of(rows)) in (1, len(labels)) and same_size(shape_of(node)[0], pairs.numbers.sizes[TOKEN])
+    if not same or pairs.numbers.reads(rows, order + features[: len(shape_of(rows)) - 1]) != TOKEN:
+        raise Refused(node, f"{rows.name} is not the token of every pair")
+    total = pairs.shaped(pairs.sum(*pairs.linear(values, order + features), len(features)), labels)
+    if constant_of(base) == 0:
+        return total
+    if base in pairs.computed:
+        raise Refused(node, f"{base.name}, to which {node.name} adds, is computed by experts itself")
+    return pairs.call(aten.add.Tensor, base, total)
