@@ -1,0 +1,187 @@
+"""torch.compile(model, backend="dsv3") on transformers models, which nobody here wrote, and on models without MLA."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+import dsv3_compile
+from dsv3_compile import backend
+from dsv3_compile.inspection import table
+from passes.pipeline import PassError, RequirementError
+from tests.foreign.models import deepseek_v2, deepseek_v3, kimi_like, randomised
+
+SCHEMA = json.loads((Path(backend.__file__).parent / "report" / "schema.json").read_text(encoding="utf-8"))
+TOLERANCE = 5e-5  # on logits of RMS about one, in float32
+LAYERS, MOE_LAYERS = 3, 2
+FAMILY = {
+    "V3": deepseek_v3,
+    "Kimi-like": kimi_like,
+    "V2 greedy": deepseek_v2,
+    "V2 grouped": functools.partial(deepseek_v2, "group_limited_greedy", q_lora_rank=48),
+}
+
+
+@pytest.fixture(autouse=True)
+def apart() -> Iterator[None]:
+    """Every test compiles anew and sees its own reports."""
+    torch._dynamo.reset()
+    backend._reports.clear()
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the rewritten graphs as they are: what Inductor makes of a graph is tested once, its C++ takes long."""
+    monkeypatch.setattr(backend, "_inductor", lambda module, *_: module.forward)
+
+
+def matches(report: dict[str, Any]) -> dict[str, int]:
+    (block,) = report["blocks"]
+    return {one["name"]: len(one["matches"]) for one in block["passes"]}
+
+
+def conversation(model: PreTrainedModel, forward: Callable[..., Any], static: bool) -> Tensor:
+    """Logits of a prompt and of three tokens behind it."""
+    torch.manual_seed(3)
+    ids = torch.randint(0, model.config.vocab_size, (2, 7))
+    cache = {"past_key_values": StaticCache(config=model.config, max_cache_len=24)} if static else {}
+    out = forward(ids, use_cache=True, **cache)
+    logits = [out.logits]
+    for position in range(3):
+        out = forward(ids[:, position : position + 1], past_key_values=out.past_key_values)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", FAMILY)
+def test_every_layer_of_the_family_is_absorbed_routed_and_equal(
+    family: str, cache: str, without_inductor: None
+) -> None:
+    model = FAMILY[family]()
+    expected = conversation(model, model, cache == "static")
+    found = conversation(model, torch.compile(model, backend="dsv3"), cache == "static")
+    assert (found - expected).abs().max() <= TOLERANCE
+    for report in dsv3_compile.reports():
+        assert not report["fallback"] and not report["uncertified"]
+        fired = matches(report)
+        assert fired["fuse-routing"] == fired["fuse-experts"] == MOE_LAYERS
+    for report in dsv3_compile.reports()[1:]:  # decode: scores and values of every layer
+        assert matches(report)["order-contractions"] == 2 * LAYERS
+    assert len(dsv3_compile.reports()) <= 3  # prompt, first step, and the steps behind it
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_works_unchanged_and_gives_the_same_tokens(cache: str, without_inductor: None) -> None:
+    model = deepseek_v3(num_hidden_layers=2)
+    ids = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])  # of different lengths, padded as generate wants it
+    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, attention_mask=mask)
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    expected = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, backend="dsv3")
+    assert model.generate(ids, **options).tolist() == expected.tolist()
+    assert any(matches(report)["order-contractions"] == 4 for report in dsv3_compile.reports())
+    assert len(dsv3_compile.reports()) <= 4
+
+
+def test_inductor_compiles_what_the_passes_made() -> None:
+    model = deepseek_v3(num_hidden_layers=2, hidden_size=32)
+    expected = conversation(model, model, True)
+    found = conversation(model, torch.compile(model, backend="dsv3"), True)
+    assert (found - expected).abs().max() <= TOLERANCE
+
+
+def test_a_report_is_a_document_of_inspect(without_inductor: None) -> None:
+    model = deepseek_v3(num_hidden_layers=2)
+    conversation(model, torch.compile(model, backend="dsv3"), True)
+    report = dsv3_compile.last_report()
+    jsonschema.validate(report, SCHEMA)
+    assert report["target"] == "cpu" and "order-contractions" in table(report)
+
+
+# ---- models without MLA or experts
+
+
+def llama() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=89, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return randomised(LlamaForCausalLM(config))
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()).eval()
+
+
+def test_a_transformer_without_mla_is_left_as_it_was(without_inductor: None) -> None:
+    model = llama()
+    ids = torch.randint(0, 89, (2, 9))
+    assert torch.equal(torch.compile(model, backend="dsv3")(ids).logits, model(ids).logits)
+    (report,) = dsv3_compile.reports()
+    fired = matches(report)
+    assert fired["order-contractions"] == fired["fuse-routing"] == fired["fuse-experts"] == 0
+
+
+def test_a_convolutional_net_is_left_as_it_was(without_inductor: None) -> None:
+    model, x = convolutions(), torch.randn(2, 3, 9, 9)
+    assert torch.equal(torch.compile(model, backend="dsv3")(x), model(x))
+    (report,) = dsv3_compile.reports()
+    assert not any(count for name, count in matches(report).items() if name != "canonicalise")
+
+
+# ---- what the backend does not do
+
+
+def test_a_graph_that_trains_goes_to_inductor_and_says_so(without_inductor: None) -> None:
+    model = nn.Linear(4, 4)
+    with torch.enable_grad():
+        torch.compile(model, backend="dsv3")(torch.randn(2, 4)).sum().backward()
+    assert model.weight.grad is not None
+    assert dsv3_compile.last_report()["fallback"].startswith("the graph trains")
+
+
+def test_a_graph_break_is_two_graphs(without_inductor: None) -> None:
+    def broken(x: Tensor) -> Tensor:
+        y = x.relu() + 1
+        print(end="")
+        return y @ y.T
+
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.compile(broken, backend="dsv3")(x), broken(x))
+    assert len(dsv3_compile.reports()) == 2
+
+
+def test_no_report_before_anything_was_compiled() -> None:
+    with pytest.raises(ValueError, match="compiled nothing"):
+        dsv3_compile.last_report()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"disable": ("absorb",)}, PassError, "unknown pass 'absorb'"),
+        ({"require": ("fuse-experts",)}, RequirementError, "required pass fuse-experts did not fire"),
+    ],
+)
+def test_options_are_checked(
+    options: dict[str, Any], error: type[Exception], message: str, without_inductor: None
+) -> None:
+    compiled = torch.compile(nn.Linear(4, 4), backend="dsv3", options=options)
+    with pytest.raises(Exception, match=message) as caught:
+        compiled(torch.randn(2, 4))
+    assert isinstance(caught.value.__cause__ or getattr(caught.value, "inner_exception", None), error)
