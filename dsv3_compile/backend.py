@@ -52,23 +52,41 @@ def dsv3(
     Raises PassError for an unknown pass or option of one, CertificateError when a rewrite changed what the graph
     computes, RequirementError when a required pass found nothing.
     """
-    own = {name: value for name, value in (options or {}).items() if name in Settings.__dataclass_fields__}
-    others = {name: value for name, value in (options or {}).items() if name not in own}
-    settings, number = Settings(**own), len(_reports)
+    settings, others = split_options(options)
     reason = _why_not(examples)
-    rewritten, records = None, []
-    target = target_of(examples)
+    found = None
     if not reason:
         try:
             found = functional(traced)
         except NotFunctional as problem:
             reason = str(problem)
-        else:
-            records = _improve(found, examples, target, settings, f"graph {number}")
-            rewritten = found if any(r.matches for r in records if r.name != Canonicalise.name()) else None
-    _reports.append(_document(number, records, target, examples, settings, reason))
-    LOGGER.info("graph %d: %s", number, reason or _summary(records) or "nothing to improve")
-    return _inductor(traced if rewritten is None else callable_again(rewritten), examples, mode, others)
+    if found is None:
+        _publish([], examples, settings, reason)
+        return inductor(traced, examples, mode, others)
+    changed, _ = improve(found, examples, settings, given_integers(found.module, examples))
+    return inductor(callable_again(found) if changed else traced, examples, mode, others)
+
+
+def split_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+    """Those of the backend, and those of Inductor."""
+    own = {name: value for name, value in (options or {}).items() if name in Settings.__dataclass_fields__}
+    return Settings(**own), {name: value for name, value in (options or {}).items() if name not in own}
+
+
+def improve(
+    found: Functional, examples: Sequence[Any], settings: Settings, given: Mapping[str, Tensor]
+) -> tuple[bool, dict[str, Any]]:
+    """Send a graph through the passes, in place: whether that was worth it, and the report, which is published.
+
+    given: integers and masks by input name, for the certificates.
+    """
+    context = Context("any", target_of(examples), Workload(0, 0, 0))
+    pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
+    specimen = RegionalSpecimen(found.module, given) if settings.verify else None
+    records = pipeline.run(found.module, context, f"graph {len(_reports)}", specimen, printer=_Printer())
+    check_required(records, settings.require)
+    report = _publish(records, examples, settings, "")
+    return any(record.matches for record in records if record.name != Canonicalise.name()), report
 
 
 def last_report() -> dict[str, Any]:
@@ -91,17 +109,6 @@ def _why_not(examples: Sequence[Any]) -> str:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in examples):
         return "the graph trains: the passes are for inference (call the model under torch.no_grad)"
     return ""
-
-
-def _improve(
-    found: Functional, examples: Sequence[Any], target: Target, settings: Settings, label: str
-) -> list[PassRecord]:
-    pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
-    context = Context("any", target, Workload(0, 0, 0))
-    specimen = RegionalSpecimen(found.module, given_integers(found.module, examples)) if settings.verify else None
-    records = pipeline.run(found.module, context, label, specimen, printer=_Printer())
-    check_required(records, settings.require)
-    return records
 
 
 def given_integers(module: fx.GraphModule, examples: Sequence[Any]) -> dict[str, Tensor]:
@@ -141,7 +148,7 @@ class _Printer:
         return self.text
 
 
-def _inductor(
+def inductor(
     module: fx.GraphModule, examples: Sequence[Any], mode: str | None, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
     from torch._inductor import list_mode_options
@@ -151,22 +158,26 @@ def _inductor(
     return compile_fx(module, list(examples), config_patches={k.replace("-", "_"): v for k, v in patches.items()})
 
 
-def _document(
-    number: int, records: list[PassRecord], target: Target, examples: Sequence[Any], settings: Settings, reason: str
+def _publish(
+    records: list[PassRecord], examples: Sequence[Any], settings: Settings, fallback: str
 ) -> dict[str, Any]:
+    number, target = len(_reports), target_of(examples)
     dtype = next((x.dtype for x in examples if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
     skipped = [
         {"pass": record.name, "reason": line}
         for record in records
         for line in (record.certificate.skipped if record.certificate else ())
     ]
-    return {
+    report = {
         **header("", target, dtype, repr(settings)),
         "blocks": [block_document(f"graph {number}", "any", [], records, None, target)],
         "phase_plans": [],
-        "fallback": reason,
+        "fallback": fallback,
         "uncertified": skipped,
     }
+    _reports.append(report)
+    LOGGER.info("graph %d: %s", number, fallback or _summary(records) or "nothing to improve")
+    return report
 
 
 def _summary(records: Sequence[PassRecord]) -> str:

@@ -43,7 +43,7 @@ def apart() -> Iterator[None]:
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the rewritten graphs as they are: what Inductor makes of a graph is tested once, its C++ takes long."""
-    monkeypatch.setattr(backend, "_inductor", lambda module, *_: module.forward)
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: module.forward)
 
 
 def matches(report: dict[str, Any]) -> dict[str, int]:
