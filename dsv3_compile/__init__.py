@@ -4,6 +4,9 @@
     model = dsv3_compile.load("artifact/")
     report = dsv3_compile.inspect("artifact/")
 
+    torch.compile(any_model, backend="dsv3")
+    module = dsv3_compile.compile(any_module, example_inputs)
+
 Importing the package is cheap; torch is loaded by the first call.
 """
 
@@ -13,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsv3_compile.backend import last_report, reports
-    from dsv3_compile.driver import compile
+    from dsv3_compile.entry import compile
     from dsv3_compile.export import export_onnx
     from dsv3_compile.export_mlir import export_mlir
     from dsv3_compile.inspection import inspect
     from dsv3_compile.runtime import load
 
 _HOMES = {
-    "compile": ("dsv3_compile.driver", "compile"),
+    "compile": ("dsv3_compile.entry", "compile"),
     "load": ("dsv3_compile.runtime", "load"),
     "last_report": ("dsv3_compile.backend", "last_report"),
     "reports": ("dsv3_compile.backend", "reports"),

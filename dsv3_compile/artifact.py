@@ -78,6 +78,7 @@ class Manifest:
     schedule: tuple[Step, ...]
     weights: str  # "bound" or "none"
     checkpoint: str = ""  # folder that the weights came from; only `dsv3c verify` looks there
+    origin: str = "definition"  # whose layers were compiled: ours, or transformers' own code
     native_cpu: str = ""  # identity of the processor that native/ was compiled for
     files: Mapping[str, str] = field(default_factory=dict)  # path → SHA-256
     schema: int = SCHEMA

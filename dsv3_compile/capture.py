@@ -69,16 +69,19 @@ def _kind(spec: LayerSpec) -> str:
 
 
 def capture(
-    config: ModelConfig, dtype: torch.dtype, step: Callable[[str, int, int], None] = lambda name, done, total: None
+    config: ModelConfig,
+    dtype: torch.dtype,
+    step: Callable[[str, int, int], None] = lambda name, done, total: None,
+    layer: Callable[[LayerSpec, torch.dtype], nn.Module] = Layer,
 ) -> dict[tuple[str, str], BlockGraph]:
-    """Every distinct block of a model in every phase, by (name, phase).
+    """Every distinct block of a model in every phase, by (name, phase). `layer` builds the module of a layer.
 
     Weights are fake: nothing of the model's size is allocated. `step` is told the name of each block before it
     is captured, how many are done, and how many there are.
     """
     specs = dict(zip(block_names(config), config.layers(), strict=True))
     layers = {
-        name: (functools.partial(Layer, spec, dtype), layer_inputs(config, spec, dtype)) for name, spec in specs.items()
+        name: (functools.partial(layer, spec, dtype), layer_inputs(config, spec, dtype)) for name, spec in specs.items()
     }
     parts: dict[str, tuple[Callable[[], nn.Module], list[Input]]] = {
         "embed": (functools.partial(Embed, config, dtype), embed_inputs(config)),

@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     compile_.add_argument("model", metavar="MODEL", help="preset name or Hugging Face folder")
     compile_.add_argument("-o", "--output", metavar="DIR", required=True, help="artifact folder to write")
     compile_.add_argument("--target", default="cpu", choices=TARGETS, help="default cpu")
+    compile_.add_argument("--from", dest="origin", default="definition", choices=("definition", "transformers"),
+                          help="whose layers to compile: ours (default), or transformers' own code")  # fmt: skip
     compile_.add_argument("--no-weights", action="store_true", help="compile from the config alone")
     compile_.add_argument("--dtype", help="float32, bfloat16 or float16")
     compile_.add_argument("--set", metavar="PASS.FIELD=VALUE", action="append", default=[], help="set an option")

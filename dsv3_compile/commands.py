@@ -46,8 +46,10 @@ def at_fault() -> tuple[type[Exception], ...]:
     from codegen.mlir import MlirError
     from codegen.onnx import ExportError
 
+    from dsv3_compile.transformers_layers import TransformersError
+
     own = (ArtifactError, CaptureError, ExportError, MlirError, OptionError, TokenizerError, UsageError)
-    return (*own, CheckpointError, ConfigError, PassError, OSError)
+    return (*own, CheckpointError, ConfigError, PassError, TransformersError, OSError)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -89,6 +91,7 @@ def info(options: Namespace) -> int:
 def compile(options: Namespace) -> int:
     settings: dict[str, Any] = {
         "target": options.target,
+        "origin": options.origin,
         "dtype": options.dtype,
         "set": options.set,
         "disable": options.disable,

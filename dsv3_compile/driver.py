@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import model_def
 from dsv3_compile.artifact import Artifact, check_output
@@ -24,9 +25,11 @@ from dsv3_compile.repro import explain
 from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
+from model_def.decoder import Layer
 from model_def.presets import PRESETS
+from model_def.specs import LayerSpec
 from passes.base import Context, Workload
-from passes.pipeline import Pipeline, check_required
+from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_required
 from passes.verify import CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
@@ -89,9 +92,23 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
 def _check_early(options: Options, config: ModelConfig) -> None:
     """What would otherwise be found out only after the capture, or after everything."""
     options.length_for(config.max_position_embeddings)
-    pipeline = Pipeline().configured(options.set, options.disable, options.until, options.repeat)
+    pipeline = _pipeline(options)
     for name in options.require:
         pipeline.find(name)
+
+
+def _pipeline(options: Options) -> Pipeline:
+    passes = IMPORTED_PIPELINE if options.origin == "transformers" else DEFAULT_PIPELINE
+    return Pipeline(passes).configured(options.set, options.disable, options.until, options.repeat)
+
+
+def _layers(config: ModelConfig, options: Options) -> Callable[[LayerSpec, torch.dtype], nn.Module]:
+    """What builds the layers that are captured."""
+    if options.origin == "definition":
+        return Layer
+    from dsv3_compile.transformers_layers import TransformersLayers
+
+    return TransformersLayers(config)
 
 
 def open_model(model: str | Path, options: Options) -> Model:
@@ -114,11 +131,11 @@ def open_model(model: str | Path, options: Options) -> Model:
 def build(config: ModelConfig, options: Options, progress: Progress = silent) -> Program:
     """Capture every distinct block, send it through the passes of each phase, and lay out the schedule."""
     dtype = options.dtype_for(config.dtype)
-    pipeline = Pipeline().configured(options.set, options.disable, options.until, options.repeat)
-    blocks = capture(config, dtype, _capturing(progress, "capture"))
-    specimens = specimens_of(blocks, config, dtype, progress) if options.verify else {}
+    pipeline = _pipeline(options)
+    blocks = capture(config, dtype, _capturing(progress, "capture"), _layers(config, options))
+    specimens = specimens_of(blocks, config, dtype, options, progress) if options.verify else {}
     workloads = {phase: workload(config, options, phase) for phase in PHASES}
-    program = Program(config, dtype, options.machine, blocks, schedule(config), workloads)
+    program = Program(config, dtype, options.machine, blocks, schedule(config), workloads, origin=options.origin)
     context = Context("prefill", program.target, workloads["prefill"])
     longest = config.max_position_embeddings
     program.plans = phase_plans(config, blocks, context, options.max_batch, longest)
@@ -157,11 +174,16 @@ def workload(config: ModelConfig, options: Options, phase: str) -> Workload:
 
 
 def specimens_of(
-    blocks: dict[tuple[str, str], BlockGraph], config: ModelConfig, dtype: torch.dtype, progress: Progress
+    blocks: dict[tuple[str, str], BlockGraph],
+    config: ModelConfig,
+    dtype: torch.dtype,
+    options: Options,
+    progress: Progress,
 ) -> dict[tuple[str, str], Specimen]:
     """What the certificates of each block run on: the block itself, or its small twin when it is too large."""
     large = {key for key, block in blocks.items() if needs_proxy(block)}
-    twins = capture(proxy(config), dtype, _capturing(progress, "capture at small sizes")) if large else {}
+    small, step = proxy(config), _capturing(progress, "capture at small sizes")
+    twins = capture(small, dtype, step, _layers(small, options)) if large else {}
     return {key: Specimen.of((twins if key in large else blocks)[key].module, proxy=key in large) for key in blocks}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from codegen.targets import Target, target
 
+ORIGINS = ("definition", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,6 +25,7 @@ class Options:
     """
 
     target: str = "cpu"
+    origin: str = "definition"  # whose layers are compiled: ours, or transformers' own code
     dtype: str | None = None  # None: float32 on the CPU, else the checkpoint's
     max_batch: int = 8  # rows of a decode step; batch at which costs are compared
     max_length: int | None = None  # positions of a cache; None: the model's, at most DEFAULT_LENGTH
@@ -40,6 +42,8 @@ class Options:
         target(self.target)
         if self.dtype not in (None, *DTYPES):
             raise OptionError(f"dtype {self.dtype!r}; accepted: {', '.join(DTYPES)}")
+        if self.origin not in ORIGINS:
+            raise OptionError(f"origin {self.origin!r}; accepted: {', '.join(ORIGINS)}")
         for name in ("max_batch", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):

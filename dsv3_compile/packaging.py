@@ -71,6 +71,7 @@ def write_artifact(
             schedule=tuple(_step(program, step) for step in program.schedule),
             weights="none" if read is None else "bound",
             checkpoint="" if checkpoint is None else str(checkpoint.resolve()),
+            origin=program.origin,
             native_cpu=cpu_identity() if native else "",
         )
         manifest = seal(folder, manifest)

@@ -78,6 +78,7 @@ class Program:
     workloads: dict[str, Workload]  # by phase: sizes at which costs were compared
     records: dict[tuple[str, str], list[PassRecord]] = field(default_factory=dict)
     graphs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # report.history, for the report
+    origin: str = "definition"  # whose layers were captured
     plans: list[dict[str, Any]] = field(default_factory=list)  # report.phase_plan, for the report
 
     def phases(self, block: str) -> list[BlockGraph]:

@@ -65,6 +65,9 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
 )
 """For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache."""
 
+IMPORTED_PIPELINE: tuple[Pass, ...] = (*FOREIGN_PIPELINE, MergeProjections(), FuseSwiglu(), HoistWeights(), Lower())
+"""For layers that somebody else wrote, on weights and caches that are ours."""
+
 
 class PassError(ValueError):
     """A pass, an option or a value that does not exist."""

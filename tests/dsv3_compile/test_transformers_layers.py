@@ -1,0 +1,62 @@
+"""`--from transformers`: their layers in our frame compute what they compute, and become the same kind of artifact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_compile import driver
+from dsv3_compile.options import Options
+from dsv3_compile.runtime import load
+from dsv3_compile.transformers_layers import TransformersError, TransformersLayers
+from dsv3_compile.verification import verify
+from model_def.checkpoint import write
+from model_def.config import ModelConfig
+from model_def.decoder import Layer
+from model_def.rope import cos_sin
+from tests.dsv3_compile.tiny import TINY, checkpoint_of, trained_looking
+
+V3 = replace(TINY, hidden_size=36, moe_intermediate_size=12)  # torch's grouped product wants rows of 16 bytes
+V2 = replace(
+    V3, model_type="deepseek_v2", scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False,
+    q_lora_rank=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [V3, V2], ids=["V3", "V2"])
+@pytest.mark.parametrize("index", [0, 1], ids=["dense", "moe"])
+def test_their_layer_on_our_weights_is_our_layer(config: ModelConfig, index: int) -> None:
+    spec = config.layer(index)
+    ours = trained_looking(config).layers[index]
+    theirs = TransformersLayers(config)(spec, torch.float32)
+    theirs.load_state_dict(ours.state_dict())
+    assert isinstance(ours, Layer)
+    positions = torch.tensor([[3, 4, 5], [0, 1, 2]])
+    cos, sin = cos_sin(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
+    x, latent = torch.randn(2, 3, config.hidden_size), torch.randn(2, 9, spec.attention.kv_lora_rank)
+    rope_key = torch.zeros(2, 9, config.rotary_dim)  # theirs may order the columns otherwise
+    latent[0, :3] = 0.0
+    with torch.no_grad():
+        found, expected = (layer(x, cos, sin, positions, latent, rope_key) for layer in (theirs, ours))
+    assert (found[0] - expected[0]).abs().max() <= 5e-5
+    assert (found[1] - expected[1]).abs().max() <= 1e-5
+
+
+def test_an_artifact_of_their_code_is_verified_against_the_definition(tmp_path: Path) -> None:
+    config = replace(TINY, num_hidden_layers=2)
+    write(tmp_path / "checkpoint", config, checkpoint_of(trained_looking(config)).items())
+    options = Options(origin="transformers", max_batch=3, max_length=32, require=("group-experts", "open-attention"))
+    settings = {name: getattr(options, name) for name in ("origin", "max_batch", "max_length", "require")}
+    driver.compile(tmp_path / "checkpoint", tmp_path / "artifact", **settings)
+    assert verify(tmp_path / "artifact")["passed"]
+    model = load(tmp_path / "artifact")
+    assert model.generate(torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
+
+
+def test_what_transformers_does_not_have_is_refused() -> None:
+    ranks = replace(TINY, kv_lora_rank=(22, 24, 22, 24), model_type="custom")
+    with pytest.raises(TransformersError, match="one latent rank for all layers"):
+        TransformersLayers(ranks)
