@@ -15,7 +15,7 @@ from passes.nodes import CASTS, constant_of, dtype_of
 from passes.products import sources_of_dims
 
 aten = torch.ops.aten
-BATCH, QUERIES, CACHED = 0, 2, 3  # dims of scores [B, H, S, T]
+BATCH, CACHED = 0, 3  # dims of scores [B, H, S, T] or [B, S, H, T]
 Dims = tuple[int | None, ...]  # for every dim of a tensor the dim of the scores that it lies along; None: of size one
 
 
@@ -31,12 +31,17 @@ class Visible:
     dims: Dims = ()
     diagonal: bool = False  # `last` is the query's own index
 
+    @property
+    def queries(self) -> int | None:
+        """The dim of the scores along which the queries lie, where the mask tells."""
+        return next((dim for dim in self.dims if dim in (1, 2)), None)
+
     def write(self, graph: fx.Graph, queries: fx.Node, keys: fx.Node) -> fx.Node:
         """positions [B, S] int64, of queries [B, S, H, A] and keys [B, T, …], at the graph's insertion point."""
         sizes = [size_of(graph, queries, dim) for dim in (0, 1)]
         if self.diagonal:
             own = call(graph, aten.arange.default, sizes[1], device=queries.meta["val"].device, like=queries)
-            return replace(self, last=own, dims=(QUERIES,), diagonal=False).write(graph, queries, keys)
+            return replace(self, last=own, diagonal=False).write(graph, queries, keys)
         if not isinstance(self.last, fx.Node):
             last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries) if self.last is None else self.last
             device = queries.meta["val"].device
@@ -50,9 +55,9 @@ class Visible:
             if self.dims[dim] is None:
                 node = call(graph, aten.squeeze.dim, node, dim, like=queries)
         kept = [dim for dim in self.dims if dim is not None]
-        if kept == [QUERIES, BATCH]:
+        if len(kept) == 2 and kept[1] == BATCH:
             node = call(graph, aten.transpose.int, node, 0, 1, like=queries)
-        for place, dim in enumerate((BATCH, QUERIES)):
+        for place, dim in enumerate((BATCH, self.queries)):
             if dim not in kept:
                 node = call(graph, aten.unsqueeze.default, node, place, like=queries)
         if not all(same_size(own, full) for own, full in zip(shape_of(node), shape_of(queries), strict=False)):
@@ -122,7 +127,7 @@ def read_additive(mask: fx.Node) -> Visible:
     """A mask of zero where a query sees and −∞ (or the lowest number of its dtype) where it does not."""
     node, dims = behind(mask, tuple(range(4 - len(shape_of(mask)), 4)))
     if is_call(node, aten.triu) and is_lowest(node.args[0], node) and _is_diagonal(node, dims, 1):
-        return Visible(diagonal=True)
+        return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node):
         return read_comparison(node.args[1], False, dims)
     if is_call(node, aten.where):
@@ -165,9 +170,9 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
         node, dims = behind(node.args[0], dims)
         kept = not kept
     if is_call(node, aten.tril) and kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 0):
-        return Visible(diagonal=True)
+        return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
-        return Visible(diagonal=True)
+        return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.bitwise_and, aten.logical_and, aten.bitwise_or, aten.logical_or):
         raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)")
     at_most, at_least = ((aten.le,), (aten.ge,)) if kept else ((aten.gt,), (aten.lt,))
@@ -179,7 +184,8 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
     if not isinstance(query, fx.Node):
         return Visible(query)
     last, along = _side(query, node, dims)
-    if any(dim not in (None, BATCH, QUERIES) for dim in along) or dtype_of(last).is_floating_point:
+    lies = [dim for dim in along if dim is not None]
+    if CACHED in lies or {1, 2} <= set(lies) or len(set(lies)) != len(lies) or dtype_of(last).is_floating_point:
         raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]")
     return Visible(last, along)
 
@@ -207,4 +213,4 @@ def from_zero(arange: fx.Node) -> bool:
 
 
 def _is_diagonal(node: fx.Node, dims: Dims, diagonal: int) -> bool:
-    return dims[-2:] == (QUERIES, CACHED) and (*node.args[1:], 0)[0] == diagonal
+    return dims in ((1, CACHED), (2, CACHED)) and (*node.args[1:], 0)[0] == diagonal

@@ -54,7 +54,7 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     OrderContractions(),
     SparsifyExperts(),
     FuseRouting(),
-    FuseAttention(),
+    FuseAttention(expanded=False),
     FuseSwiglu(),
     FuseRotary(),
     FuseNorm(),
