@@ -150,6 +150,12 @@ def _of_weights(value: Value) -> bool:
     return all(node.op == "placeholder" and node.meta["role"] is Role.WEIGHT for node in operands)
 
 
+def _is_plain(value: Value) -> bool:
+    """Is the value one tensor, seen through views?"""
+    terms = [term for piece in value.pieces for term in piece.terms]
+    return len(terms) == 1 and len(terms[0].operands) == 1 and terms[0].scale == 1.0
+
+
 def _without(value: Value, letters: str, letter: str) -> tuple[Value, str]:
     """The value without a dim of size one."""
     dim = letters.index(letter)
@@ -324,6 +330,8 @@ def _read_cat(node: fx.Node) -> Value:
     if any(len(shape_of(n)) != len(shape_of(node)) for n in node.args[0]):
         raise NotLinear("an empty part without dims")
     parts = [_read(n) for n in node.args[0]]
+    if all(_is_plain(part) for part in parts) and not all(_of_weights(part) for part in parts):
+        raise NotLinear("a concatenation of plain tensors is an operand as it stands")
     for k, part in enumerate(parts):
         if part.joined is not None or len(part.dims[dim]) != 1:  # merged there: take the tensor as it is
             parts[k] = leaf(node.args[0][k])

@@ -14,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from passes.base import Context, Outcome, Pass, Refusal, sweep
 from passes.canonicalise import Canonicalise
+from passes.close_attention import CloseAttention
 from passes.concatenate_slices import ConcatenateSlices
 from passes.cost import Cost, cost
 from passes.fuse_attention import FuseAttention
@@ -55,6 +56,7 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     SparsifyExperts(),
     FuseRouting(),
     FuseAttention(expanded=False),
+    CloseAttention(),
     FuseSwiglu(),
     FuseRotary(),
     FuseNorm(),
