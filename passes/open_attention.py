@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, calls, shape_of
+from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
+from passes.contraction import Term
+from passes.lifting import lift
+from passes.masks import size_of
 from passes.nodes import cast, dtype_of
 
 aten = torch.ops.aten
+CACHE_WRITES = (aten.cat, aten.index_copy, aten.index_put, aten.slice_scatter, aten.scatter)
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -83,7 +87,27 @@ def why_not(found: Arguments) -> str:
     heads = [shape_of(n)[1] for n in (found.q, found.k, found.v)]
     if found.grouped and not (all(isinstance(h, int) for h in heads) and heads[1] == heads[2]):
         return "the groups of heads are of free or different number"
-    return ""
+    return why_keys_stay(found.k)
+
+
+def why_keys_stay(keys: fx.Node) -> str:
+    """Why no weight before the keys can go anywhere else, or ''."""
+    terms = terms_of(keys)
+    if any(len(term.operands) > 1 for term in terms):
+        return ""
+    for barrier in (operand.node for term in terms for operand in term.operands):
+        for source in barrier.all_input_nodes:
+            if not any(len(term.operands) > 1 for term in terms_of(source)):
+                continue
+            if is_call(barrier, *CACHE_WRITES):
+                old = next(node for node in barrier.all_input_nodes if node is not source)
+                return f"the rows of {old.name} come in expanded already: {barrier.name} caches keys, not latents"
+            return f"the edge {source.name} → {barrier.name} is not linear, so the weight before it cannot be absorbed"
+    return "no weight stands right before the keys"
+
+
+def terms_of(node: fx.Node) -> list[Term]:
+    return [term for piece in lift(node).pieces for term in piece.terms]
 
 
 def opened(graph: fx.Graph, node: fx.Node, found: Arguments) -> fx.Node:
@@ -124,9 +148,3 @@ def causal_mask(graph: fx.Graph, scores: fx.Node, like: fx.Node) -> fx.Node:
         call(graph, aten.arange.default, size_of(graph, scores, dim), device=device, like=like) for dim in (2, 3)
     )
     return call(graph, aten.le.Tensor, cached, call(graph, aten.unsqueeze.default, queries, 1, like=like), like=like)
-
-
-def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
-    """A size as an argument: the number, or the node that reads it."""
-    size = shape_of(node)[dim]
-    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)
