@@ -12,9 +12,11 @@ from torch import fx
 from codegen import ops as _vocabulary  # noqa: F401  registers torch.ops.dsv3
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
-from passes.lifting import lift
+from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import SOFTMAX, is_probability
+from passes.nodes import CASTS, SOFTMAX, is_probability
+from passes.products import REARRANGEMENTS
+from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
@@ -63,14 +65,14 @@ class Core:
     scores: fx.Node
     scores_value: Value
     visible: Visible
-    scale: float
+    scale: float  # of the first product; others are scaled through their queries
 
 
 def read_core(softmax: fx.Node) -> Core:
     rank = len(shape_of(softmax))
     if softmax.args[1] % rank != rank - 1 or rank != 4:
         raise NotAttention("not a softmax over the last of four dims")
-    shares = only_path(softmax, aten._to_copy, aten.to)
+    shares = only_path(softmax, *CASTS, *REARRANGEMENTS)
     users = list(shares.users)
     if len(users) != 1 or not is_call(users[0], *CONTRACTIONS):
         raise NotAttention(
@@ -83,10 +85,7 @@ def read_core(softmax: fx.Node) -> Core:
         if len(node.users) != 1:
             raise NotAttention(f"{node.name} is used outside the attention as well")
     value = lift_shallow(scores)
-    factors = {term.scale for term in value.terms}
-    if len(factors) > 1:
-        raise NotAttention(f"the products that {scores.name} adds up are scaled differently")
-    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * factors.pop())
+    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale)
 
 
 def only_path(node: fx.Node, *through: object) -> fx.Node:
@@ -137,41 +136,6 @@ def shallow(term: Term) -> Term:
     return Term(tuple(o for _, o in order), (), term.scale)
 
 
-@dataclass(frozen=True)
-class Axes:
-    """The axes of scores [B, H, S, T]; several for heads in groups."""
-
-    b: Axis
-    h: tuple[Axis, ...]
-    s: Axis
-    t: Axis
-
-    @classmethod
-    def of(cls, groups: Sequence[Sequence[Axis]], queries: int) -> Axes:
-        """Of four dims, the queries along dim `queries`."""
-        b, s, t = (_single(groups[dim]) for dim in (0, queries, 3))
-        return cls(b, tuple(groups[3 - queries]), s, t)
-
-    def width(self, operand: Operand) -> Axis:
-        known = (self.b, *self.h, self.s, self.t)
-        left = [axis for axis in operand.axes if axis not in known and axis.size != 1]
-        if len(left) != 1:
-            raise NotAttention(f"{operand.node.name} has {len(left)} widths instead of one")
-        return left[0]
-
-    def heads(self, *operands: Operand) -> tuple[Axis, ...]:
-        """The fewest leading axes of the heads that hold all that the operands have."""
-        held = {axis for operand in operands for axis in operand.axes if axis.size != 1}
-        return self.h[: max((k + 1 for k, axis in enumerate(self.h) if axis in held), default=0)]
-
-
-def _single(group: Sequence[Axis]) -> Axis:
-    wide = [axis for axis in group if axis.size != 1] or list(group[:1])
-    if len(wide) > 1:
-        raise NotAttention("the scores have merged dims")
-    return wide[0] if wide else Axis(1)
-
-
 def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
     """Insert the op that fits, in place of the core's last product."""
     out_terms, score_terms = core.out_value.terms, core.scores_value.terms
@@ -179,57 +143,39 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands")
     shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
-    if not expanded and is_product(values.node):
+    if not expanded and is_product(lift(values.node)):
         raise NotAttention(f"the values {values.node.name} are multiplied out for every cached position")
     groups = core.scores_value.dims
-    queries = core.visible.queries or (1 if _is_one(groups[1]) and not _is_one(groups[2]) else 2)
+    queries = core.visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
     axes, out_axes = Axes.of(groups, queries), Axes.of(dims_of(shares), queries)
     if is_probability(values.node) or out_axes.s in values.axes and out_axes.s.size != 1:
         raise NotAttention(f"the values {values.node.name} differ from query to query")
     sides = [query_and_key(term, axes) for term in score_terms]
     with graph.inserting_before(core.out):
         writer = Writer(graph, core.out)
-        latent = next((key for _, key in sides if identity(key) == identity(values)), None)
-        if latent is not None and len(sides) > 1 and not axes.heads(*(key for _, key in sides)):
+        latent = next((key for _, key, _ in sides if identity(key) == identity(values)), None)
+        if latent is not None and len(sides) > 1 and not axes.heads(*(key for _, key, _ in sides)):
             node = latent_core(writer, core, sides, latent, axes)
         else:
             node = grouped_core(writer, core, sides, values, axes, out_axes)
         return arrange_output(writer, node, core, values, out_axes)
 
 
-def is_product(node: fx.Node) -> bool:
-    return any(len(term.operands) > 1 for piece in lift(node).pieces for term in piece.terms)
+def query_nodes(writer: Writer, core: Core, sides: Sequence[Side], axes: Axes) -> list[fx.Node]:
+    """Queries [B, S, H, A] of all products, scaled so that `core.scale` fits them all."""
+    nodes = []
+    for query, _, factor in sides:
+        node = in_order(writer, query, (axes.b,), (axes.s,), axes.h, (axes.width(query),))
+        own = factor / core.scores_value.terms[0].scale
+        nodes.append(node if own == 1.0 else writer.scale(node, own))
+    return nodes
 
 
-def _is_one(group: Sequence[Axis]) -> bool:
-    return all(axis.size == 1 for axis in group)
+Side = tuple[Operand, Operand, float]
+"""Query, key and factor of one of the products that the scores add up."""
 
 
-def dims_of(operand: Operand) -> list[list[Axis]]:
-    """The axes that each dim of the operand's tensor was split into."""
-    groups: list[list[Axis]] = [[] for _ in shape_of(operand.node)]
-    for dim, axis in zip(_owners(operand)[0], operand.axes, strict=True):
-        groups[dim].append(axis)
-    return groups
-
-
-def identity(operand: Operand) -> tuple[Any, ...]:
-    """Equal for operands that are the same part of the same tensor, whatever dims of size one they show."""
-    return operand.node, _owners(operand)[1]
-
-
-def _owners(operand: Operand) -> tuple[list[int], tuple[Any, ...]]:
-    """For each axis the tensor's dim that it comes from, and the slices and splits on the way."""
-    owners, changes = list(range(len(shape_of(operand.node)))), []
-    for kind, dim, *how in operand.steps:
-        if kind == "slice" or how[0]:
-            changes.append((kind, owners[dim], *how))
-        if kind != "slice":
-            owners[dim : dim + 1] = [owners[dim]] * len(how[0])
-    return owners, tuple(changes)
-
-
-def query_and_key(term: Term, axes: Axes) -> tuple[Operand, Operand]:
+def query_and_key(term: Term, axes: Axes) -> Side:
     query = [o for o in term.operands if axes.t not in o.axes]
     key = [o for o in term.operands if axes.t in o.axes]
     wanted = {axis for axis in (axes.s, *axes.h) if axis.size != 1}
@@ -237,23 +183,23 @@ def query_and_key(term: Term, axes: Axes) -> tuple[Operand, Operand]:
         raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
     if axes.b.size != 1 and not all(axes.b in o.axes for o in (query[0], key[0])):
         raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
-    return query[0], key[0]
+    return query[0], key[0], term.scale
 
 
 def in_order(writer: Writer, operand: Operand, *dims: tuple[Axis, ...]) -> fx.Node:
     """The operand with these dims; axes of size one that it lacks are put in."""
-    wanted = [() if _is_one(group) and not set(group) & set(operand.axes) else group for group in dims]
+    wanted = [() if is_one(group) and not set(group) & set(operand.axes) else group for group in dims]
     return writer.arrange(writer.operand(operand), wanted)
 
 
 def latent_core(
-    writer: Writer, core: Core, sides: list[tuple[Operand, Operand]], latent: Operand, axes: Axes
+    writer: Writer, core: Core, sides: list[Side], latent: Operand, axes: Axes
 ) -> fx.Node:
     """The keys that are not the latent stand beside each other as one rope key."""
-    b, h, s, t = (axes.b,), axes.h, (axes.s,), (axes.t,)
+    b, t = (axes.b,), (axes.t,)
     latent_first = sorted(sides, key=lambda side: side[1] is not latent)
-    queries = [in_order(writer, query, b, s, h, (axes.width(query),)) for query, _ in latent_first]
-    keys = [in_order(writer, key, b, t, (axes.width(key),)) for _, key in latent_first]
+    queries = query_nodes(writer, core, latent_first, axes)
+    keys = [in_order(writer, key, b, t, (axes.width(key),)) for _, key, _ in latent_first]
     positions = core.visible.write(writer.graph, queries[0], keys[0])
     return call(
         writer.graph, torch.ops.dsv3.mla_attention.default, queries[0], beside(writer, queries[1:]),
@@ -268,16 +214,16 @@ def beside(writer: Writer, nodes: list[fx.Node]) -> fx.Node:
 
 
 def grouped_core(
-    writer: Writer, core: Core, sides: list[tuple[Operand, Operand]], values: Operand, axes: Axes, out_axes: Axes
+    writer: Writer, core: Core, sides: list[Side], values: Operand, axes: Axes, out_axes: Axes
 ) -> fx.Node:
     """Keys and values of as many heads as they have; a head that all queries' heads share is one."""
-    b, h, s, t = (axes.b,), axes.h, (axes.s,), (axes.t,)
-    groups = max(len(axes.heads(*(key for _, key in sides))), len(out_axes.heads(values)))
+    b, t = (axes.b,), (axes.t,)
+    groups = max(len(axes.heads(*(key for _, key, _ in sides))), len(out_axes.heads(values)))
     if [a.size for a in axes.h] != [a.size for a in out_axes.h] and groups not in (0, len(axes.h)):
         raise NotAttention("the heads of keys and values are grouped differently")
     group, out_group = (axes.h[:groups], out_axes.h[:groups]) if groups < len(axes.h) else (axes.h, out_axes.h)
-    queries = [in_order(writer, query, b, s, h, (axes.width(query),)) for query, _ in sides]
-    keys = [in_order(writer, key, b, t, group, (axes.width(key),)) for _, key in sides]
+    queries = query_nodes(writer, core, sides, axes)
+    keys = [in_order(writer, key, b, t, group, (axes.width(key),)) for _, key, _ in sides]
     value_node = in_order(writer, values, (out_axes.b,), (out_axes.t,), out_group, (out_axes.width(values),))
     query_node, key_node = beside(writer, queries), beside(writer, keys)
     positions = core.visible.write(writer.graph, query_node, key_node)

@@ -53,6 +53,10 @@ def lift(node: fx.Node, *, top: bool = True) -> Value:
     return value if top else _with_cut(node, value)
 
 
+def is_product(value: Value) -> bool:
+    return any(len(term.operands) > 1 for piece in value.pieces for term in piece.terms)
+
+
 def _with_cut(node: fx.Node, value: Value) -> Value:
     """Remember that the graph computes this product itself, where it is a product."""
     if not is_call(node, *CONTRACTIONS) or value.joined is not None or len(value.terms) != 1:

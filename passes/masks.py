@@ -103,6 +103,7 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
     return node, Visible()
 
 
+JOINTS = (aten.bitwise_and, aten.logical_and, aten.__and__, aten.bitwise_or, aten.logical_or, aten.__or__, aten.mul)
 MASKING = (aten.masked_fill, aten.where, aten.masked_scatter)
 
 
@@ -173,7 +174,7 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
         return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
         return Visible(dims=(dims[0],), diagonal=True)
-    if is_call(node, aten.bitwise_and, aten.logical_and, aten.bitwise_or, aten.logical_or):
+    if is_call(node, *JOINTS):
         raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)")
     at_most, at_least = ((aten.le,), (aten.ge,)) if kept else ((aten.gt,), (aten.lt,))
     if not is_call(node, *at_most, *at_least):

@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
-from passes.contraction import Term
-from passes.lifting import lift
+from passes.lifting import is_product, lift
 from passes.masks import size_of
 from passes.nodes import cast, dtype_of
 
@@ -91,23 +90,29 @@ def why_not(found: Arguments) -> str:
 
 
 def why_keys_stay(keys: fx.Node) -> str:
-    """Why no weight before the keys can go anywhere else, or ''."""
-    terms = terms_of(keys)
-    if any(len(term.operands) > 1 for term in terms):
+    """Why no weight before the keys [B, H, T, A] can go anywhere else, or ''."""
+    value = lift(keys)
+    if is_product(value) and (value.joined is None or value.joined not in value.dims[2]):
         return ""
-    for barrier in (operand.node for term in terms for operand in term.operands):
-        for source in barrier.all_input_nodes:
-            if not any(len(term.operands) > 1 for term in terms_of(source)):
-                continue
-            if is_call(barrier, *CACHE_WRITES):
-                old = next(node for node in barrier.all_input_nodes if node is not source)
-                return f"the rows of {old.name} come in expanded already: {barrier.name} caches keys, not latents"
-            return f"the edge {source.name} → {barrier.name} is not linear, so the weight before it cannot be absorbed"
-    return "no weight stands right before the keys"
+    seen, stack = {keys}, [keys]
+    while stack:
+        node = stack.pop()
+        if is_call(node, aten.linear) and len(node.args) > 2 and node.args[2] is not None:
+            return f"{node.name} adds a bias to the keys, so its weight cannot be absorbed"
+        for source in node.all_input_nodes:
+            if is_product(lift(source)):
+                return _why_edge_blocks(source, node)
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return "no weight stands before the keys"
 
 
-def terms_of(node: fx.Node) -> list[Term]:
-    return [term for piece in lift(node).pieces for term in piece.terms]
+def _why_edge_blocks(source: fx.Node, node: fx.Node) -> str:
+    others = [one for one in node.all_input_nodes if one is not source]
+    if is_call(node, *CACHE_WRITES) and others:
+        return f"the rows of {others[0].name} come in expanded already: {node.name} caches keys, not latents"
+    return f"the edge {source.name} → {node.name} is not linear, so the weight before it cannot be absorbed"
 
 
 def opened(graph: fx.Graph, node: fx.Node, found: Arguments) -> fx.Node:

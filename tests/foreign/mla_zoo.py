@@ -18,12 +18,15 @@ HIDDEN, HEADS, NOPE, ROPE, VALUE, RANK = 20, 3, 10, 6, 7, 24
 WIDTH = NOPE + ROPE
 
 
-def inputs(queries: int | str = 1, dtype: torch.dtype = torch.float32) -> list[Input]:
+def inputs(
+    queries: int | str = 1, dtype: torch.dtype = torch.float32, batch: int | str = 2, cached: int | str = 33
+) -> list[Input]:
+    """Numbers of sizes, or letters for free ones."""
     return [
-        Input("x_BSD", Role.ACTIVATION, ("B", queries, HIDDEN), dtype),
-        Input("positions_BS", Role.ACTIVATION, ("B", queries), torch.int64, "T"),
-        Input("latent_BTC", Role.CACHE, ("B", "T", RANK), dtype),
-        Input("rope_key_BTR", Role.CACHE, ("B", "T", ROPE), dtype),
+        Input("x_BSD", Role.ACTIVATION, (batch, queries, HIDDEN), dtype),
+        Input("positions_BS", Role.ACTIVATION, (batch, queries), torch.int64, cached),
+        Input("latent_BTC", Role.CACHE, (batch, cached, RANK), dtype),
+        Input("rope_key_BTR", Role.CACHE, (batch, cached, ROPE), dtype),
     ]
 
 

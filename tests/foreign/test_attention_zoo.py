@@ -11,12 +11,12 @@ from tests.foreign import mla_zoo as zoo
 from tests.passes.harness import module_graph
 
 ATTENTION = Pipeline(FOREIGN_PIPELINE[: [one.name() for one in FOREIGN_PIPELINE].index("close-attention") + 1])
-DECODE = Context("any", target("cpu"), Workload(1, 1, 512))
+ANY = Context("any", target("cpu"), Workload(0, 0, 0))  # sizes are those in the graph
 
 
-def compiled(module, queries=1, context=DECODE, dtype=torch.float32):
+def compiled(module, context=ANY, **sizes):
     """The graph behind the attention passes, each certified in float64, and their records by name."""
-    graph = module_graph(module.to(dtype), *zoo.inputs(queries, dtype))
+    graph = module_graph(module.to(sizes.get("dtype", torch.float32)), *zoo.inputs(**sizes))
     records = ATTENTION.run(graph, context, specimen=Specimen.of(graph))
     return graph.graph, {record.name: record for record in records}
 
@@ -70,21 +70,41 @@ def test_other_masks_are_absorbed_as_products(variant, reason):
 
 
 @pytest.mark.parametrize(
-    "variant, name, reason",
+    "variant, reason",
     [
-        (zoo.BentKeys, "open-attention", "the edge getitem_2 → tanh_1 is not linear"),
-        (zoo.ExpandedCaches, "open-attention", "come in expanded already: cat_1 caches keys, not latents"),
-        (zoo.KeysReturned, "order-contractions", "used by output as well and must be computed anyway"),
+        (zoo.BentKeys, "the edge getitem_2 → tanh_1 is not linear"),
+        (zoo.BiasedUpProjection, "adds a bias to the keys"),
+        (zoo.ExpandedCaches, "come in expanded already: cat_1 caches keys, not latents"),
     ],
 )
-def test_near_misses_stay_as_they_were(variant, name, reason):
+def test_near_misses_stay_closed(variant, reason):
     graph, records = compiled(variant())
-    assert not records["order-contractions"].matches and not records["fuse-attention"].matches
-    assert reason in reasons(records, name)
+    assert not records["open-attention"].matches and reason in reasons(records, "open-attention")
+    assert ops(graph) == ["scaled_dot_product_attention"]
+
+
+LONG = Context("decode", target("sm_90"), Workload(1, 1, 4096))
+
+
+@pytest.mark.parametrize("variant", [zoo.HeadFirst, zoo.SequenceFirst])
+def test_free_sizes_are_no_obstacle(variant):
+    graph, records = compiled(variant(), LONG, batch="B", cached="T")
+    assert len(records["order-contractions"].matches) == 2
+    assert ops(graph) == ["mla_attention"], reasons(records, "fuse-attention")
+
+
+def test_keys_that_are_an_output_are_computed_anyway():
+    graph, records = compiled(zoo.KeysReturned(), LONG, batch="B", cached="T")
+    assert "used by output as well and must be computed anyway" in reasons(records, "order-contractions")
     assert ops(graph) == ["scaled_dot_product_attention"]
 
 
 def test_prefill_of_a_fresh_prompt_stays_expanded():
-    graph, records = compiled(zoo.NoMask(), "T", Context("prefill", target("cpu"), Workload(1, 512, 512)))
+    graph, records = compiled(zoo.NoMask(), queries=33)
     assert not records["order-contractions"].matches
     assert ops(graph) == ["scaled_dot_product_attention"]
+
+
+def test_half_precision_is_absorbed_too():
+    graph, records = compiled(zoo.Eager(), dtype=torch.bfloat16)
+    assert ops(graph) == ["mla_attention"], reasons(records, "fuse-attention")
