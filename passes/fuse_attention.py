@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -192,9 +191,7 @@ def in_order(writer: Writer, operand: Operand, *dims: tuple[Axis, ...]) -> fx.No
     return writer.arrange(writer.operand(operand), wanted)
 
 
-def latent_core(
-    writer: Writer, core: Core, sides: list[Side], latent: Operand, axes: Axes
-) -> fx.Node:
+def latent_core(writer: Writer, core: Core, sides: list[Side], latent: Operand, axes: Axes) -> fx.Node:
     """The keys that are not the latent stand beside each other as one rope key."""
     b, t = (axes.b,), (axes.t,)
     latent_first = sorted(sides, key=lambda side: side[1] is not latent)
@@ -213,9 +210,7 @@ def beside(writer: Writer, nodes: list[fx.Node]) -> fx.Node:
     return call(writer.graph, aten.cat.default, nodes, -1, like=writer.root)
 
 
-def grouped_core(
-    writer: Writer, core: Core, sides: list[Side], values: Operand, axes: Axes, out_axes: Axes
-) -> fx.Node:
+def grouped_core(writer: Writer, core: Core, sides: list[Side], values: Operand, axes: Axes, out_axes: Axes) -> fx.Node:
     """Keys and values of as many heads as they have; a head that all queries' heads share is one."""
     b, t = (axes.b,), (axes.t,)
     groups = max(len(axes.heads(*(key for _, key, _ in sides))), len(out_axes.heads(values)))

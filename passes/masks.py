@@ -43,7 +43,9 @@ class Visible:
             own = call(graph, aten.arange.default, sizes[1], device=queries.meta["val"].device, like=queries)
             return replace(self, last=own, diagonal=False).write(graph, queries, keys)
         if not isinstance(self.last, fx.Node):
-            last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries) if self.last is None else self.last
+            last: Any = self.last
+            if last is None:
+                last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries)
             device = queries.meta["val"].device
             return call(graph, aten.full.default, sizes, last, dtype=torch.int64, device=device, like=queries)
         return self._arranged(graph, self.last, queries, keys, sizes)
@@ -57,8 +59,8 @@ class Visible:
         kept = [dim for dim in self.dims if dim is not None]
         if len(kept) == 2 and kept[1] == BATCH:
             node = call(graph, aten.transpose.int, node, 0, 1, like=queries)
-        for place, dim in enumerate((BATCH, self.queries)):
-            if dim not in kept:
+        for place, along in enumerate((BATCH, self.queries)):
+            if along not in kept:
                 node = call(graph, aten.unsqueeze.default, node, place, like=queries)
         if not all(same_size(own, full) for own, full in zip(shape_of(node), shape_of(queries), strict=False)):
             node = call(graph, aten.expand.default, node, sizes, like=queries)

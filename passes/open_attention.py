@@ -100,7 +100,7 @@ def why_keys_stay(keys: fx.Node) -> str:
         if is_call(node, aten.linear) and len(node.args) > 2 and node.args[2] is not None:
             return f"{node.name} adds a bias to the keys, so its weight cannot be absorbed"
         for source in node.all_input_nodes:
-            if is_product(lift(source)):
+            if isinstance(source.meta["val"], torch.Tensor) and is_product(lift(source)):
                 return _why_edge_blocks(source, node)
             if source not in seen:
                 seen.add(source)

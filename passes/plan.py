@@ -40,8 +40,8 @@ class Plan:
         self.node_seconds = {n: float(c.seconds(context.target)) for n, c in node_costs(graph, self.size).items()}
         self.groups = groups_of(chains)
         self.regions = [Region.of(group) for group in self.groups]
-        own = {node for region in self.regions for node in region.nodes}
-        rest = sum(seconds for node, seconds in self.node_seconds.items() if node not in own)
+        self.inside = frozenset().union(*(region.nodes for region in self.regions))
+        rest = sum(seconds for node, seconds in self.node_seconds.items() if node not in self.inside)
         self.rest_seconds = rest / max(len(self.groups), 1)  # of the graph around a group
         self.form_seconds: dict[Chain, dict[str, float]] = {}  # of the block, with a chain's whole group in one form
 
@@ -93,10 +93,8 @@ class Plan:
     def why_kept(self, chain: Chain, order: Order) -> str:
         """Why the order of the graph was left as it is, naming the edge that decided it."""
         cached = {term.operands[i].node for term in chain.value.terms for i in chain.cached(term)}
-        for node in self.graph.nodes:
-            if order.form != "expanded" or node is chain.root or node not in chain.value.through:
-                continue
-            user = next((u for u in node.users if not any(u in c.value.through for c in self.chains)), None)
+        for node in sorted(chain.value.through - {chain.root}) if order.form == "expanded" else ():
+            user = next((u for u in node.users if u not in self.inside), None)
             if user is not None and cached & ancestors(node):
                 return f"stays expanded: {node.name} is used by {user.name} as well and must be computed anyway"
         size, form_seconds = self.context.workload, self.form_seconds[chain]

@@ -36,7 +36,7 @@ def causal(positions_BS: Tensor, latent_BTC: Tensor) -> Tensor:
 
 
 class HeadFirst(nn.Module):
-    """transformers' own way: heads first, a fused up-projection, the rope key expanded, scaled_dot_product_attention."""
+    """As transformers has it: heads first, a fused up-projection, the rope key expanded, fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
