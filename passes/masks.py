@@ -116,7 +116,9 @@ def is_minus_infinity(node: object) -> bool:
 def is_mask(node: fx.Node) -> bool:
     """Is what is added to scores no product of anything?"""
     node = through(node)
-    return node.op == "placeholder" or is_call(node, *MASKING, aten.triu, aten.mul)
+    while is_call(node, aten.mul, aten.div) and isinstance(node.args[1], (int, float)):
+        node = through(node.args[0])
+    return node.op == "placeholder" or is_call(node, *MASKING, aten.triu, aten.mul, aten.sub, aten.rsub)
 
 
 def through(node: fx.Node) -> fx.Node:

@@ -259,14 +259,19 @@ class Eager(HeadFirst):
         return torch.matmul(F.dropout(shares, 0.1, self.training), v)
 
 
+class ScaledApart(HeadFirst):
+    """Each of the products that the scores add up has its own factor."""
+
+    def attend(self, q, k, v, mask):
+        scores = 0.3 * q[..., :NOPE] @ k[..., :NOPE].mT + (q[..., NOPE:] @ k[..., NOPE:].mT) / 5.0
+        return torch.matmul(scores.masked_fill(~mask, -math.inf).softmax(-1), v)
+
+
 class TriangularMask(Eager):
-    """A square float mask with −∞ above its diagonal."""
+    """A square float mask with −∞ above its diagonal, over as many queries as there are rows."""
 
     def mask(self, positions_BS, latent_BTC):
-        return torch.full((latent_BTC.shape[1], latent_BTC.shape[1]), -math.inf).triu(1)
-
-    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
-        return super().forward(x_BSD.expand(-1, latent_BTC.shape[1], -1), positions_BS, latent_BTC, rope_key_BTR)
+        return torch.full((positions_BS.shape[1], latent_BTC.shape[1]), -math.inf).triu(1)
 
 
 class NoMask(HeadFirst):

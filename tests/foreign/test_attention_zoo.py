@@ -35,7 +35,7 @@ def reasons(records, name):
 ABSORBED = [
     zoo.HeadFirst, zoo.FilledBuffers, zoo.SequenceFirst, zoo.SplitUpProjection, zoo.MatrixPerHead, zoo.BiasedQueries,
     zoo.BiasedOutput, zoo.OneDownProjection, zoo.OneCache, zoo.WideValues, zoo.ComplexRotation, zoo.HalfSplitRotation,
-    zoo.Eager, zoo.NoMask, zoo.RepeatedRopeKey, zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent,
+    zoo.Eager, zoo.ScaledApart, zoo.NoMask, zoo.RepeatedRopeKey, zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent,
 ]  # fmt: skip
 
 
@@ -103,6 +103,11 @@ def test_prefill_of_a_fresh_prompt_stays_expanded():
     graph, records = compiled(zoo.NoMask(), queries=33)
     assert not records["order-contractions"].matches
     assert ops(graph) == ["scaled_dot_product_attention"]
+
+
+def test_a_triangular_mask_is_a_comparison_of_positions():
+    few, records = compiled(zoo.TriangularMask(), queries=3)
+    assert ops(few) == ["mla_attention"], reasons(records, "fuse-attention")
 
 
 def test_half_precision_is_absorbed_too():

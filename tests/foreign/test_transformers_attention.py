@@ -1,4 +1,4 @@
-"""transformers' own models: every layer's decode step reads the latent, with each of its caches, and the same numbers."""
+"""transformers' own models: every layer decodes on its latent, with each kind of cache, to the same numbers."""
 
 import pytest
 import torch
