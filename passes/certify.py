@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from passes.base import Role, placeholders
 from passes.bisection import relative_error
+from passes.changes import Changes, Pair, Region, number
 from passes.cost import node_costs, traced_sizes
 from passes.inputs import draw_one, expression_of
-from passes.regions import Changes, Pair, Region, number
 from passes.verify import EXACT, Certificate, CertificateError, NodeError, run_float64
 
 MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64

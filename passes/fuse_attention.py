@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,11 @@ from torch import fx
 from codegen import ops as _vocabulary  # noqa: F401  registers torch.ops.dsv3
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
-from passes.lifting import lift
+from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import SOFTMAX, is_probability
+from passes.nodes import CASTS, SOFTMAX, is_probability
+from passes.products import REARRANGEMENTS
+from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
@@ -25,22 +27,32 @@ class FuseAttention(Pass):
        out = P · latent                        →   mla_attention(q̃, qR, latent, rope_key, positions, scale)
        out = P · v   with one product q · kᵀ   →   attention(q, k, v, positions, scale)
 
-    The mask must be "cached position ≤ query position"; scores and shares must have no other users.
+    The mask must be "cached position ≤ query position", or none; scores and shares must have no other users. Cores
+    whose keys and values are multiplied out for every head are left alone unless `expanded`.
     """
+
+    expanded: bool = True
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
         for softmax in calls(graph, *SOFTMAX):
             try:
                 core = read_core(softmax)
-                node = write_core(graph, core)
+                node = write_core(graph, core, self.expanded)
             except NotAttention as refusal:
                 outcome.refuse(softmax, str(refusal))
                 continue
             core.out.replace_all_uses_with(node)
             graph.eliminate_dead_code()
-            outcome.matches.append(f"{softmax.name}: {node.target}".replace("dsv3.", "").replace(".default", ""))
+            outcome.matches.append(f"{softmax.name}: {op_before(node)}")
         return outcome
+
+
+def op_before(node: fx.Node) -> str:
+    """The name of the attention op behind rearrangements of its result."""
+    while "dsv3" not in str(node.target):
+        node = node.args[0]
+    return str(node.target).removeprefix("dsv3.").removesuffix(".default")
 
 
 @dataclass(frozen=True)
@@ -52,14 +64,14 @@ class Core:
     scores: fx.Node
     scores_value: Value
     visible: Visible
-    scale: float
+    scale: float  # of the first product; others are scaled through their queries
 
 
 def read_core(softmax: fx.Node) -> Core:
     rank = len(shape_of(softmax))
     if softmax.args[1] % rank != rank - 1 or rank != 4:
         raise NotAttention("not a softmax over the last of four dims")
-    shares = only_path(softmax, aten._to_copy, aten.to)
+    shares = only_path(softmax, *CASTS, *REARRANGEMENTS)
     users = list(shares.users)
     if len(users) != 1 or not is_call(users[0], *CONTRACTIONS):
         raise NotAttention(
@@ -72,10 +84,7 @@ def read_core(softmax: fx.Node) -> Core:
         if len(node.users) != 1:
             raise NotAttention(f"{node.name} is used outside the attention as well")
     value = lift_shallow(scores)
-    factors = {term.scale for term in value.terms}
-    if len(factors) > 1:
-        raise NotAttention(f"the products that {scores.name} adds up are scaled differently")
-    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * factors.pop())
+    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale)
 
 
 def only_path(node: fx.Node, *through: object) -> fx.Node:
@@ -126,96 +135,92 @@ def shallow(term: Term) -> Term:
     return Term(tuple(o for _, o in order), (), term.scale)
 
 
-def write_core(graph: fx.Graph, core: Core) -> fx.Node:
+def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
     """Insert the op that fits, in place of the core's last product."""
     out_terms, score_terms = core.out_value.terms, core.scores_value.terms
     plain = all(len(t.operands) == 2 for t in (*out_terms, *score_terms))
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands")
-    b, h, s, t = axes_of_scores(core)
-    values = next(o for o in out_terms[0].operands if not is_probability(o.node))
+    shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
+    if not expanded and is_product(lift(values.node)):
+        raise NotAttention(f"the values {values.node.name} are multiplied out for every cached position")
+    groups = core.scores_value.dims
+    queries = core.visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
+    axes, out_axes = Axes.of(groups, queries), Axes.of(dims_of(shares), queries)
+    if is_probability(values.node) or out_axes.s in values.axes and out_axes.s.size != 1:
+        raise NotAttention(f"the values {values.node.name} differ from query to query")
+    sides = [query_and_key(term, axes) for term in score_terms]
     with graph.inserting_before(core.out):
         writer = Writer(graph, core.out)
-        sides = [query_and_key(term, b, h, s, t) for term in score_terms]
-        if len(sides) == 2 and not any(has_head(key, h) for _, key in sides) and len(values.axes) == 3:
-            node = latent_core(writer, core, sides, values, (b, h, s, t))
-        elif len(sides) == 1 or any(has_head(key, h) for _, key in sides):
-            node = expanded_core(writer, core, sides, values, (b, h, s, t))
+        latent = next((key for _, key, _ in sides if identity(key) == identity(values)), None)
+        if latent is not None and len(sides) > 1 and not axes.heads(*(key for _, key, _ in sides)):
+            node = latent_core(writer, core, sides, latent, axes)
         else:
-            raise NotAttention("neither one product of queries and keys nor a latent and a rotary one")
-        return arrange_output(writer, node, core)
+            node = grouped_core(writer, core, sides, values, axes, out_axes)
+        return arrange_output(writer, node, core, values, out_axes)
 
 
-def axes_of_scores(core: Core) -> tuple[Axis, Axis, Axis, Axis]:
-    dims = core.scores_value.dims
-    if any(len(group) != 1 for group in dims):
-        raise NotAttention("the scores have merged or broadcast dims")
-    b, h, s, t = (group[0] for group in dims)
-    return b, h, s, t
+def query_nodes(writer: Writer, core: Core, sides: Sequence[Side], axes: Axes) -> list[fx.Node]:
+    """Queries [B, S, H, A] of all products, scaled so that `core.scale` fits them all."""
+    nodes = []
+    for query, _, factor in sides:
+        node = in_order(writer, query, (axes.b,), (axes.s,), axes.h, (axes.width(query),))
+        own = factor / core.scores_value.terms[0].scale
+        nodes.append(node if own == 1.0 else writer.scale(node, own))
+    return nodes
 
 
-def query_and_key(term: Term, b: Axis, h: Axis, s: Axis, t: Axis) -> tuple[Operand, Operand]:
-    query = [o for o in term.operands if s in o.axes and t not in o.axes]
-    key = [o for o in term.operands if t in o.axes and s not in o.axes]
-    if len(query) != 1 or len(key) != 1 or b not in query[0].axes or b not in key[0].axes or h not in query[0].axes:
+Side = tuple[Operand, Operand, float]
+"""Query, key and factor of one of the products that the scores add up."""
+
+
+def query_and_key(term: Term, axes: Axes) -> Side:
+    query = [o for o in term.operands if axes.t not in o.axes]
+    key = [o for o in term.operands if axes.t in o.axes]
+    wanted = {axis for axis in (axes.s, *axes.h) if axis.size != 1}
+    if len(query) != 1 or len(key) != 1 or not wanted <= set(query[0].axes) or axes.s in wanted & set(key[0].axes):
         raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
-    return query[0], key[0]
+    if axes.b.size != 1 and not all(axes.b in o.axes for o in (query[0], key[0])):
+        raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
+    return query[0], key[0], term.scale
 
 
-def has_head(key: Operand, h: Axis) -> bool:
-    return h in key.axes
+def in_order(writer: Writer, operand: Operand, *dims: tuple[Axis, ...]) -> fx.Node:
+    """The operand with these dims; axes of size one that it lacks are put in."""
+    wanted = [() if is_one(group) and not set(group) & set(operand.axes) else group for group in dims]
+    return writer.arrange(writer.operand(operand), wanted)
 
 
-def in_order(writer: Writer, operand: Operand, axes: tuple[Axis, ...]) -> fx.Node:
-    return writer.arrange(writer.operand(operand), [(axis,) for axis in axes])
-
-
-def rest(operand: Operand, *known: Axis) -> Axis:
-    left = [axis for axis in operand.axes if axis not in known]
-    if len(left) != 1:
-        raise NotAttention(f"{operand.node.name} has {len(left)} widths instead of one")
-    return left[0]
-
-
-def latent_core(
-    writer: Writer, core: Core, sides: list[tuple[Operand, Operand]], values: Operand, axes: tuple[Axis, ...]
-) -> fx.Node:
-    b, h, s, t = axes
-    latent_first = sorted(sides, key=lambda side: side[1].node is not values.node or side[1].steps != values.steps)
-    (query, latent), (q_rope, rope_key) = latent_first
-    if latent.node is not values.node or latent.steps != values.steps:
-        raise NotAttention(f"the values {values.node.name} are not the latent that the scores read")
-    query_node = in_order(writer, query, (b, s, h, rest(query, b, s, h)))
-    rope_node = in_order(writer, q_rope, (b, s, h, rest(q_rope, b, s, h)))
-    latent_node = in_order(writer, latent, (b, t, rest(latent, b, t)))
-    key_node = in_order(writer, rope_key, (b, t, rest(rope_key, b, t)))
-    positions = core.visible.write(writer.graph, query_node, latent_node)
+def latent_core(writer: Writer, core: Core, sides: list[Side], latent: Operand, axes: Axes) -> fx.Node:
+    """The keys that are not the latent stand beside each other as one rope key."""
+    b, t = (axes.b,), (axes.t,)
+    latent_first = sorted(sides, key=lambda side: side[1] is not latent)
+    queries = query_nodes(writer, core, latent_first, axes)
+    keys = [in_order(writer, key, b, t, (axes.width(key),)) for _, key, _ in latent_first]
+    positions = core.visible.write(writer.graph, queries[0], keys[0])
     return call(
-        writer.graph, torch.ops.dsv3.mla_attention.default,
-        query_node, rope_node, latent_node, key_node, positions, core.scale, like=core.out,
+        writer.graph, torch.ops.dsv3.mla_attention.default, queries[0], beside(writer, queries[1:]),
+        keys[0], beside(writer, keys[1:]), positions, core.scale, like=core.out,
     )  # fmt: skip
 
 
-def expanded_core(
-    writer: Writer, core: Core, sides: list[tuple[Operand, Operand]], values: Operand, axes: tuple[Axis, ...]
-) -> fx.Node:
-    b, h, s, t = axes
-    queries, keys = [], []
-    for query, key in sides:
-        width = rest(query, b, s, h)
-        queries.append(in_order(writer, query, (b, s, h, width)))
-        group = [a for a in key.axes if a not in (b, t, width)]
-        keys.append(writer.arrange(writer.operand(key), [(b,), (t,), tuple(group) or (h,), (width,)]))
-    shares = next(o for o in core.out_value.terms[0].operands if is_probability(o.node))
-    batch, heads, _, cached = shares.axes
-    width = rest(values, batch, heads, cached)
-    if heads not in values.axes:
-        raise NotAttention(f"the values {values.node.name} have no head axis")
-    value_node = in_order(writer, values, (batch, cached, heads, width))
-    query_node, key_node = (
-        nodes[0] if len(nodes) == 1 else call(writer.graph, torch.ops.aten.cat.default, nodes, -1, like=core.out)
-        for nodes in (queries, keys)
-    )
+def beside(writer: Writer, nodes: list[fx.Node]) -> fx.Node:
+    if len(nodes) == 1:
+        return nodes[0]
+    return call(writer.graph, aten.cat.default, nodes, -1, like=writer.root)
+
+
+def grouped_core(writer: Writer, core: Core, sides: list[Side], values: Operand, axes: Axes, out_axes: Axes) -> fx.Node:
+    """Keys and values of as many heads as they have; a head that all queries' heads share is one."""
+    b, t = (axes.b,), (axes.t,)
+    groups = max(len(axes.heads(*(key for _, key, _ in sides))), len(out_axes.heads(values)))
+    if [a.size for a in axes.h] != [a.size for a in out_axes.h] and groups not in (0, len(axes.h)):
+        raise NotAttention("the heads of keys and values are grouped differently")
+    group, out_group = (axes.h[:groups], out_axes.h[:groups]) if groups < len(axes.h) else (axes.h, out_axes.h)
+    queries = query_nodes(writer, core, sides, axes)
+    keys = [in_order(writer, key, b, t, group, (axes.width(key),)) for _, key, _ in sides]
+    value_node = in_order(writer, values, (out_axes.b,), (out_axes.t,), out_group, (out_axes.width(values),))
+    query_node, key_node = beside(writer, queries), beside(writer, keys)
     positions = core.visible.write(writer.graph, query_node, key_node)
     return call(
         writer.graph, torch.ops.dsv3.attention.default,
@@ -223,14 +228,13 @@ def expanded_core(
     )  # fmt: skip
 
 
-def arrange_output(writer: Writer, node: fx.Node, core: Core) -> fx.Node:
+def arrange_output(writer: Writer, node: fx.Node, core: Core, values: Operand, axes: Axes) -> fx.Node:
     """[B, S, H, width] in the layout that the old product had."""
-    shares = next(o for o in core.out_value.terms[0].operands if is_probability(o.node))
-    values = next(o for o in core.out_value.terms[0].operands if not is_probability(o.node))
-    batch, heads, queries, cached = shares.axes
-    width = next(a for a in values.axes if a not in shares.axes)
-    order = (batch, queries, heads, width)
-    flat: Iterator[Axis] = (axis for group in core.out_value.dims for axis in group)
-    if set(flat) != set(order):
+    order = ((axes.b,), (axes.s,), axes.h, (axes.width(values),))
+    flat = [axis for group in core.out_value.dims for axis in group if axis.size != 1]
+    if set(flat) != {axis for group in order for axis in group if axis.size != 1}:
         raise NotAttention("the result of the core has other axes than B, S, H and a width")
-    return writer.arrange(Product(node, order), core.out_value.dims)
+    if len(axes.h) != 1:
+        sizes = [axis.size for axis in axes.h]
+        node = call(writer.graph, aten.unflatten.int, node, 2, sizes, like=core.out)
+    return writer.arrange(Product(node, tuple(axis for group in order for axis in group)), core.out_value.dims)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -31,6 +30,7 @@ from passes.contraction import (
     unify,
 )
 from passes.nodes import is_probability
+from passes.reshaping import broadcast, concatenated, repeated, reshaped, squeezed
 
 aten = torch.ops.aten
 
@@ -51,6 +51,10 @@ def lift(node: fx.Node, *, top: bool = True) -> Value:
         return leaf(node)
     value = replace(value, through=value.through | {node})
     return value if top else _with_cut(node, value)
+
+
+def is_product(value: Value) -> bool:
+    return any(len(term.operands) > 1 for piece in value.pieces for term in piece.terms)
 
 
 def _with_cut(node: fx.Node, value: Value) -> Value:
@@ -116,7 +120,9 @@ def _read_matmul(node: fx.Node) -> Value:
     return _read_product(left, right, letters_l, letters_r, batch + "io")
 
 
-def _read_product(left: fx.Node, right: fx.Node, letters_l: str, letters_r: str, out: str, *, name: bool = False) -> Value:
+def _read_product(
+    left: fx.Node, right: fx.Node, letters_l: str, letters_r: str, out: str, *, name: bool = False
+) -> Value:
     """A product of two nodes; dims of size one are broadcast against those of the other side.
 
     A concatenation along an axis that the product keeps, or sums against the shares of an attention, is taken as it
@@ -150,18 +156,17 @@ def _of_weights(value: Value) -> bool:
     return all(node.op == "placeholder" and node.meta["role"] is Role.WEIGHT for node in operands)
 
 
+def _is_plain(value: Value) -> bool:
+    """Is the value one tensor, seen through views?"""
+    terms = [term for piece in value.pieces for term in piece.terms]
+    return len(terms) == 1 and len(terms[0].operands) == 1 and terms[0].scale == 1.0
+
+
 def _without(value: Value, letters: str, letter: str) -> tuple[Value, str]:
     """The value without a dim of size one."""
     dim = letters.index(letter)
-    value = _squeezed(value, dim)
+    value = squeezed(value, dim)
     return replace(value, dims=value.dims[:dim] + value.dims[dim + 1 :]), letters[:dim] + letters[dim + 1 :]
-
-
-def _squeezed(value: Value, dim: int) -> Value:
-    """The value with the axes of a dim of size one taken out of its operands."""
-    for axis in value.dims[dim]:
-        value = value.substitute(axis, ())
-    return value
 
 
 def _read_same(node: fx.Node) -> Value:
@@ -176,40 +181,7 @@ def _read_view(node: fx.Node) -> Value:
     value, wanted = _read(node.args[0]), [size_expr(s) for s in shape_of(node)]
     if value.through == frozenset() and _merges_features(node):
         raise NotLinear("a plain tensor whose features are merged is an operand as it stands")
-    axes = [axis for group in value.dims for axis in group]
-    dims: list[tuple[Axis, ...]] = []
-    for size in wanted:
-        group: list[Axis] = []
-        have: Size = 1
-        while have != size:
-            if not axes:
-                raise NotLinear("a view that cannot be followed")
-            axis = axes.pop(0)
-            if axis.size == 1:  # merged with others it is nothing
-                value = value.substitute(axis, ())
-                continue
-            if (
-                isinstance(size, int)
-                and isinstance(have, int)
-                and isinstance(axis.size, int)
-                and have * axis.size > size
-            ):
-                if size % have or axis.size % (size // have):
-                    raise NotLinear("a view across dims")
-                parts = (Axis(size // have), Axis(axis.size // (size // have)))
-                value = value.substitute(axis, parts)
-                axis = parts[0]
-                axes.insert(0, parts[1])
-            group.append(axis)
-            have = sympy.expand(have * axis.size) if not isinstance(have * axis.size, int) else have * axis.size
-        if size == 1 and not group and axes and axes[0].size == 1:
-            group.append(axes.pop(0))
-        dims.append(tuple(group))
-    if any(axis.size != 1 for axis in axes):
-        raise NotLinear("a view that cannot be followed")
-    if value.joined is not None and any(value.joined in g and len(g) > 1 for g in dims):
-        raise NotLinear("a concatenated axis is merged")
-    return replace(value, dims=tuple(dims))
+    return reshaped(value, wanted)
 
 
 def _merges_features(node: fx.Node) -> bool:
@@ -248,36 +220,21 @@ def _read_permute(node: fx.Node) -> Value:
 def _read_expand(node: fx.Node) -> Value:
     value = _read(node.args[0])
     wanted = [size_expr(s) for s in shape_of(node)]
-    dims = ((),) * (len(wanted) - len(value.dims)) + value.dims
-    grown: list[tuple[Axis, ...]] = []
-    value = replace(value, dims=dims)
-    for dim, size in enumerate(wanted):
-        if size != 1 and all(axis.size == 1 for axis in value.dims[dim]):
-            value = _squeezed(value, dim)
-            grown.append((Axis(size),))  # an axis that no operand has: broadcast
-        else:
-            grown.append(value.dims[dim])
-    return replace(value, dims=tuple(grown))
+    return broadcast(value, wanted)
 
 
 def _read_repeat(node: fx.Node) -> Value:
     """Copies beside each other, block after block or element after element: one more axis that no operand has."""
-    value, blocks = _read(node.args[0]), is_call(node, aten.repeat)
-    dims = list(value.dims)
-    if blocks:
+    value = _read(node.args[0])
+    if is_call(node, aten.repeat):
         counts = list(node.args[1])
-        dims = [()] * (len(counts) - len(dims)) + dims
-    else:
-        if len(node.args) < 3 or node.args[2] is None:
-            raise NotLinear("a repetition of the flattened tensor")
-        counts = [1] * len(dims)
-        counts[node.args[2] % len(dims)] = node.args[1]
-    for dim, times in enumerate(counts):
-        if not isinstance(times, int) or (times != 1 and value.joined in dims[dim]):
-            raise NotLinear("a repetition that cannot be followed")
-        if times != 1:
-            dims[dim] = (Axis(times), *dims[dim]) if blocks else (*dims[dim], Axis(times))
-    return replace(value, dims=tuple(dims))
+        value = replace(value, dims=((),) * (len(counts) - len(value.dims)) + value.dims)
+        return repeated(value, counts, blocks=True)
+    if len(node.args) < 3 or node.args[2] is None:
+        raise NotLinear("a repetition of the flattened tensor")
+    counts = [1] * len(value.dims)
+    counts[node.args[2]] = node.args[1]
+    return repeated(value, counts, blocks=False)
 
 
 def _narrow(value: Value, dim: int, start: int, stop: int, size: Size) -> Value:
@@ -324,25 +281,14 @@ def _read_cat(node: fx.Node) -> Value:
     if any(len(shape_of(n)) != len(shape_of(node)) for n in node.args[0]):
         raise NotLinear("an empty part without dims")
     parts = [_read(n) for n in node.args[0]]
+    if all(_is_plain(part) for part in parts) and not all(_of_weights(part) for part in parts):
+        raise NotLinear("a concatenation of plain tensors is an operand as it stands")
     for k, part in enumerate(parts):
         if part.joined is not None or len(part.dims[dim]) != 1:  # merged there: take the tensor as it is
             parts[k] = leaf(node.args[0][k])
     if any(not isinstance(p.dims[dim][0].size, int) for p in parts):
         raise NotLinear("a concatenation along a symbolic axis")
-    first = parts[0]
-    for k in range(1, len(parts)):
-        for d in range(len(first.dims)):
-            if d != dim:
-                first, parts[k] = unify(first, parts[k], d, d)
-    parts[0] = first
-    # the first part may have been split further while a later one was unified
-    for part in parts[1:]:
-        if any(part.dims[d] != first.dims[d] for d in range(len(first.dims)) if d != dim):
-            raise NotLinear("parts with different layouts")
-    joined = Axis(sum(p.dims[dim][0].size for p in parts))
-    pieces = tuple(Piece(p.terms, p.dims[dim][0]) for p in parts)
-    dims = tuple((joined,) if d == dim else group for d, group in enumerate(first.dims))
-    return Value(dims, pieces, joined, frozenset().union(*(p.through for p in parts)))
+    return concatenated(parts, dim)
 
 
 def _read_scale(node: fx.Node) -> Value:

@@ -15,7 +15,7 @@ from passes.nodes import CASTS, constant_of, dtype_of
 from passes.products import sources_of_dims
 
 aten = torch.ops.aten
-BATCH, QUERIES, CACHED = 0, 2, 3  # dims of scores [B, H, S, T]
+BATCH, CACHED = 0, 3  # dims of scores [B, H, S, T] or [B, S, H, T]
 Dims = tuple[int | None, ...]  # for every dim of a tensor the dim of the scores that it lies along; None: of size one
 
 
@@ -31,14 +31,21 @@ class Visible:
     dims: Dims = ()
     diagonal: bool = False  # `last` is the query's own index
 
+    @property
+    def queries(self) -> int | None:
+        """The dim of the scores along which the queries lie, where the mask tells."""
+        return next((dim for dim in self.dims if dim in (1, 2)), None)
+
     def write(self, graph: fx.Graph, queries: fx.Node, keys: fx.Node) -> fx.Node:
         """positions [B, S] int64, of queries [B, S, H, A] and keys [B, T, …], at the graph's insertion point."""
         sizes = [size_of(graph, queries, dim) for dim in (0, 1)]
         if self.diagonal:
             own = call(graph, aten.arange.default, sizes[1], device=queries.meta["val"].device, like=queries)
-            return replace(self, last=own, dims=(QUERIES,), diagonal=False).write(graph, queries, keys)
+            return replace(self, last=own, diagonal=False).write(graph, queries, keys)
         if not isinstance(self.last, fx.Node):
-            last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries) if self.last is None else self.last
+            last: Any = self.last
+            if last is None:
+                last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries)
             device = queries.meta["val"].device
             return call(graph, aten.full.default, sizes, last, dtype=torch.int64, device=device, like=queries)
         return self._arranged(graph, self.last, queries, keys, sizes)
@@ -50,10 +57,10 @@ class Visible:
             if self.dims[dim] is None:
                 node = call(graph, aten.squeeze.dim, node, dim, like=queries)
         kept = [dim for dim in self.dims if dim is not None]
-        if kept == [QUERIES, BATCH]:
+        if len(kept) == 2 and kept[1] == BATCH:
             node = call(graph, aten.transpose.int, node, 0, 1, like=queries)
-        for place, dim in enumerate((BATCH, QUERIES)):
-            if dim not in kept:
+        for place, along in enumerate((BATCH, self.queries)):
+            if along not in kept:
                 node = call(graph, aten.unsqueeze.default, node, place, like=queries)
         if not all(same_size(own, full) for own, full in zip(shape_of(node), shape_of(queries), strict=False)):
             node = call(graph, aten.expand.default, node, sizes, like=queries)
@@ -98,6 +105,7 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
     return node, Visible()
 
 
+JOINTS = (aten.bitwise_and, aten.logical_and, aten.__and__, aten.bitwise_or, aten.logical_or, aten.__or__, aten.mul)
 MASKING = (aten.masked_fill, aten.where, aten.masked_scatter)
 
 
@@ -108,7 +116,9 @@ def is_minus_infinity(node: object) -> bool:
 def is_mask(node: fx.Node) -> bool:
     """Is what is added to scores no product of anything?"""
     node = through(node)
-    return node.op == "placeholder" or is_call(node, *MASKING, aten.triu, aten.mul)
+    while is_call(node, aten.mul, aten.div) and isinstance(node.args[1], (int, float)):
+        node = through(node.args[0])
+    return node.op == "placeholder" or is_call(node, *MASKING, aten.triu, aten.mul, aten.sub, aten.rsub)
 
 
 def through(node: fx.Node) -> fx.Node:
@@ -122,7 +132,7 @@ def read_additive(mask: fx.Node) -> Visible:
     """A mask of zero where a query sees and −∞ (or the lowest number of its dtype) where it does not."""
     node, dims = behind(mask, tuple(range(4 - len(shape_of(mask)), 4)))
     if is_call(node, aten.triu) and is_lowest(node.args[0], node) and _is_diagonal(node, dims, 1):
-        return Visible(diagonal=True)
+        return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node):
         return read_comparison(node.args[1], False, dims)
     if is_call(node, aten.where):
@@ -165,10 +175,10 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
         node, dims = behind(node.args[0], dims)
         kept = not kept
     if is_call(node, aten.tril) and kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 0):
-        return Visible(diagonal=True)
+        return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
-        return Visible(diagonal=True)
-    if is_call(node, aten.bitwise_and, aten.logical_and, aten.bitwise_or, aten.logical_or):
+        return Visible(dims=(dims[0],), diagonal=True)
+    if is_call(node, *JOINTS):
         raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)")
     at_most, at_least = ((aten.le,), (aten.ge,)) if kept else ((aten.gt,), (aten.lt,))
     if not is_call(node, *at_most, *at_least):
@@ -179,7 +189,8 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
     if not isinstance(query, fx.Node):
         return Visible(query)
     last, along = _side(query, node, dims)
-    if any(dim not in (None, BATCH, QUERIES) for dim in along) or dtype_of(last).is_floating_point:
+    lies = [dim for dim in along if dim is not None]
+    if CACHED in lies or {1, 2} <= set(lies) or len(set(lies)) != len(lies) or dtype_of(last).is_floating_point:
         raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]")
     return Visible(last, along)
 
@@ -207,4 +218,4 @@ def from_zero(arange: fx.Node) -> bool:
 
 
 def _is_diagonal(node: fx.Node, dims: Dims, diagonal: int) -> bool:
-    return dims[-2:] == (QUERIES, CACHED) and (*node.args[1:], 0)[0] == diagonal
+    return dims in ((1, CACHED), (2, CACHED)) and (*node.args[1:], 0)[0] == diagonal

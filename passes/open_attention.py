@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, calls, shape_of
+from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
+from passes.lifting import is_product, lift
+from passes.masks import size_of
 from passes.nodes import cast, dtype_of
 
 aten = torch.ops.aten
+CACHE_WRITES = (aten.cat, aten.index_copy, aten.index_put, aten.slice_scatter, aten.scatter)
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -83,7 +86,33 @@ def why_not(found: Arguments) -> str:
     heads = [shape_of(n)[1] for n in (found.q, found.k, found.v)]
     if found.grouped and not (all(isinstance(h, int) for h in heads) and heads[1] == heads[2]):
         return "the groups of heads are of free or different number"
-    return ""
+    return why_keys_stay(found.k)
+
+
+def why_keys_stay(keys: fx.Node) -> str:
+    """Why no weight before the keys [B, H, T, A] can go anywhere else, or ''."""
+    value = lift(keys)
+    if is_product(value) and (value.joined is None or value.joined not in value.dims[2]):
+        return ""
+    seen, stack = {keys}, [keys]
+    while stack:
+        node = stack.pop()
+        if is_call(node, aten.linear) and len(node.args) > 2 and node.args[2] is not None:
+            return f"{node.name} adds a bias to the keys, so its weight cannot be absorbed"
+        for source in node.all_input_nodes:
+            if isinstance(source.meta["val"], torch.Tensor) and is_product(lift(source)):
+                return _why_edge_blocks(source, node)
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return "no weight stands before the keys"
+
+
+def _why_edge_blocks(source: fx.Node, node: fx.Node) -> str:
+    others = [one for one in node.all_input_nodes if one is not source]
+    if is_call(node, *CACHE_WRITES) and others:
+        return f"the rows of {others[0].name} come in expanded already: {node.name} caches keys, not latents"
+    return f"the edge {source.name} → {node.name} is not linear, so the weight before it cannot be absorbed"
 
 
 def opened(graph: fx.Graph, node: fx.Node, found: Arguments) -> fx.Node:
@@ -124,9 +153,3 @@ def causal_mask(graph: fx.Graph, scores: fx.Node, like: fx.Node) -> fx.Node:
         call(graph, aten.arange.default, size_of(graph, scores, dim), device=device, like=like) for dim in (2, 3)
     )
     return call(graph, aten.le.Tensor, cached, call(graph, aten.unsqueeze.default, queries, 1, like=like), like=like)
-
-
-def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
-    """A size as an argument: the number, or the node that reads it."""
-    size = shape_of(node)[dim]
-    return size if isinstance(size, int) else call(graph, aten.sym_size.int, node, dim)

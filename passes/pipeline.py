@@ -15,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from passes.base import Context, Outcome, Pass, Refusal, state, sweep
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
+from passes.close_attention import CloseAttention
 from passes.concatenate_slices import ConcatenateSlices
 from passes.cost import Cost, concrete_sizes, cost
 from passes.fuse_attention import FuseAttention
@@ -57,7 +58,8 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     SparsifyExperts(),
     GroupExperts(),
     FuseRouting(),
-    FuseAttention(),
+    FuseAttention(expanded=False),
+    CloseAttention(),
     FuseSwiglu(),
     FuseRotary(),
     FuseNorm(),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import networkx as nx
 from torch import fx
 
 from passes.base import Context, Role, ancestors, placeholders
@@ -16,6 +15,20 @@ from passes.chains import Chain, Cut, Order, Subset, Tree, leaves, subsets
 from passes.contraction import Axis, Term
 from passes.cost import concrete_sizes, node_costs
 from passes.nodes import is_probability
+from passes.regions import Region, groups_of
+
+
+@dataclass(frozen=True)
+class Price:
+    """What one order of one chain costs; equal keys are the same thing, paid once by all chains."""
+
+    seconds: dict[Any, float] = field(default_factory=dict)  # by product
+    folded: dict[Any, int] = field(default_factory=dict)  # bytes, by product of weights, stored besides the weights
+    feeds: list[fx.Node] = field(default_factory=list)  # what the products read
+
+
+def together(parts: Iterable[dict[Any, Any]]) -> dict[Any, Any]:
+    return {key: value for part in parts for key, value in part.items()}
 
 
 class Plan:
@@ -27,8 +40,8 @@ class Plan:
         self.node_seconds = {n: float(c.seconds(context.target)) for n, c in node_costs(graph, self.size).items()}
         self.groups = groups_of(chains)
         self.regions = [Region.of(group) for group in self.groups]
-        own = {node for region in self.regions for node in region.nodes}
-        rest = sum(seconds for node, seconds in self.node_seconds.items() if node not in own)
+        self.inside = frozenset().union(*(region.nodes for region in self.regions))
+        rest = sum(seconds for node, seconds in self.node_seconds.items() if node not in self.inside)
         self.rest_seconds = rest / max(len(self.groups), 1)  # of the graph around a group
         self.form_seconds: dict[Chain, dict[str, float]] = {}  # of the block, with a chain's whole group in one form
 
@@ -44,7 +57,8 @@ class Plan:
         for group, region in zip(self.groups, self.regions, strict=True):
             limit = None if "folded" in wanted else budget
             orders = self._cheapest(group, region, [options[chain] for chain in group], limit)
-            budget -= self.folded_bytes(group, orders)
+            folded = together(self._priced(*pair).folded for pair in zip(group, orders, strict=True))
+            budget -= sum(folded.values())
             chosen.update(zip(group, orders, strict=True))
         return [chosen[chain] for chain in self.chains]
 
@@ -52,33 +66,35 @@ class Plan:
         self, group: list[Chain], region: Region, options: list[list[Order]], budget: float | None
     ) -> list[Order]:
         """The cheapest combination of one group whose folded weights need at most `budget` bytes."""
-        best = [option[0] for option in options]
+        tagged = [[(o, self._priced(chain, o)) for o in some] for chain, some in zip(group, options, strict=True)]
+        first = [option[0] for option in tagged]
         if prod(len(o) for o in options) <= 4096:
-            combos: Iterator[tuple[Order, ...]] = itertools.product(*options)
+            combos: Iterator[tuple[tuple[Order, Price], ...]] = itertools.product(*tagged)
         else:  # too many to try them all: improve one chain at a time
-            combos = (tuple(best[:i] + [o] + best[i + 1 :]) for i, option in enumerate(options) for o in option)
+            combos = (tuple(first[:i] + [o] + first[i + 1 :]) for i, option in enumerate(tagged) for o in option)
         priced: list[tuple[float, int, int, tuple[Order, ...]]] = []
         form_seconds: dict[str, float] = {}
-        for combo in combos:
-            if budget is not None and self.folded_bytes(group, combo) > budget:
+        for candidate in combos:
+            combo, parts = zip(*candidate, strict=True)
+            if budget is not None and sum(together(part.folded for part in parts).values()) > budget:
                 continue
             changes = sum(not o.kept for o in combo)
-            seconds = self.rest_seconds + self.seconds(group, region, combo)
+            spared = {chain.root: part.feeds for chain, part in zip(group, parts, strict=True)}
+            seconds = self.rest_seconds + sum(self.node_seconds.get(n, 0.0) for n in region.computed(spared))
+            seconds += sum(together(part.seconds for part in parts).values())
             priced.append((float(f"{seconds:.4g}"), changes, len(priced), combo))
             forms_taken = {o.form for chain, o in zip(group, combo, strict=True) if chain.has_form}
             if len(forms_taken) == 1:
                 (form,) = forms_taken
                 form_seconds[form] = min(seconds, form_seconds.get(form, seconds))
         self.form_seconds.update(dict.fromkeys(group, form_seconds))
-        return list(min(priced)[-1]) if priced else best
+        return list(min(priced)[-1]) if priced else [order for order, _ in first]
 
     def why_kept(self, chain: Chain, order: Order) -> str:
         """Why the order of the graph was left as it is, naming the edge that decided it."""
         cached = {term.operands[i].node for term in chain.value.terms for i in chain.cached(term)}
-        for node in self.graph.nodes:
-            if order.form != "expanded" or node is chain.root or node not in chain.value.through:
-                continue
-            user = next((u for u in node.users if not any(u in c.value.through for c in self.chains)), None)
+        for node in sorted(chain.value.through - {chain.root}) if order.form == "expanded" else ():
+            user = next((u for u in node.users if u not in self.inside), None)
             if user is not None and cached & ancestors(node):
                 return f"stays expanded: {node.name} is used by {user.name} as well and must be computed anyway"
         size, form_seconds = self.context.workload, self.form_seconds[chain]
@@ -133,19 +149,19 @@ class Plan:
                         for b in self._trees(chain, term, right):
                             yield (a, b)
 
-    def seconds(self, group: list[Chain], region: Region, combo: Sequence[Order]) -> float:
-        """Roofline time of what a group still computes when its chains are multiplied out this way."""
+    def _priced(self, chain: Chain, order: Order) -> Price:
+        price, target = Price(), self.context.target
         products: dict[Any, tuple[float, float]] = {}  # FLOPs and bytes
-        feeds: dict[fx.Node, list[fx.Node]] = {}
-        for chain, order in zip(group, combo, strict=True):
-            feeds[chain.root] = []
-            for term, tree in zip(chain.value.terms, order.trees, strict=True):
-                self._price(chain, term, tree, products, feeds[chain.root])
-        alive = region.computed(feeds)
-        target = self.context.target
-        return sum(self.node_seconds.get(n, 0.0) for n in alive) + sum(
-            max(flops / target.flops, moved / target.bandwidth) for flops, moved in products.values()
-        )
+        item = chain.root.meta["val"].element_size()
+        for term, tree in zip(chain.value.terms, order.trees, strict=True):
+            self._price(chain, term, tree, products, price.feeds)
+            for subset in subsets(tree, term):
+                if len(subset) > 1 and all(term.operands[i].node in chain.weights for i in subset):
+                    key = frozenset((term.operands[i].node, term.operands[i].steps) for i in subset)
+                    price.folded[key] = self._volume(chain.axes_of(term, subset)) * item
+        for key, (flops, moved) in products.items():
+            price.seconds[key] = max(flops / target.flops, moved / target.bandwidth)
+        return price
 
     def _price(
         self, chain: Chain, term: Term, tree: Tree, products: dict[Any, tuple[float, float]], feeds: list[fx.Node]
@@ -188,18 +204,6 @@ class Plan:
     def _volume(self, axes: Any) -> int:
         return prod((a.size if isinstance(a.size, int) else self.size(a.size) for a in axes), start=1)
 
-    def folded_bytes(self, group: list[Chain], combo: Sequence[Order]) -> int:
-        """Bytes of weight products that must be stored besides the weights themselves (the other phase needs those)."""
-        found: dict[Any, int] = {}
-        for chain, order in zip(group, combo, strict=True):
-            item = chain.root.meta["val"].element_size()
-            for term, tree in zip(chain.value.terms, order.trees, strict=True):
-                for subset in subsets(tree, term):
-                    if len(subset) > 1 and all(term.operands[i].node in chain.weights for i in subset):
-                        key = frozenset((term.operands[i].node, term.operands[i].steps) for i in subset)
-                        found[key] = self._volume(chain.axes_of(term, subset)) * item
-        return sum(found.values())
-
     def _bytes(self, node: fx.Node) -> int:
         value = node.meta["val"]
         return prod(self.size(d) for d in value.shape) * value.element_size()
@@ -209,40 +213,3 @@ def is_original(term: Term, tree: Tree) -> bool:
     """Is every product of the tree one that the graph computes already?"""
     computed = {covered for covered, _ in term.cuts}
     return all(subset in computed for subset in subsets(tree, term))
-
-
-def groups_of(chains: list[Chain]) -> list[list[Chain]]:
-    """Chains that share a node, a computed one or an operand, and so must be decided together; in graph order."""
-    links = nx.Graph()
-    links.add_nodes_from(chains)
-    for chain in chains:
-        operands = (o.node for term in chain.value.terms for o in term.operands)
-        links.add_edges_from((chain, node) for node in (*chain.value.through, *operands))
-    order = {chain: position for position, chain in enumerate(chains)}
-    groups = (sorted(found & order.keys(), key=order.__getitem__) for found in nx.connected_components(links))
-    return sorted(groups, key=lambda group: order[group[0]])
-
-
-@dataclass(frozen=True)
-class Region:
-    """The nodes that a group of chains reads through, and those among them that others read."""
-
-    nodes: frozenset[fx.Node]
-    read: tuple[fx.Node, ...]
-
-    @classmethod
-    def of(cls, group: list[Chain]) -> Region:
-        nodes = frozenset().union(*(chain.value.through for chain in group))
-        roots = {chain.root for chain in group}
-        return cls(nodes, tuple(n for n in nodes - roots if any(user not in nodes for user in n.users)))
-
-    def computed(self, feeds: dict[fx.Node, list[fx.Node]]) -> set[fx.Node]:
-        """Nodes that are still needed when each root in `feeds` reads the given nodes instead of its own inputs."""
-        seen: set[fx.Node] = set()
-        stack = [*self.read, *(node for nodes in feeds.values() for node in nodes)]
-        while stack:
-            node = stack.pop()
-            if node in self.nodes and node not in seen and node not in feeds:
-                seen.add(node)
-                stack.extend(node.all_input_nodes)
-        return seen

@@ -1,205 +1,52 @@
-"""What a pass changed in a graph, cut out: small graphs before and after with the same inputs.
-
-A graph of a whole model cannot be run twice after every pass, but what a pass changed can. `number` marks the nodes
-before the pass; `Changes` compares the marked copy with the result from the outputs upwards. Where both agree, node by
-node, equal inputs give equal results; each pair of nodes at which they part is the result of one region.
-"""
+"""Which chains of a graph must be decided together, and what of the graph a decision can spare."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
+import networkx as nx
 from torch import fx
 
-from passes.base import Role
+from passes.chains import Chain
 
-MARK = "node_before"
-Pair = tuple[fx.Node, fx.Node]
+
+def groups_of(chains: list[Chain]) -> list[list[Chain]]:
+    """Chains that share a node, a computed one or an operand, and so must be decided together; in graph order."""
+    links = nx.Graph()
+    links.add_nodes_from(chains)
+    for chain in chains:
+        operands = (o.node for term in chain.value.terms for o in term.operands)
+        links.add_edges_from((chain, node) for node in (*chain.value.through, *operands))
+    order = {chain: position for position, chain in enumerate(chains)}
+    groups = (sorted(found & order.keys(), key=order.__getitem__) for found in nx.connected_components(links))
+    return sorted(groups, key=lambda group: order[group[0]])
 
 
 @dataclass(frozen=True)
 class Region:
-    """Two graphs with one output each and the same placeholders; `root` names the value they compute."""
+    """The nodes that a group of chains reads through, and those among them that others read."""
 
-    root: str
-    before: fx.Graph
-    after: fx.Graph
-    whole: bool  # reads nothing but inputs of the model
+    nodes: frozenset[fx.Node]
+    read: tuple[fx.Node, ...]
+    known: dict[frozenset[fx.Node], frozenset[fx.Node]] = field(default_factory=dict, repr=False)
 
-    def text(self) -> str:
-        """Equal for regions that compute the same from inputs of the same kind."""
-        return f"{_canonical(self.before)}\n{_canonical(self.after)}"
+    @classmethod
+    def of(cls, group: list[Chain]) -> Region:
+        nodes = frozenset().union(*(chain.value.through for chain in group))
+        roots = {chain.root for chain in group}
+        return cls(nodes, tuple(n for n in nodes - roots if any(user not in nodes for user in n.users)))
 
-
-def number(graph: fx.Graph) -> None:
-    """Mark every node, so that it is known again after a pass, whatever its name is then."""
-    for index, node in enumerate(graph.nodes):
-        node.meta[MARK] = index
-
-
-class Changes:
-    """The differences between a marked graph and what a pass made of it."""
-
-    def __init__(self, before: fx.Graph, after: fx.Graph) -> None:
-        self.before, self.after = before, after
-        self.roots = self._find_roots()
-        self.same = self._find_same()
-        self.back = {two: one for one, two in self.same.items()}
-
-    def _find_roots(self) -> dict[Pair, None]:
-        """Pairs of nodes that must be equal and are not computed alike."""
-        pairs = [*inner_pairs(self.before.output_node(), self.after.output_node())]
-        seen, roots = set(pairs), dict[Pair, None]()
-        while pairs:
-            pair = pairs.pop()
-            inner = [*inner_pairs(*pair)] if alike(*pair) else None
-            if inner is None:
-                roots[pair] = None
-                continue
-            fresh = [one for one in inner if one not in seen]
-            seen.update(fresh)
-            pairs += fresh
-        return roots
-
-    def _find_same(self) -> dict[fx.Node, fx.Node]:
-        """Nodes before, and the nodes after that hold the same value if all roots are equal."""
-        marked = {node.meta[MARK]: node for node in self.after.nodes if MARK in node.meta}
-        same: dict[fx.Node, fx.Node] = {}
-        for node in self.before.nodes:
-            other = marked.get(node.meta.get(MARK, -1))
-            if other is None or not alike(node, other):
-                continue
-            if all(same.get(one) is two or (one, two) in self.roots for one, two in inner_pairs(node, other)):
-                same[node] = other
-        return same
-
-    def region(self, root: Pair, depth: int | None) -> Region:
-        """What computes one root, from floating-point values that did not change.
-
-        depth: a value within so many steps of another input is computed from it rather than taken as an input of its
-        own, because a rewrite may use how the two are related. None: start at the inputs of the model.
-        """
-        before, after = root
-        inputs = self._inputs(before, after, depth)
-        return Region(
-            before.name,
-            _cut(self.before, before, {node: node for node in inputs}),
-            _cut(self.after, after, {self.same[node]: node for node in inputs}),
-            all(node.op == "placeholder" for node in inputs),
-        )
-
-    def _inputs(self, before: fx.Node, after: fx.Node, depth: int | None) -> list[fx.Node]:
-        """Nodes of the graph before at which the region starts."""
-        back = self.back
-        start = {n for n in _reached(before, lambda n: n is not before and _may_start(n) and n in self.same)}
-        start |= {back[n] for n in _reached(after, lambda n: n is not after and n in back and _may_start(back[n]))}
-        if depth is None:
-            start = {n for n in start if n.op == "placeholder"}
-        else:
-            start = {n for n in start if n.op == "placeholder" or not _near(n, start, depth)}
-        # and every input of the model that is reached around them
-        found = _reached(before, lambda n: n in start or n.op == "placeholder")
-        found |= {back[n] for n in _reached(after, lambda n: back.get(n) in start or n.op == "placeholder")}
-        return [node for node in self.before.nodes if node in found]
-
-
-def alike(one: fx.Node, two: fx.Node) -> bool:
-    """Is it the same node, calling the same with arguments of the same form?"""
-    return (
-        one.meta.get(MARK) == two.meta.get(MARK, -1)
-        and (one.op, one.target) == (two.op, two.target)
-        and _form((one.args, one.kwargs)) == _form((two.args, two.kwargs))
-    )
-
-
-def inner_pairs(one: fx.Node, two: fx.Node) -> Iterator[Pair]:
-    return zip(_nodes((one.args, one.kwargs)), _nodes((two.args, two.kwargs)), strict=True)
-
-
-def _nodes(arguments: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arguments, found.append)
-    return found
-
-
-def _form(arguments: Any) -> str:
-    return repr(fx.node.map_arg(arguments, lambda node: _HERE))
-
-
-class _Here:
-    def __repr__(self) -> str:
-        return "·"
-
-
-_HERE = _Here()
-
-
-def _may_start(node: fx.Node) -> bool:
-    """Can any number stand for the value? Not for positions, indices and masks: those are computed from their source."""
-    value = node.meta.get("val")
-    return node.op == "placeholder" or (isinstance(value, torch.Tensor) and value.is_floating_point())
-
-
-def _reached(root: fx.Node, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """Nodes at which the way up from `root` stops."""
-    found, seen, stack = set(), {root}, [root]
-    while stack:
-        node = stack.pop()
-        if stop(node):
-            found.add(node)
-            continue
-        fresh = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        stack += fresh
-    return found
-
-
-def _near(node: fx.Node, others: set[fx.Node], depth: int) -> bool:
-    """Is one of the others at most `depth` steps above?"""
-    layer, seen = {node}, {node}
-    for _ in range(depth):
-        layer = {n for one in layer for n in one.all_input_nodes} - seen
-        if layer & others:
-            return True
-        seen |= layer
-    return False
-
-
-def _cut(source: fx.Graph, root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.Graph:
-    """The computation of `root` from `starts`; a placeholder bears the name of the node before that it stands for."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for start, original in starts.items():
-        copies[start] = graph.create_node("placeholder", original.name, name=original.name)
-        role = original.meta.get("role", Role.INPUT)
-        copies[start].meta = {"val": original.meta["val"], "role": role}
-    needed, stack = set(starts), [root]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack += node.all_input_nodes
-    for node in source.nodes:
-        if node in needed and node not in copies:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output((copies[root],))
-    return graph
-
-
-def _canonical(graph: fx.Graph) -> str:
-    names: dict[fx.Node, str] = {}
-    lines = []
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            free = isinstance(value, torch.Tensor) and value.is_floating_point()
-            kind = f"{node.meta['role']} {value.dtype} {tuple(value.shape)}" if free else f"{node.target} {value}"
-            lines.append(f"{len(names)} {kind}")
-        else:
-            arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{names[n]}")
-            lines.append(f"{len(names)} {node.target} {arguments}")
-        names[node] = str(len(names))
-    return "\n".join(lines)
+    def computed(self, feeds: Mapping[fx.Node, list[fx.Node]]) -> frozenset[fx.Node]:
+        """Nodes that are still needed when each root in `feeds` reads the given nodes instead of its own inputs."""
+        starts = frozenset(node for nodes in feeds.values() for node in nodes)
+        if starts not in self.known:  # most orders of a chain read the same
+            seen: set[fx.Node] = set()
+            stack = [*self.read, *starts]
+            while stack:
+                node = stack.pop()
+                if node in self.nodes and node not in seen and node not in feeds:
+                    seen.add(node)
+                    stack.extend(node.all_input_nodes)
+            self.known[starts] = frozenset(seen)
+        return self.known[starts]

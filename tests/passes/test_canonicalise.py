@@ -46,3 +46,33 @@ def test_near_misses_stay():
     apply(Canonicalise(), graph)
     assert count(graph, aten.addmm) == 1
     assert count(graph, aten._to_copy, aten.to) == 1
+
+
+class Parts(nn.Module):
+    """The first rows of a cache, a slice that was just put there, and a copy over old content."""
+
+    def forward(self, x):
+        rows = torch.cat([x.new_empty(0), x], 1)
+        both = torch.cat([rows, torch.tanh(rows)], -1)
+        return torch.ops.aten.copy(torch.zeros_like(x), both[..., 6:]) + both[..., :6]
+
+
+class OtherParts(nn.Module):
+    """Slices across a seam, and a copy that casts."""
+
+    def forward(self, x):
+        both = torch.cat([x, torch.tanh(x)], -1)
+        return both[..., 5:11], torch.ops.aten.copy(torch.zeros_like(x, dtype=torch.float64), both[..., 1:7])
+
+
+def test_parts_of_what_was_put_together_are_the_parts():
+    graph = module_graph(Parts(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.cat, aten.slice, aten.copy) == 0
+
+
+def test_other_parts_stay():
+    graph = module_graph(OtherParts(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.slice) == 2
+    assert count(graph, aten.cat) == count(graph, aten.copy) == 1
