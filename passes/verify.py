@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.base import placeholders, source_line
 from passes.bisection import Departure, first_departure, relative_error
+from passes.grouped_calls import grouped_product
 from passes.inputs import Recipe, draw, recipes, size_values
 
 EXACT = 1e-10  # float64 leaves six digits for reassociated sums; a wrong rewrite misses by far more
