@@ -80,6 +80,8 @@ class Float64Interpreter(fx.Interpreter):
         if target is torch.ops.aten.topk.default:
             # `sorted=False` allows any order, and the sorted one is the order that two graphs can share.
             args, kwargs = args[:4], {**kwargs, "sorted": True}
+        if target is torch.ops.aten._grouped_mm.default:  # has no kernel for float64
+            target = grouped_product
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
