@@ -17,6 +17,7 @@ from torch import fx
 from passes.base import is_call, same_size, shape_of
 from passes.grouped_calls import counts_up, uncast
 from passes.layouts import EXPERT, FEATURE, labels_before
+from passes.nodes import RESHAPES
 from passes.products import BROADCAST, sources_of_dims
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -24,7 +25,6 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 TOKEN, CHOICE, PAIR, RANK = "NKPS"
 TOKEN_AXES = "tuvw"
 PUTS = (aten.index_put, aten.index_copy, aten.scatter)
-RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
 
 
 def chosen_experts(node: Any) -> int | None:

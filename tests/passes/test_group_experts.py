@@ -234,6 +234,54 @@ def test_one_token_and_rows_of_tokens(experts):
         assert len(certified(GroupExperts(), graph).matches) == 1
 
 
+# ---- any mixture of all that
+
+
+ROWS = {
+    "repeated": lambda x: x.repeat_interleave(K, 0),
+    "expanded": lambda x: x[:, None].expand(-1, K, -1).reshape(-1, D),
+    "picked": lambda x: x[torch.arange(x.shape[0] * K) // K],
+}
+PRODUCTS = {  # weight [M, O, I], rows [M, I]
+    "bmm": bmm,
+    "matmul": lambda w, h: (h[:, None] @ w.transpose(1, 2))[:, 0],
+    "einsum": lambda w, h: torch.einsum("moi,mi->mo", w, h),
+}
+PICKS = {"indexed": lambda w, ids: w[ids], "selected": lambda w, ids: torch.index_select(w, 0, ids)}
+SUMS = {
+    "sum": lambda y, x: y.view(-1, K, D).sum(1),
+    "einsum": lambda y, x: torch.einsum("nkd->nd", y.unflatten(0, (-1, K))),
+    "added": lambda y, x: torch.zeros_like(x).index_add(0, torch.arange(x.shape[0] * K) // K, y),
+}
+
+
+@given(
+    rows=st.sampled_from(sorted(ROWS)), product=st.sampled_from(sorted(PRODUCTS)), pick=st.sampled_from(sorted(PICKS)),
+    total=st.sampled_from(sorted(SUMS)), transposed=st.booleans(), split=st.booleans(), ordered=st.booleans(),
+    early=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=12)
+def test_any_mixture_matches(rows, product, pick, total, transposed, split, ordered, early):
+    def experts(m, x, indices, weights):
+        ids, scores, values = indices.flatten(), weights.reshape(-1, 1), ROWS[rows](x)
+        order = ids.argsort()
+        if ordered:
+            ids, scores, values = ids[order], scores[order], values[order]
+        gate_up = PICKS[pick](m.up_t, ids).transpose(1, 2) if transposed else PICKS[pick](m.gate_up, ids)
+        if split:
+            h = F.silu(PRODUCTS[product](gate_up[:, :I], values)) * PRODUCTS[product](gate_up[:, I:], values)
+        else:
+            h = swiglu(PRODUCTS[product](gate_up, values))
+        y = PRODUCTS[product](PICKS[pick](m.down, ids), scores * h if early else h)
+        y = y if early else scores * y
+        return SUMS[total](y[order.argsort()] if ordered else y, x)
+
+    graph = graph_with(experts)
+    assert len(certified(GroupExperts(), graph, seeds=(0,)).matches) == 1
+    assert count(graph, dsv3.grouped_linear) == (3 if split else 2)
+    assert count(graph, aten.bmm, aten.matmul, aten.einsum) == 0
+
+
 # ---- near misses
 
 
@@ -301,8 +349,14 @@ NEAR_MISSES = {
         sorted_by(first, counted=second),
         "the rows of multiply_groups are not sorted by the experts that its offsets count",
     ),
-    "order-of-another": (sorted_by(second), "the rows of multiply_groups are not sorted by the experts that its offsets count"),
-    "scores-of-another": (sorted_by(first, scores_of=second), "index picks by argsort: no number of a chosen expert, a token or a pair in this order"),
+    "order-of-another": (
+        sorted_by(second),
+        "the rows of multiply_groups are not sorted by the experts that its offsets count",
+    ),
+    "scores-of-another": (
+        sorted_by(first, scores_of=second),
+        "index picks by argsort: no number of a chosen expert, a token or a pair in this order",
+    ),
     "wrong-offsets": (sorted_by(first, most=3), "the offsets clamp do not count getitem"),
     "another-op": (sorted_by(first, multiply=torch.ops.zoo.multiply_groups_backwards), ""),
 }  # fmt: skip
