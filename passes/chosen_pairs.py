@@ -14,7 +14,7 @@ from passes.base import is_call, same_size, shape_of
 from passes.grouped_calls import GroupedCall, counted_indices, grouped_call
 from passes.layouts import EXPERT, FEATURE
 from passes.nodes import CASTS, settled
-from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, PairNumbers
+from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
 from passes.pairs import Pairs
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused
@@ -42,7 +42,7 @@ class ChosenPairs(Pairs):
         if value is None:
             raise Refused(self.total, f"{self.total.name} sums weights only")
         if not weights:
-            weights = [self.call(aten.full_like.default, self.indices, 1, dtype=value.meta["val"].dtype)]
+            weights = [self.call(aten.ones_like.default, self.indices, dtype=value.meta["val"].dtype)]
         factor = self.multiply(weights)
         if not all(map(same_size, shape_of(factor), shape_of(self.indices))):
             factor = self.call(aten.expand_as.default, factor, self.indices)
@@ -84,6 +84,8 @@ class ChosenPairs(Pairs):
     def note(self, node: fx.Node) -> None:
         if node in self.computed:
             self.rebuilt.add(node)
+            if is_call(node, *PUTS) and node.args[0] in self.computed:  # made like a value, only to be overwritten
+                self.rebuilt.add(node.args[0])
 
     def value(self, node: fx.Node, labels: str) -> fx.Node:
         node, lead = self.behind(node), _lead(labels)
@@ -97,7 +99,9 @@ class ChosenPairs(Pairs):
             return self.call(aten.index.Tensor, self.leading(node, labels, lead), [self.token_of_pair()])
         if lead == "":
             return self.leading(node, labels, "")
-        return self.rebuild(node, labels) if FEATURE in labels else self.on_pairs(self.selected(node, labels))
+        if FEATURE in labels or node in self.computed:
+            return self.rebuild(node, labels)
+        return self.on_pairs(self.selected(node, labels))
 
     def rebuild(self, node: fx.Node, labels: str) -> fx.Node:
         """A value of every pair, computed in the order of ours."""
@@ -123,7 +127,7 @@ class ChosenPairs(Pairs):
         if node not in self.computed and _lead(labels) in (PAIR, self.numbers.grid):
             flat = self.leading(node, labels, _lead(labels))
             return self.call(aten.index.Tensor, flat, [self.order])
-        raise Refused(node, f"{node.name} may look at several pairs at once")
+        raise unknown(node, f"{node.name} may look at several pairs at once")
 
     def moved(self, node: fx.Node, labels: str, of: Any) -> fx.Node | None:
         """A rearrangement, done to the features of its input."""
@@ -161,14 +165,12 @@ class ChosenPairs(Pairs):
             return self.multiply([self.selected(n, "".join(named[c] for c in own)) for n, own in product.operands])
         if _pointwise(node):
             return self.pointwise(node, labels, self.selected)
-        raise Refused(node, f"{node.name} is no weight of single pairs")
+        raise unknown(node, f"{node.name} is no weight of single pairs")
 
     def linear(self, node: fx.Node, labels: str) -> tuple[fx.Node | None, list[fx.Node]]:
         node = self.behind(node)
-        if FEATURE not in labels:
-            return None, [self.selected(node, labels)]
         if node not in self.computed:
-            return self.value(node, labels), []
+            return (self.value(node, labels), []) if FEATURE in labels else (None, [self.selected(node, labels)])
         self.note(node)
         source = self.numbers.source(node, labels)
         if source is not None:
@@ -189,9 +191,14 @@ class ChosenPairs(Pairs):
         product = product_of(node)
         if product is not None:
             return self.product(node, labels, product)
-        if is_call(node, aten.mul, aten.div, aten.neg, *CASTS) and len(node.all_input_nodes) == 1:
+        number = _factor(node)
+        if number is not None or is_call(node, *CASTS):
             value = without_weights(node.args[0], labels)
-            return self.call(node.target, value, *node.args[1:], **node.kwargs), weights
+            if number is None:
+                return self.call(node.target, value, *node.args[1:], **node.kwargs), weights
+            if not weights:
+                weights.append(self.call(aten.ones_like.default, self.indices, dtype=value.meta["val"].dtype))
+            return value, [*weights[:-1], self.call(aten.mul.Tensor, weights[-1], number)]
         return self.value(node, labels), []
 
     # ---- products
@@ -221,8 +228,10 @@ class ChosenPairs(Pairs):
     def linear_operand(
         self, node: fx.Node, letters: str, labels: str
     ) -> tuple[fx.Node | None, str, list[fx.Node]] | None:
-        if _lead(labels) in ("", EXPERT) or FEATURE not in labels or self.stack_of(node, labels) is not None:
+        if _lead(labels) in ("", EXPERT) or self.stack_of(node, labels) is not None:
             return None
+        if FEATURE not in labels:
+            return (self.value(node, labels), "", []) if node in self.computed else None
         wide = [not same_size(size, 1) for size in shape_of(node)]
         kept = "".join(
             BROADCAST if label == FEATURE and not many else label for label, many in zip(labels, wide, strict=True)
@@ -241,7 +250,7 @@ class ChosenPairs(Pairs):
         if value is None:
             raise Refused(node, f"{node.name} multiplies weights only")
         if not self.numbers.sorted_by_expert():
-            raise Refused(node, f"the rows of {node.name} are not sorted by {self.numbers.chosen.name}")
+            raise Refused(node, f"the rows of {node.name} are not sorted by the experts that its offsets count")
         counted = counted_indices(found.offsets)
         if counted is None or not self.counts_pairs(*counted):
             raise Refused(node, f"the offsets {found.offsets.name} do not count {self.numbers.chosen.name}")
@@ -260,5 +269,22 @@ def _lead(labels: str) -> str:
     return "".join(label for label in labels if label not in (FEATURE, BROADCAST))
 
 
+def unknown(node: fx.Node, reason: str) -> Refused:
+    """Why a node cannot be read on pairs: its index, or `reason`."""
+    if is_call(node, aten.index, aten.index_select, aten.embedding, aten.gather):
+        index = node.all_input_nodes[-1].name
+        reason = f"{node.name} picks by {index}: no number of a chosen expert, a token or a pair in this order"
+    return Refused(node, reason)
+
+
 def _pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *CASTS)
+
+
+def _factor(node: fx.Node) -> float | None:
+    """The number that a node multiplies its only input by."""
+    if is_call(node, aten.neg):
+        return -1.0
+    if is_call(node, aten.mul, aten.div) and isinstance(node.args[1], (int, float)) and not node.kwargs:
+        return float(node.args[1]) if is_call(node, aten.mul) else 1 / node.args[1]
+    return None

@@ -13,8 +13,11 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of, sweep
+from passes.grouped_calls import counts_up
 from passes.nodes import (
     CASTS,
+    RESHAPES,
+    SOFTMAX,
     VIEWS,
     constant_of,
     dtype_of,
@@ -50,7 +53,7 @@ class FuseRouting(Pass):
        indices = topk(b, K);  w = s[indices] [/ (Σ w + ε)] [· scale]               →    indices, w = route(z, bias, …)
 
     Exact up to the choice among equal scores. Weights read from biased scores, and other ways to rank groups, are
-    other routings and stay.
+    other routings and stay. A softmax over the K largest logits is one over all, renormalised.
     """  # fmt: skip
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
@@ -77,7 +80,7 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     choice, mask = masked_choice(topk.args[0])
     scores, bias = scores_and_bias(choice)
     if scores is None:
-        return None
+        return fuse_softmax_of_chosen(graph, topk, indices)
     if not over_last_axis(topk, 2, -1) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
         raise Refused(topk, f"{topk.name} does not choose the largest of the last axis")
     if not widens(torch.float32, dtype_of(scores)):
@@ -104,6 +107,30 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     return route
 
 
+def fuse_softmax_of_chosen(graph: fx.Graph, topk: fx.Node, indices: fx.Node) -> fx.Node | None:
+    """softmax over the K largest logits: the softmax over all, divided by the sum of the chosen."""
+    values, logits = piece(topk, 0), topk.args[0]
+    softmaxes = [] if values is None else [u for u in users(values) if is_call(u, *SOFTMAX) and over_last_axis(u, 1)]
+    runs_experts = any(is_call(u, dsv3.sort_pairs, aten.scatter) for u in users(indices))
+    if len(softmaxes) != 1 or len(users(values)) != 1 or not runs_experts or len(shape_of(logits)) != 2:
+        return None  # what is sampled from the largest logits looks alike, and is no routing
+    if not over_last_axis(topk, 2, -1) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
+        raise Refused(topk, f"{topk.name} does not choose the largest of the last axis")
+    (end,) = softmaxes
+    if not widens(torch.float32, dtype_of(end)):
+        raise Refused(end, f"{end.name} is rounded to {dtype_of(end)}")
+    _, _, scale, last = follow(end)
+    with graph.inserting_before(topk):
+        route = call(
+            graph, dsv3.route.default, logits, None, "softmax", topk.args[1], 1, 1, "max", 0.0, True, 0.0, scale,
+            like=end,
+        )  # fmt: skip
+        results = [call(graph, operator.getitem, route, number, like=end) for number in (0, 1)]
+    substitute(graph, indices, results[0])
+    substitute(graph, last, results[1])
+    return route
+
+
 # ---- selection --------------------------------------------------------------------------------------------------
 
 
@@ -115,12 +142,14 @@ def piece(node: fx.Node, number: int) -> fx.Node | None:
 def masked_choice(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, fx.Node, bool, float] | None]:
     """What the experts are chosen by before masking, and (masking node, mask, mask is true for kept, value)."""
     node = settled(node)
-    inside = settled(node.args[0]) if is_call(node, *VIEWS) else node
+    inside = node
+    while is_call(inside, *RESHAPES):
+        inside = settled(inside.args[0])
     for target, order in ((aten.masked_fill, (0, 1, 2)), (aten.where, (1, 0, 2)), (aten.where, (2, 0, 1))):
         if is_call(inside, target):
             data, mask, value = (inside.args[i] for i in order)
             number = constant_of(value)
-            if number is not None and constant_of(data) is None:
+            if number is not None and constant_of(data) is None and same_shape(ungrouped(data), node):
                 return ungrouped(data), (inside, mask, order == (1, 0, 2), number)
     if is_call(inside, aten.mul) and all(isinstance(a, fx.Node) for a in inside.args[:2]):
         for data, mask in (inside.args[:2], inside.args[1::-1]):
@@ -223,7 +252,7 @@ def group_score(ranked: fx.Node) -> tuple[str, fx.Node]:
 
 def chosen_weights(topk: fx.Node, indices: fx.Node, scores: fx.Node, bias: fx.Node | None, limit: Limit) -> fx.Node:
     """The scores of the chosen experts."""
-    values, gathers = piece(topk, 0), [u for u in users(indices) if is_call(u, aten.gather)]
+    values, gathers = piece(topk, 0), [u for u in users(indices) if reads_at(u, indices)]
     if values is not None:
         if bias is not None:
             raise Refused(values, f"the weights {values.name} are scores with the bias {bias.name} in them")
@@ -239,6 +268,18 @@ def chosen_weights(topk: fx.Node, indices: fx.Node, scores: fx.Node, bias: fx.No
     if len(gathers) != 1:
         raise Refused(topk, "the scores of the chosen experts are not read")
     return gathers[0]
+
+
+def reads_at(node: fx.Node, indices: fx.Node) -> bool:
+    """Does the node read its first input at the indices of every row?"""
+    if is_call(node, aten.gather):
+        return True
+    if is_call(node, aten.take_along_dim):
+        return node.args[1] is indices and over_last_axis(node, 2)
+    if not is_call(node, aten.index) or len(node.args[1]) != 2 or node.args[1][1] is not indices:
+        return False
+    rows = settled(node.args[1][0])
+    return is_call(rows, aten.unsqueeze) and shape_of(rows)[1:] == (1,) and counts_up(rows.args[0], 0)
 
 
 def follow(weights: fx.Node) -> tuple[bool, float, float, fx.Node]:

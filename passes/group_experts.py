@@ -61,15 +61,20 @@ def expert_products(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For every top-k of experts, the calls that pick or group weights by its indices."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        indices: Any = None
-        if any(is_call(node, target) for target in INDEXING) and len(shape_of(node.args[0])) > 2:
-            indices = node.args[next(at for target, at in INDEXING.items() if is_call(node, target))]
-        elif (grouped := grouped_call(node)) is not None:
-            indices = grouped.offsets
-        chosen = chosen_behind(indices) if indices is not None else None
-        if chosen is not None:
+        grouped = grouped_call(node)
+        indices = grouped.offsets if grouped is not None else _index_of_matrices(node)
+        chosen = None if indices is None else chosen_behind(indices)
+        if chosen is not None and (grouped is not None or shape_of(node.args[0])[0] == chosen_experts(chosen)):
             found.setdefault(chosen, []).append(node)
     return found
+
+
+def _index_of_matrices(node: fx.Node) -> Any:
+    """What picks along the first axis of a stack of matrices."""
+    for target, at in INDEXING.items():
+        if is_call(node, target) and len(shape_of(node.args[0])) > 2:
+            return node.args[at] if at == 1 or node.args[1] == 0 else None
+    return None
 
 
 def chosen_behind(indices: Any) -> fx.Node | None:
@@ -113,7 +118,10 @@ def ways_to_sum(node: fx.Node, numbers: PairNumbers, computed: set[fx.Node]) -> 
     """Labels under which the node would be a sum over each token's experts: of itself, and of what it sums."""
     values = added_rows(node)
     if values is not None and values[2] in computed:
-        yield from ({node: TOKEN + FEATURE * (len(shape_of(node)) - 1), values[2]: order} for order in (PAIR, RANK))
+        features = FEATURE * (len(shape_of(node)) - 1)
+        own = features[: len(shape_of(values[1])) - 1]
+        orders = [order for order in (PAIR, RANK) if PairNumbers(numbers.chosen).reads(values[1], order + own) == TOKEN]
+        yield from ({node: TOKEN + features, values[2]: order} for order in orders or (PAIR,))
     product = product_of(node)
     if product is None:
         return

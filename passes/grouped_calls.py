@@ -48,12 +48,19 @@ def multiplies_groups(target: torch._ops.OpOverload) -> bool:
         return True
     generator = torch.Generator().manual_seed(0)
     rows, stack = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (3, 3, 4)))
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
     try:
-        found = target(rows, stack, torch.tensor([2, 2, 5], dtype=torch.int32))
+        found = target(rows, stack, offsets)
     except Exception:  # whatever somebody else's op raises
         return False
-    expected = torch.cat([rows[:2] @ stack[0], rows[2:] @ stack[2]])
+    expected = grouped_product(rows, stack, offsets)
     return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
+
+
+def grouped_product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
+    """rows [M, D], stack [E, D, O], offsets [E], the ends of the groups → [M, O]. What such calls compute."""
+    groups = rows.tensor_split(offsets[:-1].cpu().to(torch.int64))
+    return torch.cat([group @ matrix for group, matrix in zip(groups, stack, strict=True)])
 
 
 def counted_indices(offsets: fx.Node) -> tuple[fx.Node, bool] | None:

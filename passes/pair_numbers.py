@@ -17,13 +17,14 @@ from torch import fx
 from passes.base import is_call, same_size, shape_of
 from passes.grouped_calls import counts_up, uncast
 from passes.layouts import EXPERT, FEATURE, labels_before
+from passes.nodes import RESHAPES
 from passes.products import BROADCAST, sources_of_dims
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
 TOKEN, CHOICE, PAIR, RANK = "NKPS"
 TOKEN_AXES = "tuvw"
-RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
+PUTS = (aten.index_put, aten.index_copy, aten.scatter)
 
 
 def chosen_experts(node: Any) -> int | None:
@@ -106,7 +107,7 @@ class PairNumbers:
             return self._picked(node.args[0], node.args[1:2], labels)
         if is_call(node, aten.gather, aten.take_along_dim):
             return self._gathered(node, labels)
-        if is_call(node, aten.repeat_interleave) and labels[0] == PAIR and node.args[1:3] == (self.top_k, 0):
+        if is_call(node, aten.repeat_interleave) and labels[0] == PAIR and self._repeats_rows(node):
             return self._sized(node.args[0], TOKEN + labels[1:])
         if is_call(node, aten.index_put) and not any(node.args[3:]):
             return self._put(node.args[1], node.args[2], labels)
@@ -115,6 +116,10 @@ class PairNumbers:
         if is_call(node, aten.scatter) and node.args[1] == 0 and isinstance(node.args[3], fx.Node):
             return self._put(node.args[2:3], node.args[3], labels)
         return None
+
+    def _repeats_rows(self, node: fx.Node) -> bool:
+        axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        return node.args[1] == self.top_k and (axis == 0 or (axis is None and len(shape_of(node.args[0])) == 1))
 
     def _picked(self, source: fx.Node, indices: Any, labels: str) -> tuple[fx.Node, str] | None:
         """source[i, j, …] with indices of the same rank."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from passes.base import placeholders, source_line
 from passes.bisection import Departure, first_departure, relative_error
+from passes.grouped_calls import grouped_product
 from passes.inputs import Recipe, draw, recipes, size_values
 
 EXACT = 1e-10  # float64 leaves six digits for reassociated sums; a wrong rewrite misses by far more
@@ -79,6 +80,8 @@ class Float64Interpreter(fx.Interpreter):
         if target is torch.ops.aten.topk.default:
             # `sorted=False` allows any order, and the sorted one is the order that two graphs can share.
             args, kwargs = args[:4], {**kwargs, "sorted": True}
+        if target is torch.ops.aten._grouped_mm.default:  # has no kernel for float64
+            target = grouped_product
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

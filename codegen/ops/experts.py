@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codegen.ops.norm import swiglu
@@ -64,15 +63,8 @@ def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, 
     least fp32 and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts that
     nobody chose are not read.
     """
-    top_k, wide = indices.shape[1], compute_dtype(x)
+    # One loop per product, and what stands between them on all pairs at once: of a decode step's few pairs, small
+    # operations for every expert would cost as much as the products.
     order, offsets = sort_pairs(indices, gate_up.shape[0])
-    pair_weights = weights.flatten()[order].to(wide).unsqueeze(-1)
-    token_of_pair = order // top_k
-    out, start = torch.zeros((x.shape[0], down.shape[1]), dtype=wide, device=x.device), 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            tokens = token_of_pair[start:end]
-            y = F.linear(swiglu(F.linear(x[tokens], gate_up[expert])), down[expert])
-            out.index_add_(0, tokens, y.to(wide) * pair_weights[start:end])
-        start = end
-    return out.to(x.dtype)
+    hidden = swiglu(grouped_linear(x[order // indices.shape[1]], gate_up, offsets))
+    return combine_pairs(grouped_linear(hidden, down, offsets), order, weights)
