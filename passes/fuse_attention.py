@@ -14,6 +14,8 @@ from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.chains import is_probability
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import lift
+from passes.nodes import steps_between
+from passes.rewrite import Refused
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
@@ -35,7 +37,7 @@ class FuseAttention(Pass):
                 core = read_core(softmax)
                 node = write_core(graph, core)
             except NotAttention as refusal:
-                outcome.refuse(softmax, str(refusal))
+                outcome.refuse(softmax, refusal.reason, steps_between(softmax, refusal.node))
                 continue
             core.out.replace_all_uses_with(node)
             graph.eliminate_dead_code()
@@ -43,8 +45,8 @@ class FuseAttention(Pass):
         return outcome
 
 
-class NotAttention(Exception):
-    """Why a softmax is not the middle of an attention core."""
+class NotAttention(Refused):
+    """Why a softmax is not the middle of an attention core, and the node that told."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,19 @@ class Core:
 def read_core(softmax: fx.Node) -> Core:
     rank = len(shape_of(softmax))
     if softmax.args[1] % rank != rank - 1 or rank != 4:
-        raise NotAttention("not a softmax over the last of four dims")
+        raise NotAttention(softmax, "not a softmax over the last of four dims")
     shares = only_path(softmax, aten._to_copy, aten.to)
     users = list(shares.users)
     if len(users) != 1 or not is_call(users[0], *CONTRACTIONS):
-        raise NotAttention(
-            f"the shares are used by {', '.join(u.name for u in users) or 'nothing'}, not by one product"
-        )
+        readers = ", ".join(user.name for user in users) or "nothing"
+        raise NotAttention(shares, f"the shares are used by {readers}, not by one product")
     masked = strip_casts(softmax.args[0])
     scores, keep = read_mask(masked)
     positions = read_positions(keep)
     scores, scale = read_scale(strip_casts(scores))
     for node in (masked, scores):
         if len(node.users) != 1:
-            raise NotAttention(f"{node.name} is used outside the attention as well")
+            raise NotAttention(node, f"{node.name} is used outside the attention as well")
     return Core(users[0], lift_shallow(users[0]), scores, lift_shallow(scores), positions, scale)
 
 
@@ -102,7 +103,7 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, fx.Node]:
             return yes, keep
         if is_minus_infinity(yes):
             return no, negated(keep)
-    raise NotAttention(f"{node.name} before the softmax is not a mask with −∞")
+    raise NotAttention(node, f"{node.name} before the softmax is not a mask with −∞")
 
 
 def is_minus_infinity(node: object) -> bool:
@@ -121,7 +122,7 @@ def negated(node: fx.Node) -> fx.Node:
         node = node.args[0]
     if is_call(node, aten.bitwise_not, aten.logical_not):
         return node.args[0]
-    raise NotAttention("the mask is not a negated comparison of positions")
+    raise NotAttention(node, "the mask is not a negated comparison of positions")
 
 
 def read_positions(keep: fx.Node) -> fx.Node:
@@ -133,13 +134,13 @@ def read_positions(keep: fx.Node) -> fx.Node:
     elif is_call(keep, aten.ge):
         query, cached = keep.args
     else:
-        raise NotAttention(f"the mask {keep.name} is not a comparison of positions")
+        raise NotAttention(keep, f"the mask {keep.name} is not a comparison of positions")
     while is_call(query, aten.unsqueeze, aten.expand):
         query = query.args[0]
     while is_call(cached, aten.unsqueeze, aten.expand):
         cached = cached.args[0]
     if not is_call(cached, aten.arange) or not isinstance(query, fx.Node) or len(shape_of(query)) != 2:
-        raise NotAttention(f"the mask {keep.name} does not compare arange with positions [B, S]")
+        raise NotAttention(keep, f"the mask {keep.name} does not compare arange with positions [B, S]")
     return query
 
 
@@ -154,7 +155,7 @@ def read_scale(node: fx.Node) -> tuple[fx.Node, float]:
         else:
             return node, scale
         if len(node.users) != 1:
-            raise NotAttention(f"{node.name} is used outside the attention as well")
+            raise NotAttention(node, f"{node.name} is used outside the attention as well")
         node = node.args[0]
 
 
@@ -164,7 +165,7 @@ def lift_shallow(node: fx.Node) -> Value:
     try:
         terms = value.terms
     except NotLinear as problem:
-        raise NotAttention(f"{node.name}: {problem}") from problem
+        raise NotAttention(node, f"{node.name}: {problem}") from problem
     return Value(value.dims, (type(value.pieces[0])(tuple(shallow(t) for t in terms)),), None, value.through)
 
 
@@ -182,7 +183,7 @@ def write_core(graph: fx.Graph, core: Core) -> fx.Node:
     """Insert the op that fits, in place of the core's last product."""
     out_terms, score_terms = core.out_value.terms, core.scores_value.terms
     if len(out_terms) != 1 or any(len(t.operands) != 2 or t.scale != 1.0 for t in (*out_terms, *score_terms)):
-        raise NotAttention("the products around the softmax are not plain products of two operands")
+        raise NotAttention(core.scores, "the products around the softmax are not plain products of two operands")
     b, h, s, t = axes_of_scores(core)
     values = next(o for o in out_terms[0].operands if not is_probability(o.node))
     with graph.inserting_before(core.out):
@@ -193,14 +194,14 @@ def write_core(graph: fx.Graph, core: Core) -> fx.Node:
         elif len(sides) == 1 or any(has_head(key, h) for _, key in sides):
             node = expanded_core(writer, core, sides, values, (b, h, s, t))
         else:
-            raise NotAttention("neither one product of queries and keys nor a latent and a rotary one")
+            raise NotAttention(core.scores, "neither one product of queries and keys nor a latent and a rotary one")
         return arrange_output(writer, node, core)
 
 
 def axes_of_scores(core: Core) -> tuple[Axis, Axis, Axis, Axis]:
     dims = core.scores_value.dims
     if any(len(group) != 1 for group in dims):
-        raise NotAttention("the scores have merged or broadcast dims")
+        raise NotAttention(core.scores, "the scores have merged or broadcast dims")
     b, h, s, t = (group[0] for group in dims)
     return b, h, s, t
 
@@ -209,7 +210,7 @@ def query_and_key(term: Term, b: Axis, h: Axis, s: Axis, t: Axis) -> tuple[Opera
     query = [o for o in term.operands if s in o.axes and t not in o.axes]
     key = [o for o in term.operands if t in o.axes and s not in o.axes]
     if len(query) != 1 or len(key) != 1 or b not in query[0].axes or b not in key[0].axes or h not in query[0].axes:
-        raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
+        raise NotAttention(term.operands[0].node, "the scores are not products of a query [B, S, H] and a key [B, T]")
     return query[0], key[0]
 
 
@@ -224,7 +225,7 @@ def in_order(writer: Writer, operand: Operand, axes: tuple[Axis, ...]) -> fx.Nod
 def rest(operand: Operand, *known: Axis) -> Axis:
     left = [axis for axis in operand.axes if axis not in known]
     if len(left) != 1:
-        raise NotAttention(f"{operand.node.name} has {len(left)} widths instead of one")
+        raise NotAttention(operand.node, f"{operand.node.name} has {len(left)} widths instead of one")
     return left[0]
 
 
@@ -235,7 +236,7 @@ def latent_core(
     latent_first = sorted(sides, key=lambda side: side[1].node is not values.node or side[1].steps != values.steps)
     (query, latent), (q_rope, rope_key) = latent_first
     if latent.node is not values.node or latent.steps != values.steps:
-        raise NotAttention(f"the values {values.node.name} are not the latent that the scores read")
+        raise NotAttention(values.node, f"the values {values.node.name} are not the latent that the scores read")
     query_node = in_order(writer, query, (b, s, h, rest(query, b, s, h)))
     rope_node = in_order(writer, q_rope, (b, s, h, rest(q_rope, b, s, h)))
     latent_node = in_order(writer, latent, (b, t, rest(latent, b, t)))
@@ -260,7 +261,7 @@ def expanded_core(
     batch, heads, _, cached = shares.axes
     width = rest(values, batch, heads, cached)
     if heads not in values.axes:
-        raise NotAttention(f"the values {values.node.name} have no head axis")
+        raise NotAttention(values.node, f"the values {values.node.name} have no head axis")
     value_node = in_order(writer, values, (batch, cached, heads, width))
     query_node, key_node = (
         nodes[0] if len(nodes) == 1 else call(writer.graph, torch.ops.aten.cat.default, nodes, -1, like=core.out)
@@ -281,5 +282,5 @@ def arrange_output(writer: Writer, node: fx.Node, core: Core) -> fx.Node:
     order = (batch, queries, heads, width)
     flat: Iterator[Axis] = (axis for group in core.out_value.dims for axis in group)
     if set(flat) != set(order):
-        raise NotAttention("the result of the core has other axes than B, S, H and a width")
+        raise NotAttention(core.out, "the result of the core has other axes than B, S, H and a width")
     return writer.arrange(Product(node, order), core.out_value.dims)

@@ -50,7 +50,7 @@ class OrderContractions(Pass):
         for chain, order in zip(chains, chosen, strict=True):
             if order.kept:
                 if chain.has_form:
-                    outcome.refuse(chain.root, plan.why_kept(chain, order))
+                    outcome.refuse(chain.root, plan.why_kept(chain, order), len(chain.value.through))
                 continue
             write(graph, chain, order)
             outcome.matches.append(f"{chain.root.name}: {order.form}, {chain.describe(order)}")
