@@ -38,15 +38,15 @@ function matrix(data) {
   const cell = (block, row) => {
     const fired = row.matches.length, left = row.refusals.length;
     const text = fired ? String(fired) : left ? `${left} left` : "–";
-    const label = `${row.name}, ${block.name} ${block.phase}: ${fired} matched, ${left} left alone`;
-    return h("td", {}, h("a", { href: route(block.name, block.phase, row.name), class: fired ? "fired" : left ? "left" : null, "aria-label": label, title: label }, text));
+    const label = `${row.id}, ${block.name} ${block.phase}: ${fired} matched, ${left} left alone`;
+    return h("td", {}, h("a", { href: route(block.name, block.phase, row.id), class: fired ? "fired" : left ? "left" : null, "aria-label": label, title: label }, text));
   };
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Where each pass fired" }, h("table", { class: "matrix" },
     h("caption", {}, "Where each pass fired: matches, or candidates it left alone"),
     h("thead", {},
       h("tr", {}, h("td"), ...names.map((n) => h("th", { scope: "colgroup", colspan: blocks.filter((b) => b.name === n).length, style: "text-align:center" }, n))),
       h("tr", {}, h("th", { scope: "col", style: "text-align:left" }, "pass"), ...blocks.map((b) => h("th", { scope: "col" }, b.phase)))),
-    h("tbody", {}, ...blocks[0].passes.map((pass, k) => h("tr", {}, h("th", { scope: "row" }, pass.name), ...blocks.map((b) => cell(b, b.passes[k])))))));
+    h("tbody", {}, ...blocks[0].passes.map((pass, k) => h("tr", {}, h("th", { scope: "row" }, pass.id), ...blocks.map((b) => cell(b, b.passes[k])))))));
 }
 
 function timeline(block, current) {
@@ -57,8 +57,8 @@ function timeline(block, current) {
     ...block.passes.map((p, k) => {
       const fired = p.matches.length, left = p.refusals.length;
       const did = fired ? plural(fired, "match", "matches") : left ? `${left} left` : "–";
-      return h("li", {}, h("button", { type: "button", class: fired ? "fired" : left ? "left" : null, "aria-current": p.name === current ? "step" : null, title: `${p.name}: ${duration(times[k])} after it`, onclick: () => { location.hash = route(block.name, block.phase, p.name); } },
-        h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: `height:${height(times[k])}px` })), h("span", { class: "name" }, p.name), h("span", { class: "did" }, did)));
+      return h("li", {}, h("button", { type: "button", class: fired ? "fired" : left ? "left" : null, "aria-current": p === current ? "step" : null, title: `${p.id}: ${duration(times[k])} after it`, onclick: () => { location.hash = route(block.name, block.phase, p.id); } },
+        h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: `height:${height(times[k])}px` })), h("span", { class: "name" }, p.id), h("span", { class: "did" }, did)));
     }));
 }
 
@@ -75,7 +75,7 @@ function passView(data, block, pass) {
   const list = (title, items, empty) => h("div", {}, h("h4", {}, title), items.length ? h("ul", { class: "items" }, ...items) : h("p", { class: "soft" }, empty));
   return h("div", { class: "stack", id: "pass" },
     h("div", { class: "panel stack" },
-      h("h3", {}, pass.name, h("span", { class: "soft", style: "font-weight:400" }, ` on ${block.name}, ${block.phase}`)),
+      h("h3", {}, pass.id, h("span", { class: "soft", style: "font-weight:400" }, ` on ${block.name}, ${block.phase}`)),
       h("pre", { class: "picture", tabindex: 0, role: "region", "aria-label": "What the pass does" }, data.pictures[pass.name] || pass.spec),
       h("dl", { class: "facts" },
         fact("certificate", certificateBadge(pass.certificate)), fact("nodes", pass.nodes_before === pass.nodes_after ? String(pass.nodes_after) : `${pass.nodes_before} → ${pass.nodes_after}`),
