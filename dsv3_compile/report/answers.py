@@ -122,6 +122,21 @@ def crossover_words(plan: dict[str, Any]) -> str:
     return f"Absorbing takes fewer operations below {ceil(pair['far'])} queries per expansion of a long context."
 
 
+def decode_words(plan: dict[str, Any], target: str) -> str:
+    """Which form is the fastest in decode, from which context on and up to which batch, in words."""
+    wins = [pair["faster"] for pair in plan["decode"]]
+    best = max(dict.fromkeys(wins), key=wins.count)
+    parts = []
+    for pair in plan["decode"]:
+        if best not in pair["forms"]:
+            continue
+        (other,) = set(pair["forms"]) - {best}
+        contexts = "any context" if pair["context"] is None else f"a context of {pair['context']:,} positions or more"
+        rows = "any batch" if pair["batch"] is None else f"a batch below {pair['batch']:,} rows"
+        parts.append(f"than {other} at {contexts} and {rows}")
+    return f"In decode on {target}, {best} is faster {', and '.join(parts)}."
+
+
 def silent(report: dict[str, Any]) -> Answer:
     """Which passes did not fire, and why?"""
     quiet, lines = [], []

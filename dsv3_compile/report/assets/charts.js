@@ -126,7 +126,7 @@ function rooflineChart(nodes, before, machine, width) {
     while (taken.some(([t, f]) => f === flip && Math.abs(t - ty) < 14)) ty += flip ? -14 : 14;
     if (ty < box.top + 8 || ty > box.bottom - 4) continue;
     taken.push([ty, flip]);
-    box.svg.append(s("text", { x: cx + (flip ? -radius(n) - 6 : radius(n) + 6), y: ty, "text-anchor": flip ? "end" : "start" }, n.op.replace("dsv3.", "") + (width < 520 ? "" : ` · ${n.name}`)));
+    box.svg.append(s("text", { x: cx + (flip ? -radius(n) - 6 : radius(n) + 6), y: ty, "text-anchor": flip ? "end" : "start" }, width < 520 ? n.op.replace("dsv3.", "") : nodeTitle(n)));
   }
   return box.svg;
 }

@@ -14,7 +14,7 @@ for (const block of blocks) {
 }
 
 const passes = h("section", { id: "passes", "aria-labelledby": "passes-h" }, h("h2", { id: "passes-h" }, "Pass by pass"),
-  h("p", { class: "lead" }, "Every pass rewrites the graph of a block, and is certified by running the block before and after it. Bars show the least time the block takes after the pass; choose one to see what it did. Work on weights alone counts until hoist-weights moves it to where weights are bound."));
+  h("p", { class: "lead" }, "Every pass rewrites the graph of a block, and is certified by running the block before and after it. Bars show the least time the block takes after the pass, on a logarithmic scale; choose one to see what it did. Work on weights alone counts until hoist-weights moves it to where weights are bound."));
 const chooser = h("div", { class: "choose" }), line = h("div"), detail = h("div");
 passes.append(chooser, line, detail);
 const roofline = h("section", { id: "roofline", "aria-labelledby": "roofline-h" }, h("h2", { id: "roofline-h" }, "Roofline"),

@@ -17,7 +17,7 @@ function heroView(data) {
   const kinds = layers.filter((b) => b.layers.length).map((b) => `${b.layers.length} × ${b.name}`).join(", ");
   return h("div", { class: "hero" },
     h("h1", {}, `How ${data.title} was compiled`),
-    h("p", {}, `A ${report.model_type} model of ${plural(count, "layer")} (${kinds}), compiled to ${report.dtype} for ${report.target}. Layers of one kind share one graph, so each kind is shown once, in prefill and in decode.`));
+    h("p", {}, `A ${report.model_type} model of ${plural(count, "layer")} (${kinds}), compiled to ${report.dtype} for ${report.target}. Layers of one kind share one graph, so each kind is shown once: in prefill, which reads a prompt, and in decode, which adds one token to every row. Costs are told in B, the rows of a batch, S, the query positions of a row, and T, the cached positions that they look back on.`));
 }
 
 function shortView(data) {
@@ -161,7 +161,13 @@ function rooflineView(data, block) {
   return h("div", { class: "panel stack" },
     h("h3", {}, `${block.name}, ${block.phase}`, h("span", { class: "soft", style: "font-weight:400" }, ` at ${sizes(block.workload)}: at least ${duration(total)} on ${data.report.target}`)),
     h("div", { class: "two" }, h("div", {}, chart, h("ul", { class: "legend" }, key("var(--accent)", "bound by arithmetic"), key("var(--warm)", "bound by memory"), key("var(--grey)", "dashed: before the passes"), h("li", {}, "A bubble's area is its share of the time."))),
-      h("div", {}, h("h4", { style: "margin-bottom:.5rem" }, "Where the time goes"), h("ul", { class: "bars" }, ...most.map((n) => h("li", { class: n.bound, title: described(n) }, h("code", {}, `${n.op.replace("dsv3.", "")} ${n.name}`), h("i", { style: `width:${(100 * n.seconds) / most[0].seconds}%` }), h("span", { class: "num" }, duration(n.seconds))))), h("ul", { class: "legend" }, key("var(--grey)", "bound by its launch")))));
+      h("div", {}, h("h4", { style: "margin-bottom:.5rem" }, "Where the time goes"), h("ul", { class: "bars" }, ...most.map((n) => h("li", { class: n.bound, title: described(n) }, h("code", {}, nodeTitle(n)), h("i", { style: `width:${(100 * n.seconds) / most[0].seconds}%` }), h("span", { class: "num" }, duration(n.seconds))))), h("ul", { class: "legend" }, key("var(--grey)", "bound by its launch")))));
+}
+
+// A name that begins with its op needs no op beside it.
+function nodeTitle(node) {
+  const op = node.op.replace("dsv3.", ""), name = node.name.replace("_default", "");
+  return name.startsWith(op) ? name : `${op} ${name}`;
 }
 
 function kernelsView(data) {
