@@ -19,6 +19,7 @@ from dsv3_compile.source import FUNCTION, graph_source
 from passes.base import Workload
 from passes.cost import Cost
 from passes.pipeline import PassRecord
+from passes.verify import Certificate
 
 SCHEMA = 1  # of the document; report/schema.json describes it
 REPORT = "report/passes.json"
@@ -59,7 +60,8 @@ def graphs(program: Program) -> dict[str, Any]:
 def document(program: Program, options: Options) -> dict[str, Any]:
     """Plain numbers, strings, lists and dicts.
 
-    blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds number, name,
+    blocks: per block and phase `name`, `phase`, `layers`, `workload`, `certificate` (of all passes together, null
+    without) and `passes`; a pass holds number, name,
     spec, matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
     (expressions in B, S, T; `at` the block's workload numbers, and the seconds that the target needs at least),
     its certificate (null without), and its diff: the lines of the printed graph that changed.
@@ -85,6 +87,7 @@ def document(program: Program, options: Options) -> dict[str, Any]:
                 "phase": phase,
                 "layers": layers[name],
                 "workload": asdict(program.workloads[phase]),
+                "certificate": _certificate(program.certificates.get((name, phase))),
                 "passes": [
                     {"number": number, **_record(record, program.workloads[phase], program.target)}
                     for number, record in enumerate(records)
@@ -97,7 +100,6 @@ def document(program: Program, options: Options) -> dict[str, Any]:
 
 
 def _record(record: PassRecord, workload: Workload, target: Target) -> dict[str, Any]:
-    certificate = record.certificate
     return {
         "name": record.name,
         "spec": record.spec,
@@ -108,9 +110,13 @@ def _record(record: PassRecord, workload: Workload, target: Target) -> dict[str,
         "nodes_after": record.nodes_after,
         "cost_before": _cost(record.cost_before, workload, target),
         "cost_after": _cost(record.cost_after, workload, target),
-        "certificate": None if certificate is None else asdict(certificate),
+        "certificate": _certificate(record.certificate),
         "diff": list(changes(record.text_before, record.text_after)),
     }
+
+
+def _certificate(certificate: Certificate | None) -> dict[str, Any] | None:
+    return None if certificate is None else asdict(certificate)
 
 
 def _cost(cost: Cost, workload: Workload, target: Target) -> dict[str, Any]:
@@ -139,6 +145,8 @@ def table(report: dict[str, Any]) -> str:
         title = (
             f"{block['name']}{layers}, {block['phase']}  (B={size['batch']} S={size['queries']} T={size['context']})"
         )
+        whole = block["certificate"]
+        title += "" if whole is None else f"  all passes together: {whole['max_rel_error']:.0e}"
         rows = [HEADER, *(tuple(_cells(row)) for row in busy)]
         sections.append("\n".join([title, *(_aligned(rows) if busy else ["  every pass found nothing"])]))
     return "\n\n".join(sections) + "\n"

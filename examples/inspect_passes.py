@@ -123,7 +123,7 @@ def see_a_compile(model: str, target: str, folder: Path) -> None:
     command = ["compile", model, "-o", str(artifact), "--target", target, "--no-weights", "--require", ABSORPTION]
     title(" ".join([*(f"{name}={value}" for name, value in HOOKS.items()), "dsv3c", *command]))
     logged = in_own_process(command, hooks)
-    show_some("TORCH_LOGS", [line.partition("] ")[2] or line for line in logged if "[DEBUG]" in line or "V1" in line])
+    show_some("TORCH_LOGS", [line.partition("] ")[2] for line in logged])
     show_some("DSV3_DUMP", [str(path.relative_to(folder)) for path in sorted((folder / "dump").glob("moe_decode/*"))])
     trace = "".join(path.read_text(errors="replace") for path in (folder / "trace").iterdir())
     show_some("TORCH_TRACE, for tlparse", re.findall(r'"name": "(dsv3_[^"]+)"', trace))

@@ -109,9 +109,7 @@ def fastest(forms: Sequence[FormCost], target: Target, at: Workload) -> FormCost
     return min(reversed(forms), key=lambda form: form.seconds(target, at))
 
 
-def changes(
-    one: FormCost, other: FormCost, target: Target, at: Callable[[int], Workload], largest: int
-) -> int | None:
+def changes(one: FormCost, other: FormCost, target: Target, at: Callable[[int], Workload], largest: int) -> int | None:
     """The smallest size from 2 to `largest` at which not the same of two forms is the faster as at size 1.
 
     `at` makes sizes of the number, which may be that of queries, rows or positions. None when nothing changes; the

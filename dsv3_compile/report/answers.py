@@ -37,15 +37,22 @@ def equality(report: dict[str, Any]) -> Answer:
         return Answer(question, "Nobody checked: the certificates were switched off for this compile.", tone="bad")
     block, row = max(checked, key=lambda pair: pair[1]["certificate"]["max_rel_error"])
     worst = row["certificate"]
+    wholes = [block["certificate"]["max_rel_error"] for block in report["blocks"] if block["certificate"]]
+    together = f" All passes together change no block by more than {_exponent(max(wholes))}." if wholes else ""
     twin = " Blocks too large to run are certified on a twin of the same structure with small sizes."
     return Answer(
         question,
         f"Yes. Each of {len(checked)} steps was run before and after on the same inputs in {worst['dtype']}; the "
-        f"largest relative difference is {worst['max_rel_error']:.0e}, and {worst['bound']:.0e} would have "
-        "stopped the compile." + (twin if any(r["certificate"]["proxy"] for _, r in checked) else ""),
+        f"largest relative difference is {_exponent(worst['max_rel_error'])}, and {_exponent(worst['bound'])} would "
+        f"have stopped the compile.{together}" + (twin if any(r["certificate"]["proxy"] for _, r in checked) else ""),
         place=(block["name"], block["phase"], row["name"]),
         tone="good",
     )
+
+
+def _exponent(number: float) -> str:
+    """8e-16 with a hyphen at which no line breaks."""
+    return f"{number:.0e}".replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def gain(report: dict[str, Any]) -> Answer | None:

@@ -138,7 +138,7 @@ def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
                 for key, text in (
                     ("registers", "registers"),
                     ("shared_bytes", "bytes shared"),
-                    ("stack_bytes", "bytes of stack"),
+                    ("stack_bytes", "bytes of stack (spills)"),
                     ("num_warps", "warps"),
                 )
                 if binary.get(key) is not None

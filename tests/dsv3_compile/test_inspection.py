@@ -48,6 +48,12 @@ def test_a_pass_tells_what_it_did(report):
     assert row["certificate"]["sizes"] == {"B": 13, "T": 5}
 
 
+def test_every_block_is_certified_as_a_whole(report):
+    for block in report["blocks"]:
+        assert block["certificate"]["max_rel_error"] <= 1e-14 and block["certificate"]["dtype"] == "float64"
+    assert "  all passes together: " in table(report)
+
+
 def test_refusals_carry_node_source_and_reason(report):
     (prefill,) = [b for b in report["blocks"] if (b["name"], b["phase"]) == ("dense", "prefill")]
     (row,) = [row for row in prefill["passes"] if row["name"] == "order-contractions"]

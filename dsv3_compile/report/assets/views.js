@@ -62,11 +62,15 @@ function timeline(block, current) {
     }));
 }
 
+function equality(c) {
+  if (!c) return "not checked";
+  return c.max_rel_error === 0 ? "bit for bit equal" : `equal to ${c.max_rel_error.toExponential(0)}`;
+}
+
 function certificateBadge(c) {
-  if (!c) return h("span", { class: "badge bad" }, "not checked");
+  if (!c) return h("span", { class: "badge bad" }, equality(c));
   const where = `${c.dtype}, ${Object.entries(c.sizes).map(([k, v]) => `${k}=${v}`).join(" ")}${c.proxy ? ", a twin at small sizes" : ""}`;
-  const error = c.max_rel_error === 0 ? "bit for bit equal" : `equal to ${c.max_rel_error.toExponential(0)}`;
-  return h("span", {}, h("span", { class: "badge good" }, error), h("span", { class: "soft" }, ` bound ${c.bound.toExponential(0)} · ${where}`));
+  return h("span", {}, h("span", { class: "badge good" }, equality(c)), h("span", { class: "soft" }, ` bound ${c.bound.toExponential(0)} · ${where}`));
 }
 
 function passView(data, block, pass) {
@@ -78,7 +82,7 @@ function passView(data, block, pass) {
       h("h3", {}, pass.id, h("span", { class: "soft", style: "font-weight:400" }, ` on ${block.name}, ${block.phase}`)),
       h("pre", { class: "picture", tabindex: 0, role: "region", "aria-label": "What the pass does" }, data.pictures[pass.name] || pass.spec),
       h("dl", { class: "facts" },
-        fact("certificate", certificateBadge(pass.certificate)), fact("nodes", pass.nodes_before === pass.nodes_after ? String(pass.nodes_after) : `${pass.nodes_before} → ${pass.nodes_after}`),
+        fact("certificate", certificateBadge(pass.certificate)), fact("all passes together", h("span", { class: block.certificate ? "badge good" : "badge bad" }, equality(block.certificate))), fact("nodes", pass.nodes_before === pass.nodes_after ? String(pass.nodes_after) : `${pass.nodes_before} → ${pass.nodes_after}`),
         fact("took", duration(pass.seconds)), fact("spec", h("code", {}, pass.spec))),
       h("div", { class: "two" },
         list(plural(pass.matches.length, "match", "matches"), pass.matches.map((m) => h("li", {}, h("code", {}, m))), "Nothing in this block looks like what the pass rewrites."),
@@ -166,8 +170,8 @@ function rooflineView(data, block) {
 
 // A name that begins with its op needs no op beside it.
 function nodeTitle(node) {
-  const op = node.op.replace("dsv3.", ""), name = node.name.replace("_default", "");
-  return name.startsWith(op) ? name : `${op} ${name}`;
+  const op = node.op.replace("dsv3.", "");
+  return node.name.startsWith(op) ? node.name : `${op} ${node.name}`;
 }
 
 function kernelsView(data) {
