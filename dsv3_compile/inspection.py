@@ -21,14 +21,19 @@ from passes.cost import Cost
 from passes.pipeline import PassRecord
 from passes.verify import Certificate
 
-SCHEMA = 1  # of the document; report/schema.json describes it
+SCHEMA = 2  # of the document; report/schema.json describes it
 REPORT = "report/passes.json"
 GRAPHS = "report/graphs.json"
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:
-    """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact."""
-    return _read(Artifact.open(artifact), REPORT)
+    """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact, or whose
+    report another version wrote in another form."""
+    report = _read(Artifact.open(artifact), REPORT)
+    if report.get("schema") != SCHEMA:
+        found = report.get("schema")
+        raise ArtifactError(f"{artifact}: the report has schema {found}; this version reads {SCHEMA}: compile again")
+    return report
 
 
 def inspect_graphs(artifact: str | Path) -> dict[str, Any]:

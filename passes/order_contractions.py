@@ -20,7 +20,7 @@ NONLINEAR = (aten.relu, aten.gelu, aten.silu, aten.tanh, aten.sigmoid, aten.rms_
 
 @dataclass(frozen=True)
 class OrderContractions(Pass):
-    """scores = qN · (latent · UK)ᵀ        scores = (qN · UK) · latentᵀ      "absorbed"
+    """scores = qN · (latent · UK)ᵀ         scores = (qN · UK) · latentᵀ      "absorbed"
        out    = (P · (latent · UV)) · WO →  out    = ((P · latent) · UV) · WO
 
     Every chain of products between two activations is multiplied out in the order that is cheapest for the phase:
