@@ -59,7 +59,7 @@ def test_compile_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_inspect_passes_of_a_model_too_large_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     records = load("inspect_passes").main(["deepseek-v3", "--target", "sm_90", "--only", "order-contractions"])
     printed = capsys.readouterr().out
-    assert [r.name for r in records if f"──── {r.spec} " in printed] == ["order-contractions"]
+    assert [r.name for r in records if r.spec in printed.splitlines()] == ["order-contractions"]
     assert "  matched  " in printed
 
 
