@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -45,7 +45,11 @@ class Settings:
 
 
 def dsv3(
-    traced: fx.GraphModule, examples: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    traced: fx.GraphModule,
+    examples: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile one graph; the entry point "dsv3" of torch.compile, which takes `mode` and `options`.
 
@@ -155,12 +159,11 @@ def inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
-    return compile_fx(module, list(examples), config_patches={k.replace("-", "_"): v for k, v in patches.items()})
+    patches = {name.replace("-", "_"): value for name, value in patches.items()}
+    return cast(Callable[..., Any], compile_fx(module, list(examples), config_patches=patches))
 
 
-def _publish(
-    records: list[PassRecord], examples: Sequence[Any], settings: Settings, fallback: str
-) -> dict[str, Any]:
+def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Settings, fallback: str) -> dict[str, Any]:
     number, target = len(_reports), target_of(examples)
     dtype = next((x.dtype for x in examples if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
     skipped = [

@@ -91,12 +91,13 @@ def capture(
     blocks = {}
     for done, (name, (build, inputs)) in enumerate(parts.items()):
         step(name, done, len(parts))
-        prefill = BlockGraph(name, "prefill", _capture_fake(build, inputs))
+        prefill = BlockGraph(name, "prefill", capture_fake(build, inputs))
         blocks[name, "prefill"], blocks[name, "decode"] = prefill, decode_of(prefill)
     return blocks
 
 
-def _capture_fake(build: Callable[[], nn.Module], inputs: Sequence[Input]) -> fx.GraphModule:
+def capture_fake(build: Callable[[], nn.Module], inputs: Sequence[Input]) -> fx.GraphModule:
+    """The module that `build` makes, as a block graph, with fake weights: nothing of its size is allocated."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
     with mode:
         module = build()

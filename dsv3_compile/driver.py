@@ -30,7 +30,7 @@ from model_def.presets import PRESETS
 from model_def.specs import LayerSpec
 from passes.base import Context, Workload
 from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_required
-from passes.verify import CertificateError, Specimen
+from passes.verify import EXACT, CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
 
@@ -144,7 +144,11 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         history = History(workloads[phase])
         context = Context(phase, program.target, workloads[phase])
         step = _steps(progress, label, len(pipeline.passes))
-        records = pipeline.run(block.module, context, label, specimens.get((name, phase)), step, history)
+        specimen = specimens.get((name, phase))
+        records = pipeline.run(block.module, context, label, specimen, step, history)
+        if specimen is not None:
+            bound = max((r.certificate.bound for r in records if r.certificate), default=EXACT)
+            program.certificates[name, phase] = specimen.certify_whole(label, bound)
         program.records[name, phase] = records
         program.graphs[name, phase] = history.document()
         dump(name, phase, records, program.graphs[name, phase])

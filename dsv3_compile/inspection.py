@@ -20,16 +20,22 @@ from dsv3_compile.source import FUNCTION, graph_source
 from passes.base import Workload
 from passes.cost import Cost
 from passes.pipeline import PassRecord
+from passes.verify import Certificate
 
-SCHEMA = 1  # of the document; report/schema.json describes it
+SCHEMA = 2  # of the document; report/schema.json describes it
 REPORT = "report/passes.json"
 GRAPHS = "report/graphs.json"
 TRACED = Workload(0, 0, 0)  # of graphs whose sizes are known otherwise
 
 
 def inspect(artifact: str | Path) -> dict[str, Any]:
-    """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact."""
-    return _read(Artifact.open(artifact), REPORT)
+    """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact, or whose
+    report another version wrote in another form."""
+    report = _read(Artifact.open(artifact), REPORT)
+    if report.get("schema") != SCHEMA:
+        found = report.get("schema")
+        raise ArtifactError(f"{artifact}: the report has schema {found}; this version reads {SCHEMA}: compile again")
+    return report
 
 
 def inspect_graphs(artifact: str | Path) -> dict[str, Any]:
@@ -61,7 +67,8 @@ def graphs(program: Program) -> dict[str, Any]:
 def document(program: Program, options: Options) -> dict[str, Any]:
     """Plain numbers, strings, lists and dicts.
 
-    blocks: per block and phase `name`, `phase`, `layers`, `workload` and `passes`; a pass holds number, name,
+    blocks: per block and phase `name`, `phase`, `layers`, `workload`, `certificate` (of all passes together, null
+    without) and `passes`; a pass holds number, name,
     spec, matches, refusals (node, source, reason), seconds, nodes_before and nodes_after, cost_before and cost_after
     (expressions in B, S, T; `at` the block's workload numbers, and the seconds that the target needs at least),
     its certificate (null without), and its diff: the lines of the printed graph that changed.
@@ -73,7 +80,15 @@ def document(program: Program, options: Options) -> dict[str, Any]:
     return {
         **header(program.config.model_type, program.target, program.dtype, repr(options)),
         "blocks": [
-            block_document(name, phase, layers[name], records, program.workloads[phase], program.target)
+            block_document(
+                name,
+                phase,
+                layers[name],
+                records,
+                program.workloads[phase],
+                program.target,
+                program.certificates.get((name, phase)),
+            )  # fmt: skip
             for (name, phase), records in program.records.items()
         ],
         "phase_plans": program.plans,
@@ -97,14 +112,24 @@ def header(model_type: str, target: Target, dtype: torch.dtype, options: str) ->
 
 
 def block_document(
-    name: str, phase: str, layers: list[int], records: Sequence[PassRecord], workload: Workload | None, target: Target
+    name: str,
+    phase: str,
+    layers: list[int],
+    records: Sequence[PassRecord],
+    workload: Workload | None,
+    target: Target,
+    certificate: Certificate | None = None,
 ) -> dict[str, Any]:
-    """One block in one phase. workload: None where the costs are numbers already, at the sizes of a traced graph."""
+    """One block in one phase. workload: None where the costs are numbers already, at the sizes of a traced graph.
+
+    certificate: of all passes together.
+    """
     return {
         "name": name,
         "phase": phase,
         "layers": layers,
         "workload": None if workload is None else asdict(workload),
+        "certificate": _certificate(certificate),
         "passes": [
             {"number": number, **_record(record, workload or TRACED, target)} for number, record in enumerate(records)
         ],
@@ -112,20 +137,23 @@ def block_document(
 
 
 def _record(record: PassRecord, workload: Workload, target: Target) -> dict[str, Any]:
-    certificate = record.certificate
     return {
         "name": record.name,
         "spec": record.spec,
         "matches": list(record.matches),
-        "refusals": [asdict(refusal) for refusal in record.refusals],
+        "refusals": [{"node": r.node, "reason": r.reason, "source": r.source} for r in record.refusals],
         "seconds": record.seconds,
         "nodes_before": record.nodes_before,
         "nodes_after": record.nodes_after,
         "cost_before": _cost(record.cost_before, workload, target),
         "cost_after": _cost(record.cost_after, workload, target),
-        "certificate": None if certificate is None else asdict(certificate),
+        "certificate": _certificate(record.certificate),
         "diff": list(changes(record.text_before, record.text_after)),
     }
+
+
+def _certificate(certificate: Certificate | None) -> dict[str, Any] | None:
+    return None if certificate is None else asdict(certificate)
 
 
 def _cost(cost: Cost, workload: Workload, target: Target) -> dict[str, Any]:
@@ -152,7 +180,9 @@ def table(report: dict[str, Any]) -> str:
         size = block["workload"]
         layers = f" × {len(block['layers'])}" if block["layers"] else ""
         at = f"  (B={size['batch']} S={size['queries']} T={size['context']})" if size else ""
-        title = f"{block['name']}{layers}, {block['phase']}{at}"
+        whole = block["certificate"]
+        together = "" if whole is None else f"  all passes together: {whole['max_rel_error']:.0e}"
+        title = f"{block['name']}{layers}, {block['phase']}{at}{together}"
         rows = [HEADER, *(tuple(_cells(row)) for row in busy)]
         sections.append("\n".join([title, *(_aligned(rows) if busy else ["  every pass found nothing"])]))
     return "\n\n".join(sections) + "\n"

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from codegen.targets import Target
 from passes.base import Role, Workload, placeholders
 from passes.pipeline import PassRecord
+from passes.verify import Certificate
 
 PHASES = ("prefill", "decode")
 
@@ -77,6 +78,7 @@ class Program:
     schedule: tuple[Occurrence, ...]
     workloads: dict[str, Workload]  # by phase: sizes at which costs were compared
     records: dict[tuple[str, str], list[PassRecord]] = field(default_factory=dict)
+    certificates: dict[tuple[str, str], Certificate] = field(default_factory=dict)  # of all passes together
     graphs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # report.history, for the report
     origin: str = "definition"  # whose layers were captured
     plans: list[dict[str, Any]] = field(default_factory=list)  # report.phase_plan, for the report

@@ -33,6 +33,7 @@ class Refusal:
     node: str
     reason: str
     source: str = ""  # "file:line" of the model line the node came from
+    reached: int = 0  # nodes that the pass had recognised; comparable between candidates of one pass
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Outcome:
     refusals: list[Refusal] = field(default_factory=list)
     decision: dict[str, Any] = field(default_factory=dict)  # options that would repeat the choices made here
 
-    def refuse(self, node: fx.Node, reason: str) -> None:
-        self.refusals.append(Refusal(node.name, reason, source_line(node)))
+    def refuse(self, node: fx.Node, reason: str, reached: int = 0) -> None:
+        self.refusals.append(Refusal(node.name, reason, source_line(node), reached))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """What a graph costs: FLOPs, bytes, launches and weight storage, symbolic in B, S and T.
 
-FLOPs are those of the products (two per multiply-accumulate), counted as torch.utils.flop_counter counts them.
+FLOPs are those of the products (two per multiply-accumulate), as torch.utils.flop_counter counts them when the graph
+runs. Attention counts every query with every position of the context, also those that a causal mask hides, before
+and after fusion: a kernel that skips them does up to half of that in the prefill of a fresh prompt.
 Bytes are what one run must move: every product and fused op reads its operands and writes its result; chains of
 elementwise ops count as one kernel, which reads and writes only at its ends; views are free; a cache write moves the
 rows it writes.
@@ -19,7 +21,10 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 
+from codegen.ops import NAMESPACE
 from codegen.targets import Target
 from passes.base import Role, Workload, is_call, placeholders
 
@@ -141,7 +146,9 @@ def is_elementwise(node: Any) -> bool:
     """Would a code generator fuse this node with its elementwise neighbours?"""
     if not isinstance(node, fx.Node) or node.op != "call_function" or is_view(node):
         return False
-    return not is_call(node, *NOT_ELEMENTWISE) and "dsv3" not in str(node.target)
+    if is_call(node, *NOT_ELEMENTWISE) or _packet(node) in flop_registry:
+        return False
+    return not _op_name(node).startswith(f"{NAMESPACE}.")
 
 
 def node_cost(node: fx.Node, size: SizeOf) -> NodeCost:
@@ -155,11 +162,8 @@ def node_cost(node: fx.Node, size: SizeOf) -> NodeCost:
         first = not any(is_elementwise(n) for n in _sources(node))
         return NodeCost(0, reads + (_bytes(value, size) if outside else 0), int(first))
     moved = sum(_bytes(n.meta["val"], size) for n in node.all_input_nodes) + _bytes(value, size)
-    special = SPECIAL.get(_op_name(node))
-    if special is not None:
-        flops, moved = special(node, size, moved)
-        return NodeCost(flops, moved, 1)
-    return NodeCost(_product_flops(node, size), moved, 1)
+    traffic = TRAFFIC.get(_op_name(node))
+    return NodeCost(_product_flops(node, size), moved if traffic is None else traffic(node, size, moved), 1)
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -197,13 +201,22 @@ def _distinct(value: torch.Tensor) -> list[Any]:
     ]
 
 
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
 def _op_name(node: fx.Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet) if packet is not None else str(node.target)
+    return str(_packet(node))
 
 
 def _shape(node: Any, size: SizeOf) -> list[Any]:
     return [size(d) for d in node.meta["val"].shape]
+
+
+def _shapes(argument: Any, size: SizeOf) -> Any:
+    """Shapes in place of tensors, as torch hands them to the formulas of its counter."""
+    fakes = fx.node.map_arg(argument, lambda node: node.meta["val"])
+    return tree_map(lambda v: [size(d) for d in v.shape] if isinstance(v, torch.Tensor) else v, fakes)
 
 
 def _product_flops(node: fx.Node, size: SizeOf) -> Any:
@@ -213,7 +226,11 @@ def _product_flops(node: fx.Node, size: SizeOf) -> Any:
         return 2 * prod(_shape(node, size)) * _shape(node.args[0], size)[-1]
     if is_call(node, aten.addmm):
         return 2 * prod(_shape(node, size)) * _shape(node.args[1], size)[-1]
-    return 0
+    if is_call(node, aten.scaled_dot_product_attention):
+        q, k, v = (_shape(argument, size) for argument in node.args[:3])
+        return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    formula = flop_registry.get(_packet(node))  # the vocabulary's own are there too
+    return 0 if formula is None else formula(*_shapes(node.args, size), out_val=_shapes(node, size))
 
 
 def _einsum_flops(equation: str, shapes: list[list[Any]]) -> Any:
@@ -231,49 +248,32 @@ def _einsum_flops(equation: str, shapes: list[list[Any]]) -> Any:
     return flops
 
 
-# ---- ops whose traffic is not simply inputs plus outputs --------------------------------------------------------
+# ---- ops whose traffic is not inputs plus outputs; each is given that sum ---------------------------------------
 
 
-def _mla_attention(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    b, s, h, c = _shape(node.args[0], size)
-    _, t, r = _shape(node.args[3], size)
-    return 2 * b * s * h * t * (2 * c + r), moved
+def _write_cache(node: fx.Node, size: SizeOf, moved: Any) -> Any:
+    return 2 * _bytes(node.args[0].meta["val"], size)
 
 
-def _attention(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    b, s, h, a = _shape(node.args[0], size)
-    _, t, _, v = _shape(node.args[2], size)
-    return 2 * b * s * h * t * (a + v), moved
+def _index_put(node: fx.Node, size: SizeOf, moved: Any) -> Any:
+    return 2 * _bytes(node.args[2].meta["val"], size)
 
 
-def _write_cache(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    rows = _bytes(node.args[0].meta["val"], size)
-    return 0, 2 * rows
+def _embedding(node: fx.Node, size: SizeOf, moved: Any) -> Any:
+    return 2 * _bytes(node.meta["val"], size)
 
 
-def _index_put(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    return 0, 2 * _bytes(node.args[2].meta["val"], size)
-
-
-def _embedding(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    return 0, 2 * _bytes(node.meta["val"], size)
-
-
-def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    tokens, hidden = _shape(node.args[0], size)
-    selected = _shape(node.args[1], size)[1]
-    experts, double, _ = _shape(node.args[3], size)
-    width = double / 2
+def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
+    (tokens, _), (_, selected) = (_shape(argument, size) for argument in node.args[:2])
+    experts = _shape(node.args[3], size)[0]
     weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
-    active = _active(experts, selected, tokens)
-    return 6 * tokens * selected * hidden * width, moved - weights + weights * active / experts
+    return moved - weights + weights * _active(experts, selected, tokens) / experts
 
 
-def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
-    pairs, hidden = _shape(node.args[0], size)
-    experts, out, _ = _shape(node.args[1], size)
+def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> Any:
+    pairs, experts = (_shape(argument, size)[0] for argument in node.args[:2])
     weights = _bytes(node.args[1].meta["val"], size)
-    return 2 * pairs * hidden * out, moved - weights + weights * _active(experts, 1, pairs) / experts
+    return moved - weights + weights * _active(experts, 1, pairs) / experts
 
 
 def _active(experts: Any, selected: Any, tokens: Any) -> Any:
@@ -281,9 +281,7 @@ def _active(experts: Any, selected: Any, tokens: Any) -> Any:
     return experts * (1 - (1 - sympy.sympify(selected) / experts) ** tokens)
 
 
-SPECIAL: dict[str, Callable[[fx.Node, SizeOf, Any], tuple[Any, Any]]] = {
-    "dsv3.mla_attention": _mla_attention,
-    "dsv3.attention": _attention,
+TRAFFIC: dict[str, Callable[[fx.Node, SizeOf, Any], Any]] = {
     "dsv3.write_cache": _write_cache,
     "dsv3.write_cache_": _write_cache,
     "dsv3.routed_swiglu": _routed_swiglu,

@@ -98,16 +98,32 @@ def overtakes(
     `low` must be the faster one for few queries; its lead may change sign once.
     """
 
-    def lead(queries: int) -> float:
-        workload = Workload(batch, queries, context)
-        return high.seconds(target, workload) - low.seconds(target, workload)
+    def at(queries: int) -> Workload:
+        return Workload(batch, queries, context)
 
-    if lead(1) <= 0:
-        return 1
-    if lead(largest) > 0:
+    return 1 if fastest([low, high], target, at(1)) is not low else changes(low, high, target, at, largest)
+
+
+def fastest(forms: Sequence[FormCost], target: Target, at: Workload) -> FormCost:
+    """The form that takes the least time; of equal ones the last."""
+    return min(reversed(forms), key=lambda form: form.seconds(target, at))
+
+
+def changes(one: FormCost, other: FormCost, target: Target, at: Callable[[int], Workload], largest: int) -> int | None:
+    """The smallest size from 2 to `largest` at which not the same of two forms is the faster as at size 1.
+
+    `at` makes sizes of the number, which may be that of queries, rows or positions. None when nothing changes; the
+    lead may change sign once.
+    """
+
+    def leader(size: int) -> FormCost:
+        return fastest([one, other], target, at(size))
+
+    first = leader(1)
+    if leader(largest) is first:
         return None
     below, above = 1, largest
     while above - below > 1:
         middle = (below + above) // 2
-        below, above = (middle, above) if lead(middle) > 0 else (below, middle)
+        below, above = (middle, above) if leader(middle) is first else (below, middle)
     return above

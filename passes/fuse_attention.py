@@ -13,7 +13,7 @@ from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import CASTS, SOFTMAX, is_probability
+from passes.nodes import CASTS, SOFTMAX, is_probability, steps_between
 from passes.products import REARRANGEMENTS
 from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
@@ -40,7 +40,8 @@ class FuseAttention(Pass):
                 core = read_core(softmax)
                 node = write_core(graph, core, self.expanded)
             except NotAttention as refusal:
-                outcome.refuse(softmax, str(refusal))
+                reached = 0 if refusal.node is None else steps_between(softmax, refusal.node)
+                outcome.refuse(softmax, str(refusal), reached)
                 continue
             core.out.replace_all_uses_with(node)
             graph.eliminate_dead_code()
@@ -82,7 +83,7 @@ def read_core(softmax: fx.Node) -> Core:
     scores, scale = read_scale(strip_casts(scores))
     for node in (masked, scores):
         if len(node.users) != 1:
-            raise NotAttention(f"{node.name} is used outside the attention as well")
+            raise NotAttention(f"{node.name} is used outside the attention as well", node)
     value = lift_shallow(scores)
     return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale)
 
@@ -111,7 +112,7 @@ def read_scale(node: fx.Node) -> tuple[fx.Node, float]:
         else:
             return node, scale
         if len(node.users) != 1:
-            raise NotAttention(f"{node.name} is used outside the attention as well")
+            raise NotAttention(f"{node.name} is used outside the attention as well", node)
         node = node.args[0]
 
 
@@ -140,15 +141,15 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
     out_terms, score_terms = core.out_value.terms, core.scores_value.terms
     plain = all(len(t.operands) == 2 for t in (*out_terms, *score_terms))
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
-        raise NotAttention("the products around the softmax are not plain products of two operands")
+        raise NotAttention("the products around the softmax are not plain products of two operands", core.scores)
     shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
     if not expanded and is_product(lift(values.node)):
-        raise NotAttention(f"the values {values.node.name} are multiplied out for every cached position")
+        raise NotAttention(f"the values {values.node.name} are multiplied out for every cached position", values.node)
     groups = core.scores_value.dims
     queries = core.visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
     axes, out_axes = Axes.of(groups, queries), Axes.of(dims_of(shares), queries)
     if is_probability(values.node) or out_axes.s in values.axes and out_axes.s.size != 1:
-        raise NotAttention(f"the values {values.node.name} differ from query to query")
+        raise NotAttention(f"the values {values.node.name} differ from query to query", values.node)
     sides = [query_and_key(term, axes) for term in score_terms]
     with graph.inserting_before(core.out):
         writer = Writer(graph, core.out)
@@ -179,9 +180,9 @@ def query_and_key(term: Term, axes: Axes) -> Side:
     key = [o for o in term.operands if axes.t in o.axes]
     wanted = {axis for axis in (axes.s, *axes.h) if axis.size != 1}
     if len(query) != 1 or len(key) != 1 or not wanted <= set(query[0].axes) or axes.s in wanted & set(key[0].axes):
-        raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
+        raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]", term.operands[0].node)
     if axes.b.size != 1 and not all(axes.b in o.axes for o in (query[0], key[0])):
-        raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]")
+        raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]", term.operands[0].node)
     return query[0], key[0], term.scale
 
 
@@ -215,7 +216,7 @@ def grouped_core(writer: Writer, core: Core, sides: list[Side], values: Operand,
     b, t = (axes.b,), (axes.t,)
     groups = max(len(axes.heads(*(key for _, key, _ in sides))), len(out_axes.heads(values)))
     if [a.size for a in axes.h] != [a.size for a in out_axes.h] and groups not in (0, len(axes.h)):
-        raise NotAttention("the heads of keys and values are grouped differently")
+        raise NotAttention("the heads of keys and values are grouped differently", core.out)
     group, out_group = (axes.h[:groups], out_axes.h[:groups]) if groups < len(axes.h) else (axes.h, out_axes.h)
     queries = query_nodes(writer, core, sides, axes)
     keys = [in_order(writer, key, b, t, group, (axes.width(key),)) for _, key, _ in sides]
@@ -233,7 +234,7 @@ def arrange_output(writer: Writer, node: fx.Node, core: Core, values: Operand, a
     order = ((axes.b,), (axes.s,), axes.h, (axes.width(values),))
     flat = [axis for group in core.out_value.dims for axis in group if axis.size != 1]
     if set(flat) != {axis for group in order for axis in group if axis.size != 1}:
-        raise NotAttention("the result of the core has other axes than B, S, H and a width")
+        raise NotAttention("the result of the core has other axes than B, S, H and a width", core.out)
     if len(axes.h) != 1:
         sizes = [axis.size for axis in axes.h]
         node = call(writer.graph, aten.unflatten.int, node, 2, sizes, like=core.out)

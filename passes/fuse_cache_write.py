@@ -11,7 +11,7 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of, source_line, sweep
 from passes.fuse_norm import read_norm
-from passes.nodes import CASTS, erase_dead, settled, users
+from passes.nodes import CASTS, erase_dead, settled, steps_between, users
 from passes.products import Part, join, part_of, sources_of_dims
 from passes.rewrite import Match, Refused
 
@@ -36,7 +36,7 @@ class FuseCacheWrite(Pass):
             try:
                 outcome.matches.append(fuse(graph, rows))
             except Refused as refused:
-                outcome.refuse(refused.node, refused.reason)
+                outcome.refuse(refused.node, refused.reason, steps_between(put, refused.node))
         sweep(graph_module)
         return outcome
 

@@ -24,6 +24,7 @@ from passes.nodes import (
     over_last_axis,
     same_shape,
     settled,
+    steps_between,
     substitute,
     users,
     widens,
@@ -64,7 +65,7 @@ class FuseRouting(Pass):
             try:
                 new = fuse(graph, topk)
             except Refused as refused:
-                outcome.refuse(refused.node, refused.reason)
+                outcome.refuse(refused.node, refused.reason, steps_between(topk, refused.node))
             else:
                 if new is not None:
                     outcome.matches.append(matched(topk, new))

@@ -20,7 +20,11 @@ Dims = tuple[int | None, ...]  # for every dim of a tensor the dim of the scores
 
 
 class NotAttention(Exception):
-    """Why a softmax is not the middle of an attention core."""
+    """Why a softmax is not the middle of an attention core, and the node that told."""
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -95,13 +99,13 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
             return yes, read_comparison(condition, True)
         if is_minus_infinity(yes):
             return no, read_comparison(condition, False)
-        raise NotAttention(f"{node.name} before the softmax is not a mask with −∞")
+        raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     if is_call(node, aten.add) and not node.kwargs:
         for scores, mask in (node.args[:2], node.args[1::-1]):
             if isinstance(mask, fx.Node) and is_mask(mask):
                 return scores, read_additive(mask)
     if is_call(node, *MASKING):
-        raise NotAttention(f"{node.name} before the softmax is not a mask with −∞")
+        raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     return node, Visible()
 
 
@@ -141,7 +145,7 @@ def read_additive(mask: fx.Node) -> Visible:
             return read_comparison(condition, True, dims)
         if constant_of(no) == 0 and is_lowest(yes, node):
             return read_comparison(condition, False, dims)
-    raise NotAttention(f"{mask.name}, added before the softmax, is not a mask of zero and −∞")
+    raise NotAttention(f"{mask.name}, added before the softmax, is not a mask of zero and −∞", mask)
 
 
 def is_lowest(value: Any, mask: fx.Node) -> bool:
@@ -179,19 +183,19 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
     if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
         return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, *JOINTS):
-        raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)")
+        raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)", node)
     at_most, at_least = ((aten.le,), (aten.ge,)) if kept else ((aten.gt,), (aten.lt,))
     if not is_call(node, *at_most, *at_least):
-        raise NotAttention(f"the mask {condition.name} is not a comparison of positions")
+        raise NotAttention(f"the mask {condition.name} is not a comparison of positions", condition)
     cached, query = node.args if is_call(node, *at_most) else node.args[::-1]
     if not isinstance(cached, fx.Node) or not _counts_cached(*_side(cached, node, dims)):
-        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]")
+        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]", condition)
     if not isinstance(query, fx.Node):
         return Visible(query)
     last, along = _side(query, node, dims)
     lies = [dim for dim in along if dim is not None]
     if CACHED in lies or {1, 2} <= set(lies) or len(set(lies)) != len(lies) or dtype_of(last).is_floating_point:
-        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]")
+        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]", condition)
     return Visible(last, along)
 
 

@@ -19,6 +19,16 @@ ASSERTIONS = (aten._assert_tensor_metadata,)
 SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 
 
+def steps_between(start: fx.Node, end: fx.Node) -> int:
+    """The fewest edges between two nodes, against or along the flow: how far a pass has come from where it began."""
+    reached, edge, steps = {start}, [start], 0
+    while end not in reached and edge:
+        edge = [n for node in edge for n in (*node.all_input_nodes, *node.users) if n not in reached]
+        reached |= set(edge)
+        steps += 1
+    return steps
+
+
 def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> bool:
     """Does the call's axis argument, at `position`, name the last axis of its input alone?"""
     axis = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)

@@ -20,7 +20,7 @@ NONLINEAR = (aten.relu, aten.gelu, aten.silu, aten.tanh, aten.sigmoid, aten.rms_
 
 @dataclass(frozen=True)
 class OrderContractions(Pass):
-    """scores = qN · (latent · UK)ᵀ        scores = (qN · UK) · latentᵀ      "absorbed"
+    """scores = qN · (latent · UK)ᵀ         scores = (qN · UK) · latentᵀ      "absorbed"
        out    = (P · (latent · UV)) · WO →  out    = ((P · latent) · UV) · WO
 
     Every chain of products between two activations is multiplied out in the order that is cheapest for the phase:
@@ -47,10 +47,14 @@ class OrderContractions(Pass):
         wanted = self._forms(context.phase, sum(c.has_form for c in chains))
         chosen = plan.choose(wanted, self.storage_growth)
         report_near_misses(chains, outcome)
+        asked = iter(wanted)
         for chain, order in zip(chains, chosen, strict=True):
+            form = next(asked) if chain.has_form else "auto"
             if order.kept:
                 if chain.has_form:
-                    outcome.refuse(chain.root, plan.why_kept(chain, order))
+                    forced = f"stays {form}, as {self.name()}.{context.phase} asks"
+                    reason = plan.why_kept(chain, order) if form == "auto" else forced
+                    outcome.refuse(chain.root, reason, len(chain.value.through))
                 continue
             write(graph, chain, order)
             outcome.matches.append(f"{chain.root.name}: {order.form}, {chain.describe(order)}")

@@ -230,7 +230,9 @@ def _record(
     )
 
 
-def _follow(one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen | RegionalSpecimen) -> fx.GraphModule:
+def _follow(
+    one: Pass, outcome: Outcome, context: Context, label: str, specimen: Specimen | RegionalSpecimen
+) -> fx.GraphModule:
     """Send the small block through the pass as the real one went; returns what it was before."""
     before = specimen.snapshot()
     # Sizes decide what is cheapest, and the small block has others.
@@ -244,7 +246,8 @@ def _follow(one: Pass, outcome: Outcome, context: Context, label: str, specimen:
 
 
 def check_required(records: Sequence[PassRecord], required: Iterable[str]) -> None:
-    """Raises RequirementError for a required pass without a match in any block, naming its nearest miss."""
+    """Raises RequirementError for a required pass without a match in any block, naming its nearest miss: the candidate
+    of which it had recognised most before it refused."""
     for name in required:
         mine = [record for record in records if record.name == name]
         if not mine:
@@ -258,7 +261,7 @@ def check_required(records: Sequence[PassRecord], required: Iterable[str]) -> No
 def _nearest(misses: Sequence[Refusal]) -> str:
     if not misses:
         return "nothing in the model looks like it"
-    miss = misses[0]
+    miss = max(misses, key=lambda refusal: refusal.reached)
     return f"nearest miss {miss.node}{f' ({miss.source})' if miss.source else ''}: {miss.reason}"
 
 

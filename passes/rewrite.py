@@ -210,7 +210,7 @@ class Rewrite(Pass):
         return outcome
 
     def rewrite(self, graph: fx.Graph, root: fx.Node, outcome: Outcome) -> None:
-        reasons = []
+        misses: list[tuple[int, str]] = []
         if settled(root) is not root:
             return
         for found in self.before.search(root, Found()):
@@ -223,9 +223,10 @@ class Rewrite(Pass):
                 outcome.matches.append(matched(root, new))
                 return
             if reason:
-                reasons.append(reason)
-        if reasons:
-            outcome.refuse(root, reasons[0])
+                misses.append((len(match.inner), reason))
+        if misses:
+            reached, reason = max(misses, key=lambda miss: miss[0])
+            outcome.refuse(root, reason, reached)
 
 
 def matched(old: fx.Node, new: fx.Node) -> str:

@@ -11,7 +11,7 @@ from torch import fx
 from passes.base import Context, Outcome, Pass, calls, is_call, shape_of, sweep
 from passes.dense_sum import DenseSum
 from passes.layouts import EXPERT, FEATURE
-from passes.nodes import CASTS, substitute
+from passes.nodes import CASTS, steps_between, substitute
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused, matched
 
@@ -38,7 +38,7 @@ class SparsifyExperts(Pass):
                     with graph.inserting_before(total):
                         new = DenseSum(graph, gate, total, path).sum()
                 except Refused as refused:
-                    outcome.refuse(refused.node, refused.reason)
+                    outcome.refuse(refused.node, refused.reason, steps_between(gate, refused.node))
                 else:
                     outcome.matches.append(matched(total, new))
                     substitute(graph, total, new)

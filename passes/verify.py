@@ -144,6 +144,7 @@ class Specimen:
     inputs: Mapping[str, Tensor]
     outputs: list[Any]
     values: Mapping[str, Any]  # of every node, by name
+    captured: Sequence[Any]  # the outputs before any pass
 
     @classmethod
     def of(cls, module: fx.GraphModule, seed: int = 0, proxy: bool = False) -> Specimen:
@@ -153,7 +154,8 @@ class Specimen:
         outputs, values = run_float64(module, inputs, record=True)
         letters = {symbol: letter for letter, symbol in module.meta.get("dims", {}).items()}
         named = {str(letters.get(symbol, symbol)): value for symbol, value in sizes.items()}
-        return cls(module, how, seed, named, proxy, inputs, tree_leaves(outputs), values)
+        leaves = tree_leaves(outputs)
+        return cls(module, how, seed, named, proxy, inputs, leaves, values, leaves)
 
     def snapshot(self) -> fx.GraphModule:
         """The graph as it is now, to be compared with what a pass makes of it."""
@@ -184,6 +186,17 @@ class Specimen:
                 raise self._failed(before, message, place)
         self.outputs, self.values = found, values
         return Certificate(max(errors, default=0.0), bound, sizes=self.sizes, proxy=self.proxy)
+
+    def certify_whole(self, label: str, bound: float = EXACT) -> Certificate:
+        """Compare the outputs of `module` with those of the block as it was captured: all passes together.
+
+        `label` names the block. Raises CertificateError; no single pass is to blame then.
+        """
+        pairs = zip(self.outputs, self.captured, strict=True)
+        error = max((relative_error(one, other) for one, other in pairs), default=0.0)
+        if not error <= bound:
+            raise CertificateError(f"all passes on {label}: an output differs by {error:.3g} (bound {bound:g})")
+        return Certificate(error, bound, sizes=self.sizes, proxy=self.proxy)
 
     def _failed(self, before: fx.GraphModule, message: str, place: Departure | None) -> CertificateError:
         return CertificateError(message, Failure(before, self.module, self.recipes, self.seed, place))

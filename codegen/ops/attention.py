@@ -1,8 +1,14 @@
-"""Causal attention by positions: over the latent cache (absorbed form) and over full keys and values."""
+"""Causal attention by positions: over the latent cache (absorbed form) and over full keys and values.
+
+Their FLOPs are those of every query with every cached position handed in, hidden ones too, as torch counts its own
+attention; what a kernel skips depends on positions, which no shape tells.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +23,16 @@ def _latent_output(
     return q_latent.new_empty(q_latent.shape)
 
 
+def _latent_flops(q_latent: Sequence[Any], q_rope: Sequence[Any], latent: Sequence[Any], *rest: Any, **_: Any) -> Any:
+    (b, s, h, c), r, t = q_latent, q_rope[-1], latent[1]
+    return 2 * b * s * h * t * (2 * c + r)
+
+
 @opaque(
     "mla_attention(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor rope_key, Tensor positions, "
     "float scale) -> Tensor",
     fake=_latent_output,
+    flops=_latent_flops,
 )
 def mla_attention(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float
@@ -45,7 +57,16 @@ def _value_output(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: flo
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@opaque("attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor", fake=_value_output)
+def _value_flops(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any], *rest: Any, **_: Any) -> Any:
+    (b, s, h, a), t = q, k[1]
+    return 2 * b * s * h * t * (a + v[-1])
+
+
+@opaque(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor",
+    fake=_value_output,
+    flops=_value_flops,
+)
 def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
     """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] int64 → [B, S, H, V].
 

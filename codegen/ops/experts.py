@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +32,11 @@ def _rows_out(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[1]))
 
 
-@opaque("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor", fake=_rows_out)
+def _row_flops(x: Sequence[Any], weight: Sequence[Any], *rest: Any, **_: Any) -> Any:
+    return 2 * x[0] * x[1] * weight[1]
+
+
+@opaque("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor", fake=_rows_out, flops=_row_flops)
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """x [M, D], weight [E, O, D], offsets [E] int32 → [M, O]: rows of expert e's run times weight[e]ᵀ."""
     out, start = x.new_empty((x.shape[0], weight.shape[1])), 0
@@ -52,9 +59,17 @@ def _like_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, d
     return x.new_empty((x.shape[0], down.shape[1]))
 
 
+def _pair_flops(
+    x: Sequence[Any], indices: Sequence[Any], weights: Sequence[Any], gate_up: Any, down: Sequence[Any], **_: Any
+) -> Any:
+    (tokens, hidden), top_k, width = x, indices[1], down[2]
+    return 6 * tokens * top_k * hidden * width
+
+
 @opaque(
     "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
     fake=_like_tokens,
+    flops=_pair_flops,
 )
 def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].

@@ -1,4 +1,4 @@
-"""How an op of the vocabulary is defined: a schema, a torch reference and, where it is opaque, a fake."""
+"""How an op of the vocabulary is defined: a schema, a torch reference and, where it is opaque, a fake and its FLOPs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "dsv3"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -29,8 +30,12 @@ def composite(schema: str) -> Callable[[Implementation], Implementation]:
     return register
 
 
-def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Implementation], Implementation]:
-    """Define an op that stays one call. `fake` makes empty outputs of the right shape and dtype.
+def opaque(
+    schema: str, fake: Callable[..., Any], flops: Callable[..., Any] | None = None
+) -> Callable[[Implementation], Implementation]:
+    """Define an op that stays one call. `fake` makes empty outputs of the right shape and dtype; `flops` takes the
+    arguments of a call with shapes in place of tensors, and `out_shape`, as torch.utils.flop_counter does, which
+    cannot see inside the op. The shapes may hold symbols.
 
     The reference serves every device until a kernel for that device is registered over it.
     """
@@ -43,6 +48,8 @@ def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Implementation], 
         short = schema.split("(")[0]
         torch.library.register_fake(f"{NAMESPACE}::{short}", fake, lib=_LIBRARY)
         OPAQUE.append(short)
+        if flops is not None:
+            register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), short))(flops)
         return reference
 
     return register

@@ -37,15 +37,22 @@ def equality(report: dict[str, Any]) -> Answer:
         return Answer(question, "Nobody checked: the certificates were switched off for this compile.", tone="bad")
     block, row = max(checked, key=lambda pair: pair[1]["certificate"]["max_rel_error"])
     worst = row["certificate"]
+    wholes = [block["certificate"]["max_rel_error"] for block in report["blocks"] if block["certificate"]]
+    together = f" All passes together change no block by more than {_exponent(max(wholes))}." if wholes else ""
     twin = " Blocks too large to run are certified on a twin of the same structure with small sizes."
     return Answer(
         question,
         f"Yes. Each of {len(checked)} steps was run before and after on the same inputs in {worst['dtype']}; the "
-        f"largest relative difference is {worst['max_rel_error']:.0e}, and {worst['bound']:.0e} would have "
-        "stopped the compile." + (twin if any(r["certificate"]["proxy"] for _, r in checked) else ""),
+        f"largest relative difference is {_exponent(worst['max_rel_error'])}, and {_exponent(worst['bound'])} would "
+        f"have stopped the compile.{together}" + (twin if any(r["certificate"]["proxy"] for _, r in checked) else ""),
         place=(block["name"], block["phase"], row["name"]),
         tone="good",
     )
+
+
+def _exponent(number: float) -> str:
+    """8e-16 with a hyphen at which no line breaks."""
+    return f"{number:.0e}".replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def gain(report: dict[str, Any]) -> Answer | None:
@@ -120,6 +127,21 @@ def crossover_words(plan: dict[str, Any]) -> str:
     if pair["far"] is None:
         return "One of the two forms needs fewer operations for any number of queries."
     return f"Absorbing takes fewer operations below {ceil(pair['far'])} queries per expansion of a long context."
+
+
+def decode_words(plan: dict[str, Any], target: str) -> str:
+    """Which form is the fastest in decode, from which context on and up to which batch, in words."""
+    wins = [pair["faster"] for pair in plan["decode"]]
+    best = max(dict.fromkeys(wins), key=wins.count)
+    parts = []
+    for pair in plan["decode"]:
+        if best not in pair["forms"]:
+            continue
+        (other,) = set(pair["forms"]) - {best}
+        contexts = "any context" if pair["context"] is None else f"a context of {pair['context']:,} positions or more"
+        rows = "any batch" if pair["batch"] is None else f"a batch below {pair['batch']:,} rows"
+        parts.append(f"than {other} at {contexts} and {rows}")
+    return f"In decode on {target}, {best} is faster {', and '.join(parts)}."
 
 
 def silent(report: dict[str, Any]) -> Answer:

@@ -14,7 +14,7 @@ import networkx as nx
 
 from dsv3_compile.artifact import Artifact
 from dsv3_compile.inspection import inspect, inspect_graphs
-from dsv3_compile.report.answers import answers, crossover_words
+from dsv3_compile.report.answers import answers, crossover_words, decode_words
 from dsv3_compile.report.kernels import kernels
 from dsv3_compile.report.layout import draw, drawn_graph
 from passes.pipeline import DEFAULT_PIPELINE
@@ -43,7 +43,9 @@ def page_data(artifact: Artifact) -> dict[str, Any]:
         "graphs": {name: _with_drawings(found) for name, found in inspect_graphs(artifact.folder).items()},
         "kernels": kernels(artifact),
         "answers": answers(report),
-        "plan_words": [crossover_words(plan) for plan in report["phase_plans"]],
+        "plan_words": [
+            f"{crossover_words(plan)} {decode_words(plan, report['target'])}" for plan in report["phase_plans"]
+        ],
         "pictures": {type(one).name(): picture(type(one)) for one in DEFAULT_PIPELINE},
     }
 

@@ -15,12 +15,13 @@ from dsv3_compile.program import BlockGraph
 from model_def.config import ModelConfig
 from passes.base import Context, Workload
 from passes.canonicalise import Canonicalise
-from passes.crossover import FormCost, even_queries, even_queries_far, overtakes, price_forms
+from passes.crossover import FormCost, changes, even_queries, even_queries_far, fastest, overtakes, price_forms
 from passes.pipeline import Pipeline
 from passes.verify import clone
 
 QUERIES = tuple(sorted({round(2 ** (k / 2)) for k in range(27)}))  # 1 to 8192
 CONTEXTS = (1024, 8192, 65536)
+LARGEST_BATCH = 1024  # rows of a decode step
 
 
 def phase_plans(
@@ -46,9 +47,9 @@ def phase_plan(module: fx.GraphModule, context: Context, batches: Sequence[int],
     """The forms of a captured prefill graph, priced; None when its attention has no form to choose.
 
     forms: by name, FLOPs and bytes as expressions in B, S and T, and the block's weight bytes. crossovers: per
-    pair of forms the FLOPs break even at `queries` (expression in T) and `far` (for a long context). measured in
-    seconds on the target: `times` per batch and context. curves: FLOPs and seconds over QUERIES, one row per
-    batch.
+    pair of forms the FLOPs break even at `queries` (expression in T) and `far` (for a long context). In seconds on
+    the target: `times` per batch and context; `decode`, per pair of forms the faster for one query per row. curves:
+    FLOPs and seconds over QUERIES, one row per batch.
     """
     canonical = clone(module)
     Pipeline((Canonicalise(),)).run(canonical, context)
@@ -64,6 +65,7 @@ def phase_plan(module: fx.GraphModule, context: Context, batches: Sequence[int],
             for p in prices
         ],
         "crossovers": [_crossover(low, high) for low, high in combinations(prices, 2)],
+        "decode": [_decode(low, high, context, longest) for low, high in combinations(prices, 2)],
         "times": [
             {
                 "batch": batch,
@@ -85,6 +87,19 @@ def _crossover(low: FormCost, high: FormCost) -> dict[str, Any]:
         "forms": [low.form, high.form],
         "queries": str(even) if finite else None,
         "far": far if finite else None,
+    }
+
+
+def _decode(low: FormCost, high: FormCost, context: Context, longest: int) -> dict[str, Any]:
+    """Which form is the faster at one row over the longest context, and from which `context` on; up to LARGEST_BATCH
+    rows of the workload's context, where that changes. None where it never does."""
+    target, length = context.target, context.workload.context
+    return {
+        "forms": [low.form, high.form],
+        "faster": fastest([low, high], target, Workload(1, 1, longest)).form,
+        "longest": longest,
+        "context": changes(low, high, target, lambda positions: Workload(1, 1, positions), longest),
+        "batch": changes(low, high, target, lambda rows: Workload(rows, 1, length), LARGEST_BATCH),
     }
 
 

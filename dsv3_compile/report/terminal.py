@@ -13,7 +13,7 @@ from typing import Any
 from dsv3_compile.artifact import Artifact
 from dsv3_compile.inspection import inspect, inspect_graphs, refusals, short, table
 from dsv3_compile.options import OptionError
-from dsv3_compile.report.answers import crossover_words
+from dsv3_compile.report.answers import crossover_words, decode_words
 from dsv3_compile.report.kernels import kernels
 from dsv3_compile.report.page import write_page
 from dsv3_compile.report.side_by_side import side_by_side
@@ -69,7 +69,7 @@ def overview(report: dict[str, Any]) -> Iterator[str]:
     yield table(report)
     yield from refusals(report)
     for plan in report["phase_plans"]:
-        yield f"{', '.join(plan['blocks'])}: {crossover_words(plan)}"
+        yield f"{', '.join(plan['blocks'])}: {crossover_words(plan)} {decode_words(plan, report['target'])}"
         for row in plan["times"]:
             when = "never" if row["queries"] is None else f"from {row['queries']} queries"
             yield f"  B={row['batch']} T={row['context']}: expanding is faster on {report['target']} {when}"
@@ -138,7 +138,7 @@ def kernel_lines(report: dict[str, Any]) -> Iterator[str]:
                 for key, text in (
                     ("registers", "registers"),
                     ("shared_bytes", "bytes shared"),
-                    ("stack_bytes", "bytes of stack"),
+                    ("stack_bytes", "bytes of stack (spills)"),
                     ("num_warps", "warps"),
                 )
                 if binary.get(key) is not None

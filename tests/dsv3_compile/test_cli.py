@@ -326,6 +326,7 @@ def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Captu
     assert main(["verify", str(artifact_folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] and len(report["blocks"]) == 2 * (tiny.TINY.num_hidden_layers + 2)
+    assert all(row["cosine"] > 1 - 1e-9 and row["relative_error"] < 1e-5 for row in report["blocks"])
 
 
 def test_verify_fails_on_weights_that_are_not_the_checkpoints(

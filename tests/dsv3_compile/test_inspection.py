@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from dsv3_compile import inspection
+from dsv3_compile.artifact import ArtifactError
 from dsv3_compile.inspection import changes, document, print_graph, refusals, short, table
 from tests.dsv3_compile import tiny
 
@@ -17,6 +19,12 @@ def report():
 
 def test_it_is_json(report):
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_a_report_of_another_form_is_refused_in_one_line(artifact_folder, monkeypatch):
+    monkeypatch.setattr(inspection, "SCHEMA", inspection.SCHEMA + 1)
+    with pytest.raises(ArtifactError, match="the report has schema 2; this version reads 3: compile again"):
+        inspection.inspect(artifact_folder)
 
 
 def test_it_covers_every_block_and_phase(report):
@@ -46,6 +54,12 @@ def test_a_pass_tells_what_it_did(report):
     assert "T" in row["cost_before"]["flops"]
     assert set(row["certificate"]) >= {"max_rel_error", "dtype", "sizes"}
     assert row["certificate"]["sizes"] == {"B": 13, "T": 5}
+
+
+def test_every_block_is_certified_as_a_whole(report):
+    for block in report["blocks"]:
+        assert block["certificate"]["max_rel_error"] <= 1e-14 and block["certificate"]["dtype"] == "float64"
+    assert "  all passes together: " in table(report)
 
 
 def test_refusals_carry_node_source_and_reason(report):

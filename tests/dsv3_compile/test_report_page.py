@@ -141,6 +141,30 @@ def test_every_pass_of_every_block_can_be_shown(opened):
 
 
 @needs_chromium
+def test_a_pass_that_ran_twice_has_two_places(tab, artifact_folder, tmp_path):
+    data = page_data(Artifact.open(artifact_folder))
+    for block in data["report"]["blocks"]:
+        found, names = data["graphs"][f"{block['name']} {block['phase']}"], [p["name"] for p in block["passes"]]
+        at = names.index("fuse-norm")
+        block["passes"].insert(at + 1, {**block["passes"][at], "matches": [], "refusals": []})
+        found["states"].insert(at + 1, found["states"][at + 1])
+        found["near"].insert(at + 1, None)
+    file = tmp_path / "twice.html"
+    file.write_text(page(data))
+    tab.open("about:blank")
+    tab.problems.clear()
+    tab.open(file.as_uri() + "#/moe/decode/fuse-norm-2")
+    tab.settle()
+    links = tab.run("[...document.querySelectorAll('.matrix a')].map(a => a.getAttribute('href'))")
+    assert len(set(links)) == len(links)
+    assert tab.run("document.querySelector('#pass h3').textContent") == "fuse-norm-2 on moe, decode"
+    assert tab.run("document.querySelectorAll('.line [aria-current]').length") == 1
+    tab.press("ArrowLeft")
+    assert tab.run("location.hash") == "#/moe/decode/fuse-norm"
+    assert tab.problems == []
+
+
+@needs_chromium
 def test_the_keyboard_steps_through_passes_phases_and_themes(opened):
     opened.press("ArrowRight")
     assert opened.run("location.hash") != ABSORBED

@@ -39,6 +39,7 @@ def test_the_schema_refuses_what_it_does_not_know(artifact_folder, capsys):
 def test_the_overview_ends_with_the_phase_plan(artifact_folder, capsys):
     text = said(capsys, artifact_folder)
     assert "dense, moe: Absorbing takes fewer operations below " in text
+    assert "In decode on cpu, absorbed is faster than expanded at " in text
     assert "order-contractions refused " in text
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from codegen.targets import target
-from dsv3_compile.capture import Input, capture_module, layer_inputs
+from dsv3_compile.capture import Input, capture_fake, capture_module, layer_inputs
 from model_def.config import ModelConfig
 from model_def.decoder import Layer
 from passes.base import Context, Outcome, Pass, Workload, is_call, sweep
@@ -36,7 +36,7 @@ def module_graph(module: nn.Module, *inputs: Input) -> fx.GraphModule:
 @functools.cache  # capture takes seconds
 def _captured_layer(config: ModelConfig, layer: int, dtype: torch.dtype) -> fx.GraphModule:
     spec = config.layer(layer)
-    return capture_module(Layer(spec, dtype), layer_inputs(config, spec, dtype))
+    return capture_fake(functools.partial(Layer, spec, dtype), layer_inputs(config, spec, dtype))
 
 
 @functools.cache

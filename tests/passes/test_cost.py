@@ -9,56 +9,94 @@ from torch.utils.flop_counter import FlopCounterMode
 from codegen.targets import target
 from dsv3_compile.capture import Input
 from dsv3_compile.phases import fix_sizes
+from model_def.config import ModelConfig
 from model_def.presets import PRESETS
-from passes.base import Context, Role, Workload
+from passes.base import Context, Role, Workload, sweep
 from passes.cost import B, S, T, cost
 from passes.inputs import random_inputs, size_values
-from passes.pipeline import Pipeline
-from passes.verify import run_float64
+from passes.pipeline import DEFAULT_PIPELINE
+from passes.verify import clone, run_float64
+from tests.dsv3_compile.tiny import TINY
 from tests.passes.harness import layer_graph, module_graph
 
-TOY = PRESETS["toy"]
+DENSE, MOE = 0, 1
 
 
-def counted(graph) -> int:
-    sizes = size_values(graph)
+def counted(graph, inputs) -> int:
     with FlopCounterMode(display=False) as counter:
-        run_float64(graph, random_inputs(graph, sizes, seed=0))
+        run_float64(graph, inputs)
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_flops_of_a_captured_block_are_exactly_those_torch_counts(layer):
-    graph = layer_graph(TOY, layer, torch.float32)
-    batch, queries, context = size_values(graph).values()
-    assert cost(graph.graph).at(Workload(batch, queries, context)).flops == counted(graph)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("layer", [DENSE, MOE])
+def test_flops_before_and_after_every_pass_are_exactly_those_torch_counts(layer, phase):
+    graph = layer_graph(TINY, layer, torch.float32)
+    if phase == "decode":
+        graph = fix_sizes(graph, {"S": 1})
+    sizes = size_values(graph)
+    inputs = random_inputs(clone(graph), sizes, seed=0)
+    batch, *queries, context = sizes.values()
+    here = Workload(batch, *(queries or [1]), context)
+    expected = {"captured": counted(graph, inputs)}
+    found = {"captured": cost(graph.graph).at(here).flops}
+    for one in DEFAULT_PIPELINE:
+        one.run(graph, Context(phase, target("sm_90"), Workload(1, 1 if phase == "decode" else 4096, 4096)))
+        sweep(graph)
+        expected[one.name()] = counted(graph, inputs)
+        found[one.name()] = cost(graph.graph).at(here).flops
+    assert found == expected
+    # Fusion multiplies nothing out anew.
+    assert found["fuse-attention"] == found["fuse-routing"]
+    assert found["lower"] == found["sparsify-experts"]
+
+
+class Fused(nn.Module):
+    """Attention as torch itself fuses it, six query heads on three of keys."""
+
+    def forward(self, q, k, v):
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def test_torchs_own_attention_counts_as_its_two_products():
+    shapes = {"q_BHSA": (6, 5, 8), "k_BGTA": (3, 7, 8), "v_BGTV": (3, 7, 4)}
+    inputs = [Input(name, Role.ACTIVATION, ("B", *shape), torch.float32) for name, shape in shapes.items()]
+    graph = module_graph(Fused(), *inputs)
+    assert cost(graph.graph).at(Workload(2, 5, 7)).flops == 2 * 2 * 6 * 5 * 7 * (8 + 4)
 
 
 def test_costs_are_symbolic_in_batch_queries_and_context():
-    graph = layer_graph(TOY, 0, torch.float32)
+    graph = layer_graph(TINY, DENSE, torch.float32)
     assert sympy.sympify(cost(graph.graph).flops).free_symbols == {B, S, T}
 
 
-@pytest.mark.parametrize("preset", ["deepseek-v2-lite"])
-def test_decode_bytes_are_those_of_a_hand_count(preset):
+def decode_bytes_by_hand(config: ModelConfig, layer: int, context: int) -> int:
     """Weights of the active experts once, the latent cache once; the rest is small change."""
-    config = PRESETS[preset]
-    graph = fix_sizes(layer_graph(config, config.first_k_dense_replace, torch.bfloat16), {"S": 1})
-    Pipeline().run(graph, Context("decode", target("sm_90"), Workload(8, 1, 4096)))
-    mla = config.layer(0).attention
-    q = config.hidden_size * mla.heads * mla.qk_head_dim
-    down = config.hidden_size * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    spec, hidden = config.layer(layer), config.hidden_size
+    mla, rank = spec.attention, spec.attention.q_lora_rank
+    queries = mla.heads * mla.qk_head_dim
+    q = hidden * queries if rank is None else (hidden + queries) * rank
+    down = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
     up = mla.kv_lora_rank * mla.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    out = mla.heads * mla.v_head_dim * config.hidden_size
-    experts = (
-        (config.num_experts_per_tok + config.n_shared_experts) * 3 * config.hidden_size * config.moe_intermediate_size
-    )
-    router = 4 * config.n_routed_experts * config.hidden_size  # float32
+    out = mla.heads * mla.v_head_dim * hidden
+    cache = context * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    width, router = config.intermediate_size, 0
+    if layer >= config.first_k_dense_replace:
+        width = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
+        router = 4 * config.n_routed_experts * hidden  # float32
+    return 2 * (q + down + up + out + 3 * hidden * width + cache) + router
+
+
+@pytest.mark.parametrize(("preset", "layer"), [("deepseek-v2-lite", 1), ("deepseek-v3", 0), ("deepseek-v3", 60)])
+def test_decode_bytes_are_those_of_a_hand_count(preset, layer):
+    config = PRESETS[preset]
+    graph = fix_sizes(layer_graph(config, layer, torch.bfloat16), {"S": 1})
+    for one in DEFAULT_PIPELINE:
+        one.run(graph, Context("decode", target("sm_90"), Workload(8, 1, 4096)))
+        sweep(graph)
     for context in (512, 4096, 32768):
-        cache = context * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-        by_hand = 2 * (q + down + up + out + experts + cache) + router
         found = cost(graph.graph).at(Workload(1, 1, context)).bytes
-        assert abs(found / by_hand - 1) < 0.05, (context, found, by_hand)
+        assert found == pytest.approx(decode_bytes_by_hand(config, layer, context), rel=0.05), context
 
 
 class Broadcast(nn.Module):

@@ -13,7 +13,7 @@ from model_def.presets import PRESETS
 from passes.base import Context, Workload
 from passes.canonicalise import Canonicalise
 from passes.cost import B, T
-from passes.crossover import FormCost, even_queries, even_queries_far, overtakes, price_forms
+from passes.crossover import FormCost, changes, even_queries, even_queries_far, fastest, overtakes, price_forms
 from passes.pipeline import Pipeline
 from tests.passes.harness import layer_graph
 
@@ -62,3 +62,29 @@ def test_the_overtaking_query_is_the_first_that_is_no_slower(context):
 def test_what_is_never_overtaken_is_none():
     absorbed, expanded = forms()["absorbed"], forms()["expanded"]
     assert overtakes(absorbed, expanded, target("sm_90"), 1, 65536, largest=8) is None
+
+
+def test_absorbing_decodes_faster_from_two_positions_on():
+    """Of one position, keys and values are cheaper to rebuild than the query is to project; of more they are not."""
+    absorbed, expanded, machine = forms()["absorbed"], forms()["expanded"], target("sm_90")
+    assert changes(expanded, absorbed, machine, lambda positions: Workload(1, 1, positions), 4096) == 2
+    assert fastest([expanded, absorbed], machine, Workload(1, 1, 1)) is expanded
+    assert fastest([expanded, absorbed], machine, Workload(1, 1, 2)) is absorbed
+
+
+def test_folding_overtakes_nothing_at_the_sizes_of_v3():
+    absorbed, folded, machine = forms()["absorbed"], forms()["folded"], target("sm_90")
+    assert changes(absorbed, folded, machine, lambda rows: Workload(rows, 1, 4096), 1024) is None
+
+
+def test_a_batch_that_changes_the_faster_form_is_the_first_that_does():
+    """Small weights are soon read in less time than the rows take, and folded ones then save a product per row."""
+    absorbed, folded, machine = forms("toy")["absorbed"], forms("toy")["folded"], target("sm_90")
+
+    def at(rows: int) -> Workload:
+        return Workload(rows, 1, 1024)
+
+    rows = changes(absorbed, folded, machine, at, 1024)
+    assert rows is not None
+    assert fastest([absorbed, folded], machine, at(rows - 1)) is absorbed
+    assert fastest([absorbed, folded], machine, at(rows)) is folded

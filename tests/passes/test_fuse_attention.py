@@ -8,6 +8,8 @@ import torch
 from model_def.presets import PRESETS
 from passes.fuse_attention import FuseAttention
 from passes.order_contractions import OrderContractions
+from passes.pipeline import Pipeline, RequirementError, check_required
+from tests.passes.capture import CONTEXT
 from tests.passes.harness import apply, count, layer_graph, mla_graph, reasons
 from tests.passes.mla import HeadFirst, Mla
 
@@ -75,6 +77,20 @@ def test_near_misses_stay(module, reason):
     outcome = apply(FuseAttention(), graph)
     assert not outcome.matches and reason in reasons(outcome)
     assert count(graph, torch.ops.aten.softmax) == 1
+
+
+class Gated(Finite):
+    """A softmax that chooses among features, before the attention that is nearly one."""
+
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        return super().forward(x_BSD.softmax(-1), positions_BS, latent_BTC, rope_key_BTR)
+
+
+def test_the_nearest_miss_is_the_softmax_that_is_nearly_attention():
+    records = Pipeline((FuseAttention(),)).run(mla_graph(Gated, "S"), CONTEXT)
+    assert [refusal.reached for refusal in records[0].refusals] == [0, 1]
+    with pytest.raises(RequirementError, match="nearest miss softmax_1 .* before the softmax is not a mask with −∞"):
+        check_required(records, ["fuse-attention"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

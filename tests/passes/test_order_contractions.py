@@ -50,6 +50,11 @@ def test_prefill_of_a_fresh_prompt_stays_expanded_and_says_so():
     assert not outcome.matches and "stays expanded" in reasons(outcome)
 
 
+def test_an_order_that_was_asked_for_is_not_called_the_cheapest():
+    outcome = apply(OrderContractions(decode="expanded"), mla_graph())
+    assert {refusal.reason for refusal in outcome.refusals} == {"stays expanded, as order-contractions.decode asks"}
+
+
 def test_layout_does_not_matter():
     graph = mla_graph(HeadFirst)
     assert apply(OrderContractions(), graph).decision == {"decode": "absorbed+absorbed"}

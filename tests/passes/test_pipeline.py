@@ -191,6 +191,30 @@ def test_a_required_pass_without_a_match_names_its_nearest_miss():
         check_required(records, ["double-by-adding"])
 
 
+@dataclass(frozen=True)
+class Demanding(Pass):
+    """Refuses every sum after as many nodes as the number that is added."""
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        outcome = Outcome()
+        for node in calls(graph_module.graph, aten.add):
+            outcome.refuse(node, f"stopped after {node.args[1]}", node.args[1])
+        return outcome
+
+
+class Sums(nn.Module):
+    def forward(self, x):
+        return x + 1 + 3 + 2 + 3
+
+
+def test_the_nearest_miss_is_the_first_of_those_that_got_furthest():
+    module = capture_module(Sums(), [Input("x", Role.ACTIVATION, ("B", 4), torch.float32)])
+    records = Pipeline((Demanding(),)).run(module, CONTEXT)
+    names = [refusal.node for refusal in records[0].refusals]
+    with pytest.raises(RequirementError, match=rf"nearest miss {names[1]} .*stopped after 3"):
+        check_required(records, ["demanding"])
+
+
 def test_a_required_pass_that_fired_once_is_enough():
     pipeline = Pipeline((DoubleByAdding(),))
     records = pipeline.run(twice(factor=3.0), CONTEXT) + pipeline.run(twice(), CONTEXT)

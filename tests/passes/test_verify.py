@@ -77,13 +77,31 @@ def test_a_change_is_reported_with_pass_output_and_node(graph):
 def test_a_change_of_rounding_size_is_too_large(graph):
     before = clone(graph)
     specimen = Specimen.of(graph)
-    (node,) = graph.graph.find_nodes(op="call_function", target=aten.linear.default)
-    with graph.graph.inserting_after(node):
-        scaled = graph.graph.call_function(aten.mul.Tensor, (node, 1 + 1e-8))
-        node.replace_all_uses_with(scaled)
-        scaled.args = (node, 1 + 1e-8)
+    nudged(graph, 1 + 1e-8)
     with pytest.raises(CertificateError, match="output 0"):
         specimen.certify(before, "scale on small")
+
+
+def nudged(graph, factor):
+    """Let the product's readers see it a little larger."""
+    (node,) = graph.graph.find_nodes(op="call_function", target=aten.linear.default)
+    with graph.graph.inserting_after(node):
+        scaled = graph.graph.call_function(aten.mul.Tensor, (node, factor))
+        node.replace_all_uses_with(scaled)
+        scaled.args = (node, factor)
+
+
+def test_small_differences_of_single_passes_add_up_in_the_certificate_of_all(graph):
+    specimen = Specimen.of(graph)
+    assert specimen.certify_whole("small").max_rel_error == 0.0
+    errors = []
+    for _ in range(40):
+        before = clone(graph)
+        nudged(graph, 1 + 1e-11)
+        errors.append(specimen.certify(before, "nudge on small").max_rel_error)
+    assert 3 * max(errors) < specimen.certify_whole("small", bound=1e-8).max_rel_error
+    with pytest.raises(CertificateError, match="all passes on small: an output differs by"):
+        specimen.certify_whole("small", bound=3 * max(errors))
 
 
 def test_a_missing_output_is_reported(graph):

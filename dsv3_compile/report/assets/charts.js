@@ -71,10 +71,10 @@ function crossoverChart(plan, context, metric, width) {
   }
   const even = evenAt(plan, context, metric);
   if (even && even < plan.queries[count - 1]) {
-    const cx = box.x(even), flip = cx > box.right - 150;
+    const cx = box.x(even), flip = cx > box.left + 150;
     box.svg.append(
       s("line", { x1: cx, x2: cx, y1: box.top, y2: box.bottom, stroke: "var(--ink)", "stroke-dasharray": "3 3" }),
-      s("text", { x: cx + (flip ? -8 : 8), y: box.bottom - 12, "text-anchor": flip ? "end" : "start", style: "font-weight:650" }, `even at ${Math.round(even)} queries`),
+      s("text", { x: cx + (flip ? -8 : 8), y: box.top + 34, "text-anchor": flip ? "end" : "start", style: "font-weight:650" }, `even at ${Math.round(even)} queries`),
       s("text", { class: "soft", x: cx - 8, y: box.top + 14, "text-anchor": "end" }, "absorb"),
       s("text", { class: "soft", x: cx + 8, y: box.top + 14 }, "expand"));
   }
@@ -126,7 +126,7 @@ function rooflineChart(nodes, before, machine, width) {
     while (taken.some(([t, f]) => f === flip && Math.abs(t - ty) < 14)) ty += flip ? -14 : 14;
     if (ty < box.top + 8 || ty > box.bottom - 4) continue;
     taken.push([ty, flip]);
-    box.svg.append(s("text", { x: cx + (flip ? -radius(n) - 6 : radius(n) + 6), y: ty, "text-anchor": flip ? "end" : "start" }, n.op.replace("dsv3.", "") + (width < 520 ? "" : ` · ${n.name}`)));
+    box.svg.append(s("text", { x: cx + (flip ? -radius(n) - 6 : radius(n) + 6), y: ty, "text-anchor": flip ? "end" : "start" }, width < 520 ? n.op.replace("dsv3.", "") : nodeTitle(n)));
   }
   return box.svg;
 }

@@ -4,8 +4,17 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { blocks } = data.report;
 const state = { block: null, pass: null };
 
+// The address of a pass within its block: a pass that ran again has a number behind its name.
+for (const block of blocks) {
+  const runs = {};
+  for (const pass of block.passes) {
+    runs[pass.name] = (runs[pass.name] || 0) + 1;
+    pass.id = runs[pass.name] > 1 ? `${pass.name}-${runs[pass.name]}` : pass.name;
+  }
+}
+
 const passes = h("section", { id: "passes", "aria-labelledby": "passes-h" }, h("h2", { id: "passes-h" }, "Pass by pass"),
-  h("p", { class: "lead" }, "Every pass rewrites the graph of a block, and is certified by running the block before and after it. Bars show the least time the block takes after the pass; choose one to see what it did. Work on weights alone counts until hoist-weights moves it to where weights are bound."));
+  h("p", { class: "lead" }, "Every pass rewrites the graph of a block, and is certified by running the block before and after it. Bars show the least time the block takes after the pass, on a logarithmic scale; choose one to see what it did. Work on weights alone counts until hoist-weights moves it to where weights are bound."));
 const chooser = h("div", { class: "choose" }), line = h("div"), detail = h("div");
 passes.append(chooser, line, detail);
 const roofline = h("section", { id: "roofline", "aria-labelledby": "roofline-h" }, h("h2", { id: "roofline-h" }, "Roofline"),
@@ -14,26 +23,26 @@ const roof = h("div", { class: "stack" });
 roofline.append(roof);
 
 function find(name, phase) { return blocks.find((b) => b.name === name && b.phase === phase); }
-function go(block, pass) { location.hash = route(block.name, block.phase, pass.name); }
+function go(block, pass) { location.hash = route(block.name, block.phase, pass.id); }
 
 // What the address names, or the place where absorption shows.
 function fromAddress() {
-  const [, name, phase, passName] = decodeURIComponent(location.hash).split("/");
+  const [, name, phase, id] = decodeURIComponent(location.hash).split("/");
   const block = find(name, phase);
-  const pass = block && block.passes.find((p) => p.name === passName);
+  const pass = block && block.passes.find((p) => p.id === id);
   return pass ? { block, pass } : null;
 }
 function start() {
   const place = data.answers.map((a) => a.place).findLast((p) => p && p[1] === "decode") || [];
   const block = find(place[0], place[1]) || blocks[0];
-  return { block, pass: block.passes.find((p) => p.name === place[2]) || block.passes[0] };
+  return { block, pass: block.passes.find((p) => p.id === place[2]) || block.passes[0] };
 }
 
 function show(next) {
   const moved = state.block !== next.block;
   Object.assign(state, next);
   const names = [...new Set(blocks.map((b) => b.name))];
-  const choose = (name, phase) => { const block = find(name, phase) || blocks.find((b) => b.name === name); go(block, block.passes.find((p) => p.name === state.pass.name)); };
+  const choose = (name, phase) => { const block = find(name, phase) || blocks.find((b) => b.name === name); go(block, block.passes.find((p) => p.id === state.pass.id)); };
   const layers = (name) => { const b = blocks.find((x) => x.name === name); return b.layers.length > 1 ? `${name} × ${b.layers.length}` : name; };
   const focused = chooser.contains(document.activeElement) ? document.activeElement.textContent : null;
   chooser.replaceChildren(
@@ -42,13 +51,13 @@ function show(next) {
     h("span", { class: "soft" }, sizes(state.block.workload)));
   if (focused) [...chooser.querySelectorAll("button")].find((b) => b.textContent === focused)?.focus();
   const inLine = line.contains(document.activeElement);
-  line.replaceChildren(timeline(state.block, state.pass.name));
+  line.replaceChildren(timeline(state.block, state.pass));
   const current = line.querySelector("[aria-current]");
   current.parentElement.parentElement.scrollLeft = current.offsetLeft - 120;
   if (inLine) current.focus({ preventScroll: true });
   detail.replaceChildren(passView(data, state.block, state.pass));
   if (moved) roof.replaceChildren(rooflineView(data, state.block));
-  document.title = `${state.pass.name} · ${state.block.name} ${state.block.phase} · ${data.title}`;
+  document.title = `${state.pass.id} · ${state.block.name} ${state.block.phase} · ${data.title}`;
 }
 
 function step(by) {
@@ -58,23 +67,23 @@ function step(by) {
 function turn(same, other) {
   const options = blocks.filter((b) => b[same] === state.block[same]);
   const next = options[(options.findIndex((b) => b[other] === state.block[other]) + 1) % options.length];
-  go(next, next.passes.find((p) => p.name === state.pass.name));
+  go(next, next.passes.find((p) => p.id === state.pass.id));
 }
 
 // ---- search ----
 const entries = [];
 for (const block of blocks) for (const pass of block.passes) {
-  const link = route(block.name, block.phase, pass.name), where = `${block.name} ${block.phase}`;
-  entries.push([`${pass.name}`, `pass on ${where}`, link]);
-  for (const m of pass.matches) entries.push([m, `match of ${pass.name}, ${where}`, link]);
-  for (const r of pass.refusals) entries.push([`${r.node} ${r.source}: ${r.reason}`, `left alone by ${pass.name}, ${where}`, link]);
+  const link = route(block.name, block.phase, pass.id), where = `${block.name} ${block.phase}`;
+  entries.push([pass.id, `pass on ${where}`, link]);
+  for (const m of pass.matches) entries.push([m, `match of ${pass.id}, ${where}`, link]);
+  for (const r of pass.refusals) entries.push([`${r.node} ${r.source}: ${r.reason}`, `left alone by ${pass.id}, ${where}`, link]);
 }
 for (const [name, found] of Object.entries(data.graphs)) {
   const [block, phase] = name.split(" "), seen = new Set();
   found.states.slice(1).forEach((snapshot, k) => {
     for (const n of found.snapshots[snapshot].nodes) if (!n.view && !seen.has(n.name)) {
       seen.add(n.name);
-      entries.push([`${n.name} = ${n.op} ${n.value} ${n.source}`, `node of ${name}, after ${find(block, phase).passes[k].name}`, route(block, phase, find(block, phase).passes[k].name)]);
+      entries.push([`${n.name} = ${n.op} ${n.value} ${n.source}`, `node of ${name}, after ${find(block, phase).passes[k].id}`, route(block, phase, find(block, phase).passes[k].id)]);
     }
   });
 }

@@ -17,7 +17,7 @@ function heroView(data) {
   const kinds = layers.filter((b) => b.layers.length).map((b) => `${b.layers.length} × ${b.name}`).join(", ");
   return h("div", { class: "hero" },
     h("h1", {}, `How ${data.title} was compiled`),
-    h("p", {}, `A ${report.model_type} model of ${plural(count, "layer")} (${kinds}), compiled to ${report.dtype} for ${report.target}. Layers of one kind share one graph, so each kind is shown once, in prefill and in decode.`));
+    h("p", {}, `A ${report.model_type} model of ${plural(count, "layer")} (${kinds}), compiled to ${report.dtype} for ${report.target}. Layers of one kind share one graph, so each kind is shown once: in prefill, which reads a prompt, and in decode, which adds one token to every row. Costs are told in B, the rows of a batch, S, the query positions of a row, and T, the cached positions that they look back on.`));
 }
 
 function shortView(data) {
@@ -38,15 +38,15 @@ function matrix(data) {
   const cell = (block, row) => {
     const fired = row.matches.length, left = row.refusals.length;
     const text = fired ? String(fired) : left ? `${left} left` : "–";
-    const label = `${row.name}, ${block.name} ${block.phase}: ${fired} matched, ${left} left alone`;
-    return h("td", {}, h("a", { href: route(block.name, block.phase, row.name), class: fired ? "fired" : left ? "left" : null, "aria-label": label, title: label }, text));
+    const label = `${row.id}, ${block.name} ${block.phase}: ${fired} matched, ${left} left alone`;
+    return h("td", {}, h("a", { href: route(block.name, block.phase, row.id), class: fired ? "fired" : left ? "left" : null, "aria-label": label, title: label }, text));
   };
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Where each pass fired" }, h("table", { class: "matrix" },
     h("caption", {}, "Where each pass fired: matches, or candidates it left alone"),
     h("thead", {},
       h("tr", {}, h("td"), ...names.map((n) => h("th", { scope: "colgroup", colspan: blocks.filter((b) => b.name === n).length, style: "text-align:center" }, n))),
       h("tr", {}, h("th", { scope: "col", style: "text-align:left" }, "pass"), ...blocks.map((b) => h("th", { scope: "col" }, b.phase)))),
-    h("tbody", {}, ...blocks[0].passes.map((pass, k) => h("tr", {}, h("th", { scope: "row" }, pass.name), ...blocks.map((b) => cell(b, b.passes[k])))))));
+    h("tbody", {}, ...blocks[0].passes.map((pass, k) => h("tr", {}, h("th", { scope: "row" }, pass.id), ...blocks.map((b) => cell(b, b.passes[k])))))));
 }
 
 function timeline(block, current) {
@@ -57,16 +57,20 @@ function timeline(block, current) {
     ...block.passes.map((p, k) => {
       const fired = p.matches.length, left = p.refusals.length;
       const did = fired ? plural(fired, "match", "matches") : left ? `${left} left` : "–";
-      return h("li", {}, h("button", { type: "button", class: fired ? "fired" : left ? "left" : null, "aria-current": p.name === current ? "step" : null, title: `${p.name}: ${duration(times[k])} after it`, onclick: () => { location.hash = route(block.name, block.phase, p.name); } },
-        h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: `height:${height(times[k])}px` })), h("span", { class: "name" }, p.name), h("span", { class: "did" }, did)));
+      return h("li", {}, h("button", { type: "button", class: fired ? "fired" : left ? "left" : null, "aria-current": p === current ? "step" : null, title: `${p.id}: ${duration(times[k])} after it`, onclick: () => { location.hash = route(block.name, block.phase, p.id); } },
+        h("span", { class: "bar", "aria-hidden": "true" }, h("i", { style: `height:${height(times[k])}px` })), h("span", { class: "name" }, p.id), h("span", { class: "did" }, did)));
     }));
 }
 
+function equality(c) {
+  if (!c) return "not checked";
+  return c.max_rel_error === 0 ? "bit for bit equal" : `equal to ${c.max_rel_error.toExponential(0)}`;
+}
+
 function certificateBadge(c) {
-  if (!c) return h("span", { class: "badge bad" }, "not checked");
+  if (!c) return h("span", { class: "badge bad" }, equality(c));
   const where = `${c.dtype}, ${Object.entries(c.sizes).map(([k, v]) => `${k}=${v}`).join(" ")}${c.proxy ? ", a twin at small sizes" : ""}`;
-  const error = c.max_rel_error === 0 ? "bit for bit equal" : `equal to ${c.max_rel_error.toExponential(0)}`;
-  return h("span", {}, h("span", { class: "badge good" }, error), h("span", { class: "soft" }, ` bound ${c.bound.toExponential(0)} · ${where}`));
+  return h("span", {}, h("span", { class: "badge good" }, equality(c)), h("span", { class: "soft" }, ` bound ${c.bound.toExponential(0)} · ${where}`));
 }
 
 function passView(data, block, pass) {
@@ -75,10 +79,10 @@ function passView(data, block, pass) {
   const list = (title, items, empty) => h("div", {}, h("h4", {}, title), items.length ? h("ul", { class: "items" }, ...items) : h("p", { class: "soft" }, empty));
   return h("div", { class: "stack", id: "pass" },
     h("div", { class: "panel stack" },
-      h("h3", {}, pass.name, h("span", { class: "soft", style: "font-weight:400" }, ` on ${block.name}, ${block.phase}`)),
+      h("h3", {}, pass.id, h("span", { class: "soft", style: "font-weight:400" }, ` on ${block.name}, ${block.phase}`)),
       h("pre", { class: "picture", tabindex: 0, role: "region", "aria-label": "What the pass does" }, data.pictures[pass.name] || pass.spec),
       h("dl", { class: "facts" },
-        fact("certificate", certificateBadge(pass.certificate)), fact("nodes", pass.nodes_before === pass.nodes_after ? String(pass.nodes_after) : `${pass.nodes_before} → ${pass.nodes_after}`),
+        fact("certificate", certificateBadge(pass.certificate)), fact("all passes together", h("span", { class: block.certificate ? "badge good" : "badge bad" }, equality(block.certificate))), fact("nodes", pass.nodes_before === pass.nodes_after ? String(pass.nodes_after) : `${pass.nodes_before} → ${pass.nodes_after}`),
         fact("took", duration(pass.seconds)), fact("spec", h("code", {}, pass.spec))),
       h("div", { class: "two" },
         list(plural(pass.matches.length, "match", "matches"), pass.matches.map((m) => h("li", {}, h("code", {}, m))), "Nothing in this block looks like what the pass rewrites."),
@@ -161,7 +165,13 @@ function rooflineView(data, block) {
   return h("div", { class: "panel stack" },
     h("h3", {}, `${block.name}, ${block.phase}`, h("span", { class: "soft", style: "font-weight:400" }, ` at ${sizes(block.workload)}: at least ${duration(total)} on ${data.report.target}`)),
     h("div", { class: "two" }, h("div", {}, chart, h("ul", { class: "legend" }, key("var(--accent)", "bound by arithmetic"), key("var(--warm)", "bound by memory"), key("var(--grey)", "dashed: before the passes"), h("li", {}, "A bubble's area is its share of the time."))),
-      h("div", {}, h("h4", { style: "margin-bottom:.5rem" }, "Where the time goes"), h("ul", { class: "bars" }, ...most.map((n) => h("li", { class: n.bound, title: described(n) }, h("code", {}, `${n.op.replace("dsv3.", "")} ${n.name}`), h("i", { style: `width:${(100 * n.seconds) / most[0].seconds}%` }), h("span", { class: "num" }, duration(n.seconds))))), h("ul", { class: "legend" }, key("var(--grey)", "bound by its launch")))));
+      h("div", {}, h("h4", { style: "margin-bottom:.5rem" }, "Where the time goes"), h("ul", { class: "bars" }, ...most.map((n) => h("li", { class: n.bound, title: described(n) }, h("code", {}, nodeTitle(n)), h("i", { style: `width:${(100 * n.seconds) / most[0].seconds}%` }), h("span", { class: "num" }, duration(n.seconds))))), h("ul", { class: "legend" }, key("var(--grey)", "bound by its launch")))));
+}
+
+// A name that begins with its op needs no op beside it.
+function nodeTitle(node) {
+  const op = node.op.replace("dsv3.", "");
+  return node.name.startsWith(op) ? node.name : `${op} ${node.name}`;
 }
 
 function kernelsView(data) {

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from codegen import ops
 
@@ -108,3 +110,34 @@ def test_opaque_ops_pass_torch_checks(name):
         "routed_swiglu": (tokens, indices, torch.rand(6, 3), gate_up, down),
     }[name]
     torch.library.opcheck(getattr(dsv3, name).default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("reference", "shapes"),
+    [
+        (ops.attention.mla_attention, [(2, 3, 4, 16), (2, 3, 4, 8), (2, 5, 16), (2, 5, 8)]),
+        (ops.attention.attention, [(2, 3, 4, 12), (2, 5, 2, 12), (2, 5, 2, 12)]),
+    ],
+)
+def test_attention_is_counted_as_the_products_it_runs_up_to_the_last_position(reference, shapes):
+    positions = torch.tensor([[0, 1, 2], [2, 3, 4]])
+    same_flops(reference, (*map(torch.randn, shapes), positions, 0.2))
+
+
+def test_experts_are_counted_as_the_products_of_the_chosen_pairs():
+    x, indices = torch.randn(6, 64), torch.stack([torch.randperm(8)[:3] for _ in range(6)])
+    gate_up, down = torch.randn(8, 32, 64), torch.randn(8, 64, 16)
+    same_flops(ops.experts.routed_swiglu, (x, indices, torch.rand(6, 3), gate_up, down))
+    _, offsets = dsv3.sort_pairs(indices, 8)
+    same_flops(ops.experts.grouped_linear, (torch.randn(18, 64), gate_up, offsets))
+
+
+def same_flops(reference, arguments):
+    """What torch counts for the op, which it cannot see into, against what it sees inside the reference."""
+    op = getattr(dsv3, reference.__name__)
+    # The fused kernels of the CPU are not counted by torch.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as inside:
+        reference(*arguments)
+    with FlopCounterMode(display=False) as counted:
+        op(*arguments)
+    assert counted.get_total_flops() == inside.get_total_flops() > 0
