@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import codegen.ops  # noqa: F401  registers the vocabulary
-from codegen.ops.cache import cache_rows
+from codegen.ops import cache
 from codegen.ops.norm import add_rms_norm, rms_norm, swiglu
 from codegen.ops.rotary import rotary
 
@@ -31,13 +31,18 @@ def write_cache(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dsv3.write_cache with one index per row: TOSA scatters along one axis."""
+    """dsv3.write_cache; where sizes are fixed, with one index per row, as TOSA scatters along one axis.
+
+    Where they are free that form is not for torch-mlir, which takes a merged pair of free axes for [B, 1].
+    """
+    if any(isinstance(size, torch.SymInt) for size in latent.shape):
+        return cache.write_cache(kv, weight, cos, sin, positions, latent, rope_key, eps, interleaved)
     batch, slots = latent.shape[:2]
     where = (torch.arange(batch).unsqueeze(-1) * slots + positions).reshape(-1)
-    pairs = zip((latent, rope_key), cache_rows(kv, weight, cos, sin, eps, interleaved), strict=True)
+    rows = cache.cache_rows(kv, weight, cos, sin, eps, interleaved)
     first, second = (
-        cache.flatten(0, 1).index_put((where,), rows.flatten(0, 1).to(cache.dtype)).reshape(cache.shape)
-        for cache, rows in pairs
+        old.flatten(0, 1).index_put((where,), new.flatten(0, 1).to(old.dtype)).reshape(old.shape)
+        for old, new in zip((latent, rope_key), rows, strict=True)
     )
     return first, second
 

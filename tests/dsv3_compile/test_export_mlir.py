@@ -101,13 +101,13 @@ def test_tosa_has_fixed_sizes_and_computes_both_phases(tmp_path: Path) -> None:
     signature = json.loads((tmp_path / "tosa" / "signature.json").read_text())["functions"]
     assert [one["shape"] for one in signature["prefill"]["arguments"][:2]] == [[2, 5], [2, 5]]
     assert signature["decode"]["results"][1]["shape"] == [2, 9, TINY.kv_lora_rank]
-    prefill, decode = (Compiled(tmp_path / "tosa", phase, "tosa") for phase in ("prefill", "decode"))
+    prefill, decode = (Compiled(tmp_path / "tosa", phase, "tosa") for phase in PHASES)
     ids = torch.randint(0, TINY.vocab_size, (2, 6))
     truth = definition()(ids, torch.arange(6).expand(2, 6), definition().empty_caches(2, 6))[0].numpy()
     positions = np.tile(np.arange(6), (2, 1))
-    logits, caches = prefill(ids[:, :5].numpy(), positions[:, :5].copy(), prefill.empty(2, 9))
+    logits, caches = prefill(ids[:, :5].numpy().copy(), positions[:, :5].copy(), prefill.empty(2, 9))
     assert np.abs(logits - truth[:, :5]).max() <= 1e-4
-    logits, _ = decode(ids[:, 5:].numpy(), positions[:, 5:].copy(), caches)
+    logits, _ = decode(ids[:, 5:].numpy().copy(), positions[:, 5:].copy(), caches)
     assert np.abs(logits - truth[:, 5:]).max() <= 1e-4
 
 
