@@ -72,8 +72,7 @@ def to_mlir(program: ExportedProgram, dialect: str, name: str) -> str:
         handler.detach()
     if not module.operation.verify():
         raise MlirError(f"torch-mlir wrote {dialect} that does not verify")
-    # TOSA's own notation differs between releases of LLVM, the generic one is read by all.
-    return str(module.operation.get_asm(print_generic_op_form=dialect == "tosa"))
+    return str(module)
 
 
 def _refusal(dialect: str, reports: list[str]) -> MlirError:
