@@ -210,6 +210,14 @@ def check_output(output: str | Path) -> None:
         raise ArtifactError(f"{output}: exists and is not an artifact; expected a new folder or an artifact")
 
 
+def new_folder(output: str | Path) -> None:
+    """Raises ArtifactError unless an export may write there: nothing is replaced, not even an artifact."""
+    output = Path(output)
+    if is_artifact(output):
+        raise ArtifactError(f"{output}: is an artifact, which an export does not replace; expected a new folder")
+    check_output(output)
+
+
 def seal(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest of a filled folder, with the SHA-256 of every file in it."""
     files = {str(path.relative_to(folder)): sha256(path) for path in sorted(_files(folder))}

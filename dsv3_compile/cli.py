@@ -115,7 +115,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write")
     export.add_argument("--dtype", default="float32", help="float32 (default) or float16")
     export.add_argument("--contrib", action="store_true", help="onnx: ONNX Runtime's own MoE and routing operators")
-    export.add_argument("--dialect", default="linalg", help="mlir: linalg (default), torch, stablehlo or tosa")
+    export.add_argument("--dialect", help="mlir: linalg (default), torch, stablehlo or tosa")
+    export.add_argument("--sizes", metavar="BATCH,TOKENS,SLOTS", help="mlir: fixed sizes instead of free ones")
     export.add_argument("--inline", action="store_true", help="mlir: weights as constants instead of arguments")
     export.add_argument("--no-verify", action="store_true", help="skip the certificates of the passes")
 

@@ -176,13 +176,14 @@ def export(options: Namespace) -> int:
     from dsv3_compile.export import export_onnx
     from dsv3_compile.export_mlir import export_mlir
 
-    other = {"mlir": "contrib", "onnx": "inline"}[options.format]
-    if getattr(options, other):
-        raise UsageError(f"--{other} is not an option of --format {options.format}")
+    for other in {"mlir": ("contrib",), "onnx": ("inline", "dialect", "sizes")}[options.format]:
+        if getattr(options, other):
+            raise UsageError(f"--{other} is not an option of --format {options.format}")
     settings: dict[str, Any] = {"dtype": options.dtype, "verify": not options.no_verify}
     with Display() as display:
         if options.format == "mlir":
-            settings |= {"dialect": options.dialect, "inline": options.inline}
+            settings |= {"dialect": options.dialect or "linalg", "inline": options.inline}
+            settings["sizes"] = _sizes(options.sizes)
             done = export_mlir(options.model, options.output, progress=display, **settings)
         else:
             settings["contrib"] = options.contrib
@@ -195,6 +196,17 @@ def export(options: Namespace) -> int:
     if done.converted:
         print(done.converted)
     return DONE
+
+
+def _sizes(text: str | None) -> Any:
+    from dsv3_compile.export_mlir import Sizes
+
+    if text is None:
+        return None
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(number.strip().isdigit() for number in numbers):
+        raise UsageError(f"--sizes is {text!r}; expected BATCH,TOKENS,SLOTS such as 1,32,256")
+    return Sizes(*map(int, numbers))
 
 
 def bench(options: Namespace) -> int:

@@ -38,31 +38,16 @@ from codegen.onnx.builder import ONNX_TYPES, bodies
 from codegen.onnx.contrib import CONTRIB
 from codegen.onnx.translate import Translation
 from codegen.onnx.vocabulary import one_token_experts
-from dsv3_compile.artifact import is_artifact, read_manifest, writing
-from dsv3_compile.driver import Event, Progress, build, open_model, silent
-from dsv3_compile.options import Options
+from dsv3_compile.artifact import writing
+from dsv3_compile.driver import Event, Progress, silent
+from dsv3_compile.exporting import Exported, conversion, functional
 from dsv3_compile.packaging import TOKENIZER_FILES
 from dsv3_compile.program import PHASES, Occurrence, Program, Reader, bind, recipe_of
-from model_def.config import ModelConfig
 from passes.base import Role
 
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 IR_VERSION = 11
 WEIGHTS = "weights.bin"
-DTYPES = ("float32", "float16")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote. `converted` says how stored weights were changed, "" if they were not."""
-
-    folder: Path
-    dtype: str
-    converted: str
-
-    def model(self, phase: str) -> Path:
-        """The ONNX model of a phase."""
-        return self.folder / f"{phase}.onnx"
 
 
 @dataclass(frozen=True)
@@ -89,16 +74,9 @@ def export_onnx(
     ONNX Runtime's own operators instead of standard ones. `settings` are the fields of Options.
     Raises ExportError for what has no ONNX form, and what `compile` raises.
     """
-    if dtype not in DTYPES:
-        raise ExportError(f"dtype {dtype!r}; accepted: {', '.join(DTYPES)}")
-    left_out = (*settings.pop("disable", ()), "lower")  # ONNX graphs are functional
-    options = Options(target="cpu", dtype=dtype, disable=left_out, **settings)
-    found = open_model(checkpoint_of(model), options)
-    if found.checkpoint is None:
-        raise ExportError(f"{model}: an export needs weights; name a folder with a checkpoint")
-    program = build(found.config, options, progress)
-    converted = conversion(found.config, dtype)
-    write_onnx(program, output, found.checkpoint.tensor, found.checkpoint.folder, converted, progress, contrib)
+    program, checkpoint = functional(model, output, dtype, progress, settings, ExportError)
+    converted = conversion(program.config, dtype)
+    write_onnx(program, output, checkpoint.tensor, checkpoint.folder, converted, progress, contrib)
     return Exported(Path(output), dtype, converted)
 
 
@@ -191,8 +169,7 @@ def phase_model(
             else:
                 name = values[node.name].name
             given[node.name] = Value(name, tuple(fake.shape), fake.dtype)
-        path = f"model.{step.prefix}" if step.layer is not None else "model"
-        results = translate(b, graph.module, given, path, special)
+        results = translate(b, graph.module, given, step.path, special)
         names = BLOCK_RESULTS.get(step.block, ("x_BSD",))
         values.update(zip(names, results, strict=False))
         for node, result in zip(caches, results[len(names) :], strict=True):
@@ -299,19 +276,3 @@ def _read_by(nodes: Iterable[onnx.NodeProto]) -> set[str]:
         for body in bodies(node):
             found |= _read_by(body.node)
     return found
-
-
-def conversion(config: ModelConfig, dtype: str) -> str:
-    """How weights as they are stored become `dtype`, in words; "" if they are not changed."""
-    stored = "float8_e4m3fn" if config.quantization else config.torch_dtype
-    return "" if stored == dtype else f"{stored} weights were converted to {dtype}"
-
-
-def checkpoint_of(model: str | Path) -> str | Path:
-    """Where the weights of MODEL are: an artifact's checkpoint, or what was named."""
-    if not is_artifact(model):
-        return model
-    checkpoint = read_manifest(Path(model)).checkpoint
-    if not checkpoint or not Path(checkpoint).is_dir():
-        raise ExportError(f"{model}: its checkpoint {checkpoint or ''} is not there; name the checkpoint's folder")
-    return checkpoint

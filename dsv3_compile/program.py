@@ -62,6 +62,11 @@ class Occurrence:
     def prefix(self) -> str:
         return self.block if self.layer is None else f"layers.{self.layer}"
 
+    @property
+    def path(self) -> str:
+        """Of its module in the model."""
+        return "model" if self.layer is None else f"model.{self.prefix}"
+
     def key(self, weight: str) -> str:
         """Name of a bound tensor in the artifact: `layers.5.gate_up`."""
         return f"{self.prefix}.{weight}"

@@ -53,7 +53,7 @@ def translate(
         if node.op == "placeholder":
             known[node] = inputs[node.name]
         elif node.op == "call_function":
-            scope = Scope(_module_path(path, node), node.name, _model_line(node))
+            scope = Scope(module_path(path, node), node.name, model_line(node))
             with builder.within(scope):
                 known[node] = _translated(builder, node, known, table, scope)
     (results,) = cast(tuple[tuple[fx.Node, ...]], module.graph.output_node().args)
@@ -96,13 +96,15 @@ def _as_value(builder: Builder, value: Any) -> Value:
     return value
 
 
-def _module_path(path: str, node: fx.Node) -> str:
+def module_path(path: str, node: fx.Node) -> str:
+    """The module that a node of a block comes from, the block being at `path`."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     inner = stack[-1][0] if stack and not stack[-1][0].startswith("_empty") else ""
     return f"{path}.{inner}" if inner else path
 
 
-def _model_line(node: fx.Node) -> str:
+def model_line(node: fx.Node) -> str:
+    """ "attention.py:83": the line of the model that a node comes from, "" where it is not known."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 

@@ -12,7 +12,10 @@ from codegen.ops.rotary import rotary
 _ARGUMENTS = "Tensor kv, Tensor weight, Tensor cos, Tensor sin, Tensor positions, {latent}, {rope_key}, float eps, "
 
 
-def _rows(kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, interleaved: bool) -> tuple[Tensor, Tensor]:
+def cache_rows(
+    kv: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """What a token leaves in the caches: latent [B, S, C] and rope key [B, S, R] of kv [B, S, C+R]."""
     rank = weight.shape[0]
     latent = rms_norm(kv[..., :rank], weight, eps)
     rope_key = rotary(kv[..., rank:].unsqueeze(-2), cos, sin, interleaved).squeeze(-2)
@@ -41,7 +44,7 @@ def write_cache(
     Returns copies of both caches in which row positions[b, s] holds the RMSNorm of the first C columns of
     kv[b, s] and the rotation of its last R. The caches keep their dtype.
     """
-    latent_row, rope_row = _rows(kv, weight, cos, sin, eps, interleaved)
+    latent_row, rope_row = cache_rows(kv, weight, cos, sin, eps, interleaved)
     row = torch.arange(kv.shape[0], device=kv.device).unsqueeze(-1)
     return (
         latent.index_put((row, positions), latent_row.to(latent.dtype)),
@@ -81,7 +84,7 @@ def write_cache_(
     interleaved: bool,
 ) -> None:
     """`write_cache` in place: same arguments, writes latent and rope_key, returns nothing."""
-    latent_row, rope_row = _rows(kv, weight, cos, sin, eps, interleaved)
+    latent_row, rope_row = cache_rows(kv, weight, cos, sin, eps, interleaved)
     row = torch.arange(kv.shape[0], device=kv.device).unsqueeze(-1)
     latent.index_put_((row, positions), latent_row.to(latent.dtype))
     rope_key.index_put_((row, positions), rope_row.to(rope_key.dtype))

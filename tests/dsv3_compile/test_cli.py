@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,6 +42,9 @@ def compiled_before() -> Iterator[None]:
     program = tiny.program()
     with patch.object(driver, "build", lambda *_: program):
         yield
+
+
+NEEDS_TORCH_MLIR = pytest.mark.skipif(find_spec("torch_mlir") is None, reason="torch-mlir has no wheel for this Python")
 
 
 def error_of(capsys: Capture, *arguments: object, status: int = 2) -> str:
@@ -316,10 +320,43 @@ def test_export_names_the_dtypes_it_takes(tmp_path: Path, capsys: Capture) -> No
     assert "bfloat16" in line and "accepted: float32, float16" in line and not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize(("form", "flag"), [("onnx", "--inline"), ("mlir", "--contrib")])
+@pytest.mark.parametrize(
+    ("form", "flag"),
+    [("onnx", "--inline"), ("onnx", "--dialect=linalg"), ("onnx", "--sizes=1,2,3"), ("mlir", "--contrib")],
+)
 def test_export_refuses_options_of_the_other_format(form: str, flag: str, tmp_path: Path, capsys: Capture) -> None:
     line = error_of(capsys, "export", "toy", "--format", form, flag, "-o", tmp_path / "model")
-    assert f"{flag} is not an option of --format {form}" in line and not (tmp_path / "model").exists()
+    option = flag.partition("=")[0]
+    assert f"{option} is not an option of --format {form}" in line and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("sizes", ["1,2", "1,2,x", "1,5,4", "0,1,4"])
+def test_export_refuses_sizes_it_cannot_read(sizes: str, tmp_path: Path, capsys: Capture) -> None:
+    line = error_of(capsys, "export", "toy", "--format", "mlir", "--sizes", sizes, "-o", tmp_path / "model")
+    assert "sizes" in line and sizes in line and "expected" in line
+
+
+@pytest.mark.parametrize("form", ["onnx", pytest.param("mlir", marks=NEEDS_TORCH_MLIR)])
+def test_export_replaces_nothing_and_says_so_before_it_compiles(
+    form: str, artifact_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with patch("dsv3_compile.exporting.build", side_effect=AssertionError("compiled")):
+        for output, reason in ((tmp_path, "is not an artifact"), (artifact_folder, "an export does not replace")):
+            before = sorted(output.rglob("*"))
+            assert reason in error_of(capsys, "export", "toy", "--format", form, "-o", output)
+            assert sorted(output.rglob("*")) == before
+
+
+def test_export_of_an_artifact_whose_checkpoint_moved_says_where_it_was(
+    artifact_folder: Path, checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    moved = checkpoint_folder.rename(tmp_path / "moved")
+    try:
+        line = error_of(capsys, "export", artifact_folder, "--format", "onnx", "-o", tmp_path / "model")
+    finally:
+        moved.rename(checkpoint_folder)
+    assert f"{checkpoint_folder} is not there; name the checkpoint's folder" in line
 
 
 def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Capture) -> None:

@@ -141,11 +141,12 @@ def half_program() -> Program:
     return compiled(TINY, replace(FUNCTIONAL, dtype="float16"))
 
 
+@pytest.mark.parametrize("contrib", [False, True], ids=["standard", "contrib"])
 def test_half_precision_stays_near_the_definition(
-    tmp_path: Path, case_of: Callable[[str], Case], half_program: Program
+    contrib: bool, tmp_path: Path, case_of: Callable[[str], Case], half_program: Program
 ) -> None:
     definition = case_of("v3").definition
-    write_onnx(half_program, tmp_path / "half", checkpoint_of(definition).__getitem__)
+    write_onnx(half_program, tmp_path / "half", checkpoint_of(definition).__getitem__, contrib=contrib)
     prefill, decode = (session(str(tmp_path / "half" / f"{phase}.onnx")) for phase in ("prefill", "decode"))
     ids = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 8))
     positions = np.tile(np.arange(8), (2, 1))

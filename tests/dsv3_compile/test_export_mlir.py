@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from safetensors.numpy import load_file
 
 import dsv3_compile.driver as driver
 from codegen.mlir import MlirError, to_mlir
-from dsv3_compile.export_mlir import export_mlir, whole_program, write_mlir
-from dsv3_compile.program import Program, bind
+from dsv3_compile.export_mlir import Sizes, export_mlir, origin, whole_program, write_mlir
+from dsv3_compile.options import Options
+from dsv3_compile.program import PHASES, Program, bind
+from dsv3_compile.verification import reference
+from model_def.checkpoint import Checkpoint
 from tests.dsv3_compile.test_export import compiled
 from tests.dsv3_compile.tiny import TINY, checkpoint_of, trained_looking
 
@@ -45,35 +49,70 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_iree_decodes_ragged_rows_as_the_definition_does(folder: Path) -> None:
-    compiler = pytest.importorskip("iree.compiler")
-    runtime = pytest.importorskip("iree.runtime")
-    text = (folder / "decode.mlir").read_text()
-    code = compiler.compile_str(text, target_backends=["llvm-cpu"], extra_args=["--iree-llvmcpu-target-cpu=host"])
-    context = runtime.SystemContext(config=runtime.Config("local-sync"))
-    context.add_vm_module(runtime.VmModule.copy_buffer(context.instance, code))
-    decode = context.modules.module["decode"]
+class Compiled:
+    """A written folder through IREE, with poisoned caches: rows that nothing has written must not be read."""
 
-    rows, steps, slots = 3, 9, 14
-    ids = torch.randint(0, TINY.vocab_size, (rows, steps))
-    positions = torch.arange(steps).expand(rows, steps)
-    truth = definition()(ids, positions, definition().empty_caches(rows, steps))[0].numpy()
-    arguments = json.loads((folder / "signature.json").read_text())["functions"]["decode"]["arguments"]
-    stored = load_file(folder / "weights.safetensors")
-    given = [stored[one["name"]] for one in arguments if one["name"] in stored]
-    # Poisoned: rows that nothing has written must not be read.
-    caches: list[Any] = [
-        np.full((rows, slots, one["shape"][2]), 1e3, np.float32) for one in arguments if "slots" in one["shape"]
-    ]
-    assert len(arguments) == 2 + len(caches) + len(given)
-    worst = 0.0
-    for step in range(steps + 2):
-        at = np.clip(step - np.arange(rows), 0, steps - 1)[:, None]  # every row at its own position
-        logits, *caches = (
-            np.asarray(one) for one in decode(np.take_along_axis(ids.numpy(), at, 1), at, *caches, *given)
+    def __init__(self, folder: Path, phase: str) -> None:
+        compiler = pytest.importorskip("iree.compiler")
+        runtime = pytest.importorskip("iree.runtime")
+        code = compiler.compile_str(
+            (folder / f"{phase}.mlir").read_text(),
+            target_backends=["llvm-cpu"],
+            extra_args=["--iree-llvmcpu-target-cpu=host"],
         )
+        context = runtime.SystemContext(config=runtime.Config("local-sync"))
+        context.add_vm_module(runtime.VmModule.copy_buffer(context.instance, code))
+        self.function = context.modules.module[phase]
+        arguments = json.loads((folder / "signature.json").read_text())["functions"][phase]["arguments"]
+        stored = load_file(folder / "weights.safetensors")
+        self.weights = [stored[one["name"]] for one in arguments if one["name"] in stored]
+        self.widths = [one["shape"][2] for one in arguments if ".latent" in one["name"] or ".rope_key" in one["name"]]
+        assert len(arguments) == 2 + len(self.widths) + len(self.weights)
+
+    def empty(self, rows: int, slots: int) -> list[Any]:
+        return [np.full((rows, slots, width), 1e3, np.float32) for width in self.widths]
+
+    def __call__(self, ids: np.ndarray, positions: np.ndarray, caches: list[Any]) -> tuple[np.ndarray, list[Any]]:
+        logits, *caches = (np.asarray(one) for one in self.function(ids, positions, *caches, *self.weights))
+        return logits, caches
+
+
+def decode_error(decode: Compiled, definition: Any, rows: int, steps: int, slots: int) -> float:
+    """The largest difference from the definition over ragged decode steps, every row at a position of its own."""
+    ids = torch.randint(0, definition.config.vocab_size, (rows, steps))
+    positions = torch.arange(steps).expand(rows, steps)
+    truth = definition(ids, positions, definition.empty_caches(rows, steps))[0].numpy()
+    caches = decode.empty(rows, slots)
+    worst = 0.0
+    for step in range(steps + rows - 1):
+        at = np.clip(step - np.arange(rows), 0, steps - 1)[:, None]
+        logits, caches = decode(np.take_along_axis(ids.numpy(), at, 1), at, caches)
         worst = max(worst, np.abs(logits[:, 0] - truth[np.arange(rows), at[:, 0]]).max())
-    assert worst <= 1e-4
+    return worst
+
+
+def test_iree_decodes_ragged_rows_as_the_definition_does(folder: Path) -> None:
+    assert decode_error(Compiled(folder, "decode"), definition(), rows=3, steps=9, slots=14) <= 1e-4
+
+
+def test_tosa_has_fixed_sizes(tmp_path: Path) -> None:
+    write_mlir(program(), tmp_path / "tosa", weights(), "tosa", sizes=Sizes(2, 5, 9))
+    signature = json.loads((tmp_path / "tosa" / "signature.json").read_text())["functions"]
+    assert [one["shape"] for one in signature["prefill"]["arguments"][:2]] == [[2, 5], [2, 5]]
+    assert signature["decode"]["results"][1]["shape"] == [2, 9, TINY.kv_lora_rank]
+    for phase in PHASES:
+        text = (tmp_path / "tosa" / f"{phase}.mlir").read_text()
+        assert f"func.func @{phase}" in text and "tosa.scatter" in text and "torch.aten" not in text
+
+
+def test_the_embedded_model_in_both_phases(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(driver.EMBEDDED / "toy")
+    options = Options(dtype="float32", disable=("lower",), verify=False)
+    toy = driver.build(checkpoint.config, options)
+    write_mlir(toy, tmp_path / "toy", dict(bind(toy, checkpoint.tensor)))
+    for phase in PHASES:
+        assert f"func.func @{phase}" in to_mlir(whole_program(toy, phase, {}), "torch", phase)
+    assert decode_error(Compiled(tmp_path / "toy", "decode"), reference(checkpoint), rows=2, steps=12, slots=16) <= 1e-4
 
 
 def test_the_torch_dialect_verifies() -> None:
@@ -91,3 +130,20 @@ def test_inline_weights_are_no_arguments() -> None:
 def test_an_unknown_dialect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MlirError, match="dialect 'llvm'; accepted: torch, linalg, stablehlo, tosa"):
         export_mlir("toy", tmp_path / "model", dialect="llvm")
+
+
+def test_an_operator_that_a_dialect_lacks_is_refused_with_node_and_model_line(tmp_path: Path) -> None:
+    refusal = MlirError("torch-mlir has no linalg form of aten.softmax", "aten._softmax")
+    with patch("dsv3_compile.export_mlir.to_mlir", side_effect=refusal):
+        with pytest.raises(
+            MlirError, match=r"aten\.softmax: node mla_attention\S* of model\.layers\.0\.self_attn \(attention"
+        ):
+            write_mlir(program(), tmp_path / "model", {})
+    assert not (tmp_path / "model").exists()
+    assert origin(program(), "decode", "aten.linalg_det") == ""
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 4), (1, 0, 4), (1, 5, 4)])
+def test_sizes_that_hold_nothing_are_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(MlirError, match="expected batch, tokens, slots from 1"):
+        Sizes(*sizes)

@@ -1,4 +1,4 @@
-"""The vocabulary in static ATen against its references; what the import refuses."""
+"""The vocabulary in static ATen against its references."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from codegen import mlir, ops
+from codegen import ops
+from codegen.mlir import portable
 
 B, S, T, H, C, R = 2, 3, 9, 3, 10, 6
 POSITIONS = torch.tensor([[4, 5, 6], [0, 1, 2]])
@@ -33,13 +34,13 @@ def poisoned(*widths):
 
 def test_attention_in_the_latent_space():
     values = torch.randn(B, S, H, C), torch.randn(B, S, H, R), poisoned(C), poisoned(R), POSITIONS, 0.3
-    torch.testing.assert_close(mlir.mla_attention(*values), ops.attention.mla_attention(*values), rtol=0, atol=1e-5)
+    torch.testing.assert_close(portable.mla_attention(*values), ops.attention.mla_attention(*values), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_attention_with_grouped_heads_and_narrow_values(groups):
     values = torch.randn(B, S, 4, 5), poisoned(groups, 5), poisoned(groups, 3), POSITIONS, 0.4
-    torch.testing.assert_close(mlir.attention(*values), ops.attention.attention(*values), rtol=0, atol=1e-5)
+    torch.testing.assert_close(portable.attention(*values), ops.attention.attention(*values), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROUTING)
@@ -47,7 +48,7 @@ def test_attention_with_grouped_heads_and_narrow_values(groups):
 @pytest.mark.parametrize("bias", [None, -3.0])
 def test_routing(name, logits, bias):
     given = None if bias is None else bias + torch.arange(12).remainder(3) / 4
-    indices, weights = mlir.route(logits, given, *ROUTING[name])
+    indices, weights = portable.route(logits, given, *ROUTING[name])
     expected_indices, expected_weights = ops.routing.route(logits, given, *ROUTING[name])
     assert torch.equal(indices, expected_indices)
     torch.testing.assert_close(weights, expected_weights)
@@ -59,14 +60,23 @@ def test_only_chosen_experts_are_computed(tokens):
     gate_up, down = torch.randn(5, 12, 10), torch.randn(5, 10, 6)
     gate_up[2], down[2] = math.nan, math.nan
     values = torch.randn(tokens, 10), indices, torch.rand(tokens, 3), gate_up, down
-    torch.testing.assert_close(mlir.routed_swiglu(*values), ops.experts.routed_swiglu(*values), rtol=0, atol=1e-4)
+    torch.testing.assert_close(portable.routed_swiglu(*values), ops.experts.routed_swiglu(*values), rtol=0, atol=1e-4)
 
 
-def test_an_op_without_a_portable_form_is_named():
-    class Sorted(torch.nn.Module):
-        def forward(self, indices):
-            return torch.ops.dsv3.sort_pairs(indices, 4)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_writing_the_caches(interleaved):
+    kv, weight, angles = torch.randn(B, S, C + R), torch.randn(C), torch.randn(B, S, R // 2)
+    caches = poisoned(C), poisoned(R)
+    values = kv, weight, angles.cos(), angles.sin(), POSITIONS, *caches, 1e-6, interleaved
+    found, expected = portable.write_cache(*values), ops.cache.write_cache(*values)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], caches[0])
 
-    exported = torch.export.export(Sorted(), (torch.zeros(3, 2, dtype=torch.int64),))
-    with pytest.raises(mlir.MlirError, match=r"dsv3\.sort_pairs\.default has no MLIR form: node sort_pairs"):
-        mlir.to_mlir(exported, "linalg", "main")
+
+def test_the_aten_operators_behind_a_node():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(2, 10, device="meta")
+    node = graph.call_function(torch.ops.dsv3.swiglu.default, (x,))
+    assert {"aten.silu", "aten.mul"} <= portable.applied(node)
+    assert not {"aten.bmm", "aten.sort"} & portable.applied(node)

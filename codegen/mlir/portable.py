@@ -1,4 +1,4 @@
-"""MLIR through torch-mlir: the op vocabulary written in plain ATen, and the import of an exported program.
+"""The op vocabulary written in plain ATen that MLIR's dialects can express.
 
 The references of the vocabulary read sizes from data and sort stably, which MLIR's dialects do not offer; the forms
 here have static control flow and the same meaning. Axis letters follow docs/architecture.md.
@@ -7,25 +7,44 @@ here have static control flow and the same meaning. Axis letters follow docs/arc
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import codegen.ops  # noqa: F401  registers the vocabulary
-from codegen.ops.cache import write_cache
+from codegen.ops import cache
 from codegen.ops.norm import add_rms_norm, rms_norm, swiglu
 from codegen.ops.rotary import rotary
 
-DIALECTS = {"torch": "torch", "linalg": "linalg-on-tensors", "stablehlo": "stablehlo", "tosa": "tosa"}
 
+def write_cache(
+    kv: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """dsv3.write_cache; where sizes are fixed, with one index per row, as TOSA scatters along one axis.
 
-class MlirError(ValueError):
-    """A program that a dialect cannot express, or torch-mlir missing."""
+    Where they are free that form is not for torch-mlir, which takes a merged pair of free axes for [B, 1].
+    """
+    if any(isinstance(size, torch.SymInt) for size in latent.shape):
+        return cache.write_cache(kv, weight, cos, sin, positions, latent, rope_key, eps, interleaved)
+    batch, slots = latent.shape[:2]
+    where = (torch.arange(batch).unsqueeze(-1) * slots + positions).reshape(-1)
+    rows = cache.cache_rows(kv, weight, cos, sin, eps, interleaved)
+    first, second = (
+        old.flatten(0, 1).index_put((where,), new.flatten(0, 1).to(old.dtype)).reshape(old.shape)
+        for old, new in zip((latent, rope_key), rows, strict=True)
+    )
+    return first, second
 
 
 def mla_attention(
@@ -132,34 +151,16 @@ class PortableBlock(fx.Interpreter):
         return super().call_function(PORTABLE.get(target, target), args, kwargs)
 
 
-def to_mlir(exported: ExportedProgram, dialect: str, name: str) -> str:
-    """A program as verified MLIR text with one function `name`.
+def applied(node: fx.Node) -> set[str]:
+    """ATen operators that a node's portable form calls, such as "aten.bmm"; run on the node's fake values."""
+    found = {str(getattr(node.target, "overloadpacket", node.target))}
 
-    Raises MlirError for an unknown dialect, an operator of the vocabulary without a portable form, or one that
-    the dialect does not take.
-    """
-    if dialect not in DIALECTS:
-        raise MlirError(f"dialect {dialect!r}; accepted: {', '.join(DIALECTS)}")
-    for node in exported.graph.nodes:
-        if getattr(node.target, "namespace", "") == "dsv3":
-            raise MlirError(f"{node.target} has no MLIR form: node {node.name}")
-    try:
-        from torch_mlir import fx as torch_mlir
-    except ImportError as error:
-        raise MlirError("torch-mlir is not installed: pip install 'dsv3-compile[mlir]'") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytrees
-            module = torch_mlir.export_and_import(exported, output_type=DIALECTS[dialect], func_name=name)
-    except Exception as error:  # torch-mlir raises nothing more specific
-        raise MlirError(f"torch-mlir cannot write {dialect}: {_reason(str(error))}") from error
-    if not module.operation.verify():
-        raise MlirError(f"torch-mlir wrote {dialect} that does not verify")
-    return str(module)
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.add(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
 
-
-def _reason(text: str) -> str:
-    """The line of a long report that names the operator, if one does."""
-    found = re.search(r"(?:failed to legalize|unsupported)[^\n]*", text)
-    others = ", ".join(name for name in DIALECTS if name != "tosa")
-    return found[0] if found else f"its passes failed and named no operator; dialects known to work: {others}"
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
+    with torch.no_grad(), Record():
+        PORTABLE.get(node.target, node.target)(*args, **kwargs)
+    return found
