@@ -70,3 +70,10 @@ def test_export_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "bfloat16 weights were converted to float32" in printed
     assert "expanded keys and values 6,912 bytes (5.4 x)" in printed
     assert {path.name for path in folder.iterdir()} >= {"prefill.onnx", "decode.onnx", "weights.bin", "tokenizer.json"}
+
+
+def test_compile_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    load("compile_transformers").main(["--tokens", "5"])
+    printed = capsys.readouterr().out
+    assert "the same tokens" in printed
+    assert "order-contractions" in printed and "fuse-experts" in printed
