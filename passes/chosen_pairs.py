@@ -16,7 +16,7 @@ from passes.layouts import EXPERT, FEATURE
 from passes.nodes import CASTS, settled
 from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
 from passes.pairs import Pairs
-from passes.products import BROADCAST, product_of, sources_of_dims
+from passes.products import BROADCAST, Part, part_of, product_of, sources_of_dims
 from passes.rewrite import Refused
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -137,8 +137,19 @@ class ChosenPairs(Pairs):
             sizes = [size for size, label in zip(shape_of(node), labels, strict=True) if label == FEATURE]
             same = len(shape_of(value)) == 1 + len(sizes) and all(map(same_size, shape_of(value)[1:], sizes))
             return value if same else self.call(aten.reshape.default, value, [-1, *sizes])
+        if is_call(node, aten.select):
+            return self.one_of(node, labels, of)
         before = None if sources_of_dims(node) is None else self.numbers.before(node, labels)
         return None if before is None else self.rearranged(node, labels, of(*before), before[1])
+
+    def one_of(self, node: fx.Node, labels: str, of: Any) -> fx.Node:
+        """One index of a feature's axis."""
+        source, axis, index = node.args
+        axis %= len(shape_of(source))
+        if same_size(shape_of(source)[axis], 1):
+            return of(source, labels[:axis] + BROADCAST + labels[axis:])
+        value = of(source, labels[:axis] + FEATURE + labels[axis:])
+        return self.call(aten.select.int, value, 1 + labels[:axis].count(FEATURE), index)
 
     # ---- weights
 
@@ -212,6 +223,10 @@ class ChosenPairs(Pairs):
         source = self.numbers.source(node, labels)
         if source is not None:
             return self.stack_of(*source)
+        part = part_of(node)
+        if part is not None and labels[part.axis] == FEATURE:
+            whole = self.stack_of(part.source, labels)
+            return None if whole is None else self.part_of_stack(*whole, part, labels)
         sources = sources_of_dims(node)
         before = None if sources is None else self.numbers.before(node, labels)
         inside = None if before is None else self.stack_of(*before)
@@ -224,6 +239,11 @@ class ChosenPairs(Pairs):
             return None
         order = [1 + features.index(source) for source in behind if source is not None]
         return self.permuted(self.leading(stack, own, EXPERT), [0, *order]), EXPERT + FEATURE * len(order)
+
+    def part_of_stack(self, stack: fx.Node, own: str, part: Part, labels: str) -> tuple[fx.Node, str]:
+        dim, stop = 1 + labels[: part.axis].count(FEATURE), part.start + part.length * part.step
+        stack = self.leading(stack, own, EXPERT)
+        return self.call(aten.slice.Tensor, stack, dim, part.start, stop, part.step), EXPERT + own.replace(EXPERT, "")
 
     def linear_operand(
         self, node: fx.Node, letters: str, labels: str
