@@ -194,7 +194,9 @@ def table(result: dict) -> str:
     for name, value in medians.items():
         ratio = "" if name == OURS else f"{value / medians[OURS]:.2f}×"
         lines.append(f"{name:<52}  {value:8.2f}  {ratio:>10}")
-    lines.append(f"the backend decodes {result['backend_times_faster_than_inductor']:.2f} times as fast as Inductor alone")
+    lines.append(
+        f"the backend decodes {result['backend_times_faster_than_inductor']:.2f} times as fast as Inductor alone"
+    )
     for peer, difference in result["largest_difference"].items():
         lines.append(f"largest difference of a logit, ours and {peer}: {difference:.1e}")
     return "\n".join(lines)

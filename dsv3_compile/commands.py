@@ -45,7 +45,6 @@ def at_fault() -> tuple[type[Exception], ...]:
     """Errors that mean that the input is wrong."""
     from codegen.mlir import MlirError
     from codegen.onnx import ExportError
-
     from dsv3_compile.transformers_layers import TransformersError
 
     own = (ArtifactError, CaptureError, ExportError, MlirError, OptionError, TokenizerError, UsageError)

@@ -138,7 +138,7 @@ _HERE = _Here()
 
 
 def _may_start(node: fx.Node) -> bool:
-    """Can any number stand for the value? Not for positions, indices and masks: those are computed from their source."""
+    """Can any number stand for the value? Positions, indices and masks are computed from their source instead."""
     value = node.meta.get("val")
     return node.op == "placeholder" or (isinstance(value, torch.Tensor) and value.is_floating_point())
 

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
+from passes.lifting import is_product, lift
 from passes.masks import counts_to, is_minus_infinity
-from passes.nodes import CASTS, SOFTMAX, dtype_of
+from passes.nodes import CASTS, dtype_of
 from passes.open_attention import Arguments
 
 aten = torch.ops.aten
@@ -20,13 +21,13 @@ aten = torch.ops.aten
 class CloseAttention(Pass):
     """softmax(mask(scale · q · kᵀ)) · v   →   scaled_dot_product_attention(q, k, v, mask, scale)
 
-    Takes back what `open-attention` did wherever no pass between the two had a use for it. Scores that were brought
-    to another order stay products.
+    Takes back what `open-attention` did wherever no pass between the two had a use for it; the safe softmax tells.
+    Scores that were brought to another order stay products.
     """
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
-        for softmax in calls(graph, *SOFTMAX):
+        for softmax in calls(graph, aten._safe_softmax):
             try:
                 out, found = read(softmax)
             except NotOpened as refusal:
@@ -89,12 +90,8 @@ def read_mask(softmax: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
     node = softmax.args[0]
     if is_call(node, aten.where) and is_minus_infinity(node.args[2]):
         mask, scores, _ = _inside(node).args
-        if is_call(softmax, aten._safe_softmax):
-            return scores, mask, False
-        if is_causal(mask, scores):
-            return scores, None, True
-        raise NotOpened("a row that sees nothing is not a number here, but zero there")
-    if is_call(node, aten.add) and is_call(softmax, aten._safe_softmax) and not node.kwargs:
+        return (scores, None, True) if is_causal(mask, scores) else (scores, mask, False)
+    if is_call(node, aten.add) and not is_product(lift(node.args[1])):
         scores, mask = _inside(node).args
         if is_call(mask, *CASTS) and dtype_of(mask.args[0]).is_floating_point:
             mask = mask.args[0]

@@ -119,7 +119,7 @@ def symbolic_sizes(graph: fx.Graph) -> SizeOf:
 
 
 def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
-    """Sizes as integers for one workload; a foreign graph, in which nobody named them, at the sizes it was traced at."""
+    """Sizes as integers for one workload; those of a foreign graph, which nobody named, as they were traced."""
     sizes = {B: workload.batch, S: workload.queries, T: workload.context}
     values = traced_sizes(graph) | {symbol: sizes[name] for symbol, name in symbol_names(graph).items()}
 

@@ -303,6 +303,12 @@ def _read_scale(node: fx.Node) -> Value:
     return replace(value, pieces=pieces)
 
 
+def _without_axes(value: Value, dim: int) -> Value:
+    if any(axis.size != 1 for axis in value.dims[dim]):
+        raise NotLinear("a broadcast sum")
+    return replace(squeezed(value, dim), dims=(*value.dims[:dim], (), *value.dims[dim + 1 :]))
+
+
 def _read_add(node: fx.Node) -> Value:
     """A sum of two products over the same dims; a plain operand on either side ends the reading."""
     if node.kwargs or not all(isinstance(n, fx.Node) for n in node.args[:2]):
@@ -312,7 +318,7 @@ def _read_add(node: fx.Node) -> Value:
         raise NotLinear("a sum with something that is no product")
     for dim in range(len(a.dims)):
         if (a.dims[dim] == ()) != (b.dims[dim] == ()):
-            raise NotLinear("a broadcast sum")
+            a, b = (_without_axes(value, dim) for value in (a, b))
         a, b = unify(a, b, dim, dim)
     if a.dims != b.dims:
         raise NotLinear("a sum of different layouts")

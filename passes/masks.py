@@ -183,7 +183,9 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
     if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
         return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, *JOINTS):
-        raise NotAttention(f"the mask {node.name} joins several conditions (padding, a window)", node)
+        raise NotAttention(
+            f"the mask {node.name} is not a comparison of positions alone: it joins several conditions", node
+        )
     at_most, at_least = ((aten.le,), (aten.ge,)) if kept else ((aten.gt,), (aten.lt,))
     if not is_call(node, *at_most, *at_least):
         raise NotAttention(f"the mask {condition.name} is not a comparison of positions", condition)

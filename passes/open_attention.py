@@ -23,8 +23,8 @@ WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 class OpenAttention(Pass):
     """scaled_dot_product_attention(q, k, v, mask, scale)   →   softmax(mask(scale · q · kᵀ)) · v
 
-    So that products before and behind it can be ordered together with those inside. The softmax is the safe one
-    where a mask may hide a whole row, whose result is zero. `close-attention` puts together again what no pass used.
+    So that products before and behind it can be ordered together with those inside. The softmax is the one of which
+    a row that sees nothing is zero. `close-attention` puts together again what no pass had a use for.
     """
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
@@ -127,15 +127,11 @@ def opened(graph: fx.Graph, node: fx.Node, found: Arguments) -> fx.Node:
     if found.scale != 1.0:
         scores = call(graph, aten.mul.Tensor, scores, found.scale, like=node)
     mask = causal_mask(graph, scores, node) if found.causal else found.mask
-    if mask is None:
-        shares = call(graph, aten.softmax.int, scores, -1, like=node)
-    else:
-        if dtype_of(mask) == torch.bool:
-            scores = call(graph, aten.where.ScalarOther, mask, scores, -math.inf, like=node)
-        else:
-            scores = call(graph, aten.add.Tensor, scores, cast(graph, mask, dtype_of(scores)), like=node)
-        softmax = aten.softmax.int if found.causal else aten._safe_softmax.default
-        shares = call(graph, softmax, scores, -1, like=node)
+    if mask is not None and dtype_of(mask) == torch.bool:
+        scores = call(graph, aten.where.ScalarOther, mask, scores, -math.inf, like=node)
+    elif mask is not None:
+        scores = call(graph, aten.add.Tensor, scores, cast(graph, mask, dtype_of(scores)), like=node)
+    shares = call(graph, aten._safe_softmax.default, scores, -1, like=node)
     return call(graph, aten.matmul.default, cast(graph, shares, dtype_of(v)), v, like=node)
 
 

@@ -48,7 +48,7 @@ class Plan:
     def choose(self, wanted: list[str], storage_growth: float) -> list[Order]:
         """The cheapest combination; `wanted` restricts the chains that have a form.
 
-        Chains that share neither operands nor intermediate values are decided apart from each other.
+        Chains that share neither a computed value nor a softmax are decided apart from each other.
         """
         forms = iter(wanted)
         options = {chain: self._options(chain, next(forms) if chain.has_form else "auto") for chain in self.chains}

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import networkx as nx
 from torch import fx
 
-from passes.chains import Chain
+from passes.base import is_call
+from passes.chains import Chain, elementwise_users
+from passes.nodes import SOFTMAX, is_probability
 
 
 def groups_of(chains: list[Chain]) -> list[list[Chain]]:
-    """Chains that share a node, a computed one or an operand, and so must be decided together; in graph order."""
+    """Chains that share a computed value or the softmax of an attention, and so must be decided together.
+
+    Groups and their chains are in graph order.
+    """
     links = nx.Graph()
     links.add_nodes_from(chains)
     for chain in chains:
-        operands = (o.node for term in chain.value.terms for o in term.operands)
-        links.add_edges_from((chain, node) for node in (*chain.value.through, *operands))
+        links.add_edges_from((chain, node) for node in (*chain.value.through, *softmaxes_of(chain)))
     order = {chain: position for position, chain in enumerate(chains)}
     groups = (sorted(found & order.keys(), key=order.__getitem__) for found in nx.connected_components(links))
     return sorted(groups, key=lambda group: order[group[0]])
+
+
+def softmaxes_of(chain: Chain) -> Iterator[fx.Node]:
+    """Those that the chain's result goes into, and those that it reads."""
+    yield from (user for user in elementwise_users(chain.root) if is_call(user, *SOFTMAX))
+    for operand in (operand for term in chain.value.terms for operand in term.operands):
+        node = operand.node
+        if is_probability(node):
+            while not is_call(node, *SOFTMAX):
+                node = node.args[0]
+            yield node
 
 
 @dataclass(frozen=True)

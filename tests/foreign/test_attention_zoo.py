@@ -33,9 +33,10 @@ def reasons(records, name):
 
 
 ABSORBED = [
-    zoo.HeadFirst, zoo.FilledBuffers, zoo.SequenceFirst, zoo.SplitUpProjection, zoo.MatrixPerHead, zoo.BiasedQueries,
-    zoo.BiasedOutput, zoo.OneDownProjection, zoo.OneCache, zoo.WideValues, zoo.ComplexRotation, zoo.HalfSplitRotation,
-    zoo.Eager, zoo.ScaledApart, zoo.NoMask, zoo.RepeatedRopeKey, zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent,
+    zoo.HeadFirst, zoo.FilledBuffers, zoo.SequenceFirst, zoo.SplitUpProjection, zoo.MatrixPerHead,
+    zoo.BiasedQueries, zoo.BiasedOutput, zoo.OneDownProjection, zoo.OneCache, zoo.WideValues,
+    zoo.ComplexRotation, zoo.HalfSplitRotation, zoo.Eager, zoo.ScaledApart, zoo.NoMask, zoo.RepeatedRopeKey,
+    zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent,
 ]  # fmt: skip
 
 

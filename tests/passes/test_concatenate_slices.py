@@ -17,12 +17,12 @@ INPUTS = (
 
 
 class Filled(nn.Module):
-    """Back to front, one slice broadcast and cast, one written twice."""
+    """Back to front, the slices broadcast and cast, one written twice."""
 
     def forward(self, a, b):
         out = a.new_empty(*a.shape[:2], 2, 7, dtype=torch.float64)
         out[..., 4:] = 1.0 + b[:, :, None]
-        out[..., :4] = 0.0
+        out[..., :4] = b[:, :, None, :1]
         out[..., :4] = a[:, :, None]
         return out
 
