@@ -12,7 +12,7 @@ from codegen.bundle import bundle
 from codegen.record import Launch, Operand, TensorSpec, record_launches
 from codegen.specialise import agreed, specialise
 from codegen.targets import Target
-from codegen.tuning import KERNELS, choose, tiles
+from codegen.tuning import KERNELS, choose, tiles, tried_sizes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
     path = choose(op, operands, target)
     text = bundle(path, op, tiles(path, target))
     with imported(text) as module:
-        launches = record_launches(getattr(module, op), operands, target)
+        launches = record_launches(getattr(module, op), operands, target, tried_sizes(path, target))
     kernels = dict.fromkeys(launch.kernel for launch in launches)
     constants = {kernel: agreed([one for one in launches if one.kernel == kernel]) for kernel in kernels}
     origin = path.relative_to(KERNELS.parent.parent).as_posix()

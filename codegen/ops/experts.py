@@ -49,18 +49,23 @@ def combine_pairs(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return (pairs.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(y.dtype)
 
 
-def _like_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _like_tokens(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
     return x.new_empty((x.shape[0], down.shape[1]))
 
 
 @opaque(
-    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
+    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? residual=None) "
+    "-> Tensor",
     fake=_like_tokens,
 )
-def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_swiglu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
-    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k]. Products accumulate in at
+    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k], plus residual [N, D]. Products accumulate in at
     least fp32 and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts that
     nobody chose are not read.
     """
@@ -75,4 +80,4 @@ def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, 
             y = F.linear(swiglu(F.linear(x[tokens], gate_up[expert])), down[expert])
             out.index_add_(0, tokens, y.to(wide) * pair_weights[start:end])
         start = end
-    return out.to(x.dtype)
+    return (out if residual is None else out + residual.to(wide)).to(x.dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.kernels.sm_90.attention_inputs import attention_inputs_
+from codegen.kernels.sm_90.attention_inputs_ import attention_inputs_
 from codegen.kernels.sm_90.head_linear import head_linear
 from codegen.kernels.sm_90.norm_router import norm_router
 

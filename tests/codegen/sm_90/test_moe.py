@@ -67,7 +67,7 @@ def test_each_number_of_pairs_has_a_tiling_that_holds_a_typical_expert():
 
 def test_a_skinny_product_wants_few_rows_that_can_be_cut():
     def refusal(rows, depth):
-        return skinny_linear.serves(torch.empty(rows, depth).bfloat16(), torch.empty(64, depth).bfloat16())
+        return skinny_linear.why_not_skinny(torch.empty(rows, depth).bfloat16(), torch.empty(64, depth).bfloat16())
 
     assert refusal(4, 256) is None
     assert "rows" in refusal(65, 256)
