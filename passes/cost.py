@@ -244,6 +244,22 @@ def _write_cache(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
     return 0, 2 * rows
 
 
+def _linear(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    return 2 * prod(_shape(node, size)) * _shape(node.args[0], size)[-1], moved
+
+
+def _norm_router(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    return 2 * prod(_shape(node.args[0], size)) * _shape(node.args[3], size)[0], moved
+
+
+def _attention_inputs(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
+    """The absorbed product, and a cache write: of the caches only the new rows move."""
+    caches = sum(_bytes(cache.meta["val"], size) for cache in node.args[7:9])
+    heads, nope, rank = _shape(node.args[2], size)
+    tokens = prod(_shape(node.args[6], size))
+    return 2 * tokens * heads * nope * rank, moved - caches + _bytes(node.args[1].meta["val"], size)
+
+
 def _index_put(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
     return 0, 2 * _bytes(node.args[2].meta["val"], size)
 
@@ -258,7 +274,8 @@ def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
     experts, double, _ = _shape(node.args[3], size)
     width = double / 2
     weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
-    active = _active(experts, selected, tokens)
+    always = _always(node.args[1])
+    active = always + _active(experts - always, selected - always, tokens)
     return 6 * tokens * selected * hidden * width, moved - weights + weights * active / experts
 
 
@@ -267,6 +284,13 @@ def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> tuple[Any, Any]:
     experts, out, _ = _shape(node.args[1], size)
     weights = _bytes(node.args[1].meta["val"], size)
     return 2 * pairs * hidden * out, moved - weights + weights * _active(experts, 1, pairs) / experts
+
+
+def _always(indices: fx.Node) -> int:
+    """How many of the chosen experts every token chooses: the shared ones."""
+    router = indices.args[0] if is_call(indices, operator.getitem) else indices
+    is_router = is_call(router, torch.ops.dsv3.route) and len(router.args) > 11
+    return router.args[11] if is_router else 0
 
 
 def _active(experts: Any, selected: Any, tokens: Any) -> Any:
@@ -279,7 +303,11 @@ SPECIAL: dict[str, Callable[[fx.Node, SizeOf, Any], tuple[Any, Any]]] = {
     "dsv3.attention": _attention,
     "dsv3.write_cache": _write_cache,
     "dsv3.write_cache_": _write_cache,
+    "dsv3.attention_inputs_": _attention_inputs,
     "dsv3.routed_swiglu": _routed_swiglu,
+    "dsv3.linear": _linear,
+    "dsv3.head_linear": _linear,
+    "dsv3.norm_router": _norm_router,
     "dsv3.grouped_linear": _grouped_linear,
     "aten.index_put": _index_put,
     "aten.index_put_": _index_put,

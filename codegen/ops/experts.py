@@ -65,9 +65,9 @@ def routed_swiglu(
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
-    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k], plus residual [N, D]. Products accumulate in at
-    least fp32 and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts that
-    nobody chose are not read.
+    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k], plus residual [N, D]. Products
+    accumulate in at least fp32 and are rounded to the dtype of x; the sum is rounded once. Weights of experts
+    that nobody chose are not read.
     """
     top_k, wide = indices.shape[1], compute_dtype(x)
     order, offsets = sort_pairs(indices, gate_up.shape[0])

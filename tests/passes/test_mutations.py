@@ -73,12 +73,17 @@ def spoiled(stage: Stage, node: str, change: Change) -> fx.GraphModule:
     return mutant
 
 
-def suspects(stage: Stage, mutant: fx.GraphModule, node: str) -> set[str]:
-    """What a certificate may rightly name: the spoiled node, what stands in its place, and all computed from them."""
+def suspects(stage: Stage, mutant: fx.GraphModule, node: str, what: str) -> set[str]:
+    """What a certificate may rightly name: the spoiled node, what stands in its place, and all computed from them.
+
+    Of two operands that were swapped, each stands in the other's place.
+    """
     sound = {n.name: n.format_node() for n in stage.after.graph.nodes}
     found = {node}
     for n in mutant.graph.nodes:
-        if n.name == node and not n.users:  # left out: one of its operands stands in its place
+        if n.name == node and (
+            not n.users or what.endswith("swapped")
+        ):  # or left out: one of its operands stands in its place
             found |= {m.name for m in n.all_input_nodes}
         if (sound.get(n.name) != n.format_node() and n.op != "output") or found & {m.name for m in n.all_input_nodes}:
             found.add(n.name)
@@ -97,7 +102,7 @@ def test_no_mutant_survives(block, phase):
             except CertificateError as error:
                 assert str(error).startswith(stage.label)
                 place = error.failure.departure
-                if place is None or place.node not in suspects(stage, mutant, node):
+                if place is None or place.node not in suspects(stage, mutant, node, what):
                     misplaced.append(f"{stage.label}: {node}: {what}: found at {place}")
     assert survivors == []
     assert misplaced == []

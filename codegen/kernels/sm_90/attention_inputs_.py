@@ -136,8 +136,8 @@ def attention_inputs_(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Kernel of the op `attention_inputs_`: q [B, S, H·(P+R)], kv [B, S, C+R], weight [H, P, C], norm_weight [C], cos and sin [B, S, F], positions [B, S];
-    writes latent [B, T, C] and rope_key [B, T, R] at the positions.
+    """Kernel of the op `attention_inputs_`: q [B, S, H·(P+R)], kv [B, S, C+R], weight [H, P, C], norm_weight [C],
+    cos and sin [B, S, F], positions [B, S]; writes latent [B, T, C] and rope_key [B, T, R] at the positions.
 
     Returns q_latent [B, S, H, C] = q_nope · weight, and q_rope [B, S, H, R], rotated. q and kv may be column ranges of
     one tensor.
