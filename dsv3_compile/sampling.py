@@ -9,7 +9,7 @@ from torch import Tensor
 class Sampler:
     """Greedy at temperature 0, else nucleus sampling, on the logits' device; equal seeds give equal tokens there."""
 
-    def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device = torch.device("cpu")) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device | str = "cpu") -> None:
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; expected 0 or a positive number")
         if not 0.0 < top_p <= 1.0:

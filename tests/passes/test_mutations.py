@@ -81,9 +81,8 @@ def suspects(stage: Stage, mutant: fx.GraphModule, node: str, what: str) -> set[
     sound = {n.name: n.format_node() for n in stage.after.graph.nodes}
     found = {node}
     for n in mutant.graph.nodes:
-        if n.name == node and (
-            not n.users or what.endswith("swapped")
-        ):  # or left out: one of its operands stands in its place
+        # Left out: one of its operands stands in its place.
+        if n.name == node and (not n.users or (" and " in what and what.endswith("swapped"))):
             found |= {m.name for m in n.all_input_nodes}
         if (sound.get(n.name) != n.format_node() and n.op != "output") or found & {m.name for m in n.all_input_nodes}:
             found.add(n.name)
