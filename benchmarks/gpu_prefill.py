@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,16 @@ def peer_milliseconds(config: ModelConfig, length: int) -> float:
     return milliseconds(step, 5)
 
 
+def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds of a prefill of one prompt of every length."""
+    model, rows = Prefill(artifact, device), []
+    model.load()
+    for length in lengths:
+        ids, positions = prompt(length, artifact.manifest.config["vocab_size"], device)
+        rows.append({"length": length, "ms": milliseconds(partial(model.run, ids, positions, "prefill"), 5)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-v2-lite", choices=sorted(PRESETS))
@@ -167,21 +178,16 @@ def main() -> None:
         return
     device = "cpu" if args.target == "cpu" else "cuda"
     config = dataclasses.replace(PRESETS[args.model], num_nextn_predict_layers=0, quantization=None)
-    report: dict[str, Any] = {"model": args.model, "target": args.target, "torch": torch.__version__, "rows": []}
+    report: dict[str, Any] = {"model": args.model, "target": args.target, "torch": torch.__version__}
     report |= {"copy_TBps": bandwidth(device) / 1e12, "TFLOPs": product_speed(device) / 1e12}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
         artifact, report["compile_s"] = compiled(config, args.target, 1, max(args.lengths), path)
         report |= first_token_of_a_new_process(path, device)
-        model = Prefill(artifact, device)
-        model.load()
-        for length in args.lengths:
-            ids, positions = prompt(length, config.vocab_size, device)
-            took = milliseconds(lambda ids=ids, positions=positions: model.run(ids, positions, "prefill"), 5)  # type: ignore[misc]
-            floor = prefill_flops(config, length) / report["TFLOPs"] / 1e9
-            report["rows"].append({"length": length, "ms": took, "floor_ms": floor})
-        del model
+        report["rows"] = timed(artifact, device, args.lengths)
+    for row in report["rows"]:
+        row["floor_ms"] = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
     for row in report["rows"] if args.peer else []:
         try:
             row["peer_ms"] = peer_milliseconds(config, row["length"])

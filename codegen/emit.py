@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from codegen.build import EXTENSIONS, build, imported
 from codegen.bundle import bundle
 from codegen.record import Launch, Operand, TensorSpec, record_launches
@@ -72,11 +74,11 @@ def compile_kernel(kernel: KernelSource, target: Target) -> EmittedKernel:
     """Machine code for every launch of a written kernel."""
     binaries, entries = {}, []
     with imported(kernel.source) as module:
-        for number, (code, facts) in enumerate(build(module, kernel.launches, target)):
+        for number, (code, described, facts) in enumerate(build(module, kernel.launches, target)):
             file = f"{kernel.name}.{number}.{EXTENSIONS[target.backend]}"
-            binaries[file] = code
+            binaries |= {file: code, f"{kernel.name}.{number}.meta.json": described}
             entries.append({"file": file, **facts})
-    metadata = {"op": kernel.op, "target": target.name, "binaries": entries}
+    metadata = {"op": kernel.op, "target": target.name, "triton": triton.__version__, "binaries": entries}
     return EmittedKernel(kernel.name, kernel.op, kernel.source, kernel.constants, binaries, metadata)
 
 
