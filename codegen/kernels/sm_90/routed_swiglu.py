@@ -74,6 +74,10 @@ TILINGS = (
 )
 
 
+# Batches that take each of the paths and most of the tilings, at 64 to 256 experts.
+TRIED_SIZES = (1, 13, 43, 131, 4099)
+
+
 def serves(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
 ) -> str | None:
