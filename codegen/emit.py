@@ -72,7 +72,8 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
 
 def compile_kernel(kernel: KernelSource, target: Target) -> EmittedKernel:
     """Machine code for every launch of a written kernel."""
-    binaries, entries = {}, []
+    binaries: dict[str, bytes] = {}
+    entries = []
     with imported(kernel.source) as module:
         for number, (code, described, facts) in enumerate(build(module, kernel.launches, target)):
             file = f"{kernel.name}.{number}.{EXTENSIONS[target.backend]}"

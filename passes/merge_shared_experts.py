@@ -46,7 +46,9 @@ class MergeSharedExperts(FuseLaunches):
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         found = experts_of(node)
         assert found is not None
-        (router, _), _ = (chosen_by(found[name]) for name in ("indices", "weights"))
+        chosen_by_router = chosen_by(found["indices"])
+        assert chosen_by_router is not None
+        router, _ = chosen_by_router
         width = shape_of(found["down"])[2]
         count = shape_of(found["shared_down"])[1] // width
         with graph.inserting_before(router):
