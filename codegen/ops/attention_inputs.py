@@ -55,4 +55,4 @@ def attention_inputs_(
     heads, nope, _ = weight.shape
     q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([nope, 2 * cos.shape[-1]], -1)
     write_cache_(kv, norm_weight, cos, sin, positions, latent, rope_key, eps, interleaved)
-    return head_linear(q_nope, weight.mT), rotary(q_rope, cos, sin, interleaved)
+    return head_linear(q_nope, weight.mT).contiguous(), rotary(q_rope, cos, sin, interleaved)
