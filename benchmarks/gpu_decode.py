@@ -1,14 +1,17 @@
 """A whole decode step on one GPU: the compiled graphs with random weights in one CUDA graph, and where the time goes.
 
-    python benchmarks/gpu_decode.py                                          # DeepSeek-V2-Lite, context 2048
+    python benchmarks/gpu_decode.py --peer                                   # DeepSeek-V2-Lite, context 2048
     python benchmarks/gpu_decode.py --model deepseek-v3 --layers 4 --dense 1 --context 4096 --batch 1 32 128
     python benchmarks/gpu_decode.py --model toy --target cpu --context 64    # the same path without a GPU
+    python benchmarks/gpu_decode.py --dry-run                                # what sm_90 would launch, without a GPU
 
 The model is compiled without weights; every bound tensor is then drawn at random on the device, so routing is close
 to uniform. A step is embedding, every layer, head and the most likely token. Times are medians of CUDA-graph replays
 (of plain calls on the CPU). Floor: the weights a step must read (of the experts, as many as uniform routing chooses on
 average) and the cached context, over the bandwidth of a copy measured in the same run. With --peer, transformers with
-a StaticCache under torch.compile in a CUDA graph runs beside it, with the faster of its grouped expert forms.
+a StaticCache under torch.compile in a CUDA graph runs beside it, with the faster of its grouped expert forms; compiling
+it takes half a minute a batch. `memory` is the most that was allocated, beside weights and cached context. `error`:
+every distinct block's kernels against the references of the vocabulary on the same inputs, the largest relative error.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -26,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv3_compile.artifact import Artifact, Port
+from dsv3_compile.artifact import Artifact, GraphEntry, Port
 from dsv3_compile.driver import build
 from dsv3_compile.loading import load_graph
 from dsv3_compile.options import Options
@@ -62,7 +66,7 @@ class Decoder:
     """The decode graphs of an artifact, with random weights."""
 
     def __init__(self, artifact: Artifact, device: str) -> None:
-        manifest, self.device = artifact.manifest, device
+        self.artifact, manifest, self.device = artifact, artifact.manifest, device
         self.steps = [(step.block, manifest.graphs[step.block]["decode"]) for step in manifest.schedule]
         self.functions = {block: load_graph(artifact.path(entry.source)) for block, entry in self.steps}
         self.weights = [
@@ -102,15 +106,64 @@ class Decoder:
 
     def bytes_read(self, config: ModelConfig, batch: int, context: int) -> float:
         """What a step must read: active weights once, and the cached context of every row."""
-        experts, top_k = config.n_routed_experts or 1, config.num_experts_per_tok or 1
-        active = 1 - (1 - top_k / experts) ** batch
         total = 0.0
-        for (block, _), weights in zip(self.steps, self.weights, strict=True):
+        for (block, entry), weights in zip(self.steps, self.weights, strict=True):
             for tensor in weights.values():
-                share = active if tensor.dim() == 3 and tensor.shape[0] == config.n_routed_experts else 1.0
-                total += 0.0 if block == "embed" else share * tensor.numel() * tensor.element_size()
-        rows = sum(cache[name][0, 0].numel() * cache[name].element_size() for cache in self.caches for name in cache)
-        return total + float(rows) * batch * context
+                share = active_share(tensor, config, batch) if _has_cache(entry) else 1.0
+                total += 0.0 if block == "embed" else share * tensor.nbytes
+        return total + self.context_bytes(batch, context)
+
+    def context_bytes(self, batch: int, context: int) -> float:
+        rows = sum(tensor[0, 0].nbytes for cache in self.caches for tensor in cache.values())
+        return float(rows) * batch * context
+
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for weights in self.weights for tensor in weights.values())
+
+    def errors(self) -> dict[str, float]:
+        """Per block, how far its kernels are from the references in the same graph, on the same random inputs."""
+        found = {}
+        for (block, entry), weights, cache in zip(self.steps, self.weights, self.caches, strict=True):
+            if block in found:
+                continue
+            known = {**weights, **self.values}
+            for port in entry.inputs:
+                if port.name not in known:
+                    size = [len(self.values["input_ids_BS"]) if s == "B" else s for s in port.shape]
+                    known[port.name] = (
+                        cache[port.name]
+                        if port.role == "cache"
+                        else torch.randn(size, dtype=getattr(torch, port.dtype), device=self.device)
+                    )
+            outputs = []
+            for run in (self.functions[block], references(self.artifact.path(entry.source))):
+                copies = [known[p.name].clone() if p.role == "cache" else known[p.name] for p in entry.inputs]
+                outputs.append(run(*copies))
+            pairs = [(one.double(), other.double()) for one, other in zip(*outputs, strict=True)]
+            found[block] = max(float((one - other).norm() / other.norm()) for one, other in pairs)
+        return found
+
+
+def references(path: Path) -> Callable[..., Any]:
+    """The function of a graph file with the vocabulary's references in place of the kernels."""
+    text = re.sub(r"from \.\.kernels\.\S+ import (\w+) as (\w+)", r"\2 = torch.ops.dsv3.\1", path.read_text())
+    names: dict[str, Any] = {}
+    exec(compile(text, str(path), "exec"), names)
+    return names["run"]  # type: ignore[no-any-return]
+
+
+def _has_cache(entry: GraphEntry) -> bool:
+    return any(port.role == "cache" for port in entry.inputs)
+
+
+def active_share(tensor: Tensor, config: ModelConfig, batch: int) -> float:
+    """The share of a weight that a step reads: of routed experts what uniform routing chooses; shared ones, stacked
+    behind them, always."""
+    experts, top_k = config.n_routed_experts or 0, config.num_experts_per_tok or 0
+    if tensor.dim() != 3 or not experts or tensor.shape[0] < experts:
+        return 1.0
+    always = tensor.shape[0] - experts
+    return (always + experts * (1 - (1 - top_k / experts) ** batch)) / tensor.shape[0]
 
 
 def graphed(step: Step) -> Step:
@@ -174,10 +227,9 @@ def breakdown(run: Step, replays: int = 5) -> Iterator[dict[str, Any]]:
         yield {"kernel": event.key, "launches": event.count / replays, "us": event.device_time_total / replays}
 
 
-def peer_milliseconds(config: ModelConfig, batch: int, context: int) -> float:
-    """transformers with a StaticCache, compiled, in a CUDA graph."""
+def peer_model(config: ModelConfig) -> tuple[Any, Any]:
+    """The model of transformers with random weights on the GPU, and its config."""
     import transformers
-    from transformers import StaticCache
 
     family = "DeepseekV2" if config.model_type == "deepseek_v2" else "DeepseekV3"
     fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
@@ -193,6 +245,14 @@ def peer_milliseconds(config: ModelConfig, batch: int, context: int) -> float:
         if hasattr(module, "original_inv_freq"):
             fresh = type(module)(hf)
             module.inv_freq = module.original_inv_freq = fresh.inv_freq.to("cuda")
+    return model, hf
+
+
+def peer_milliseconds(config: ModelConfig, batch: int, context: int) -> float:
+    """transformers with a StaticCache, compiled, in a CUDA graph."""
+    from transformers import StaticCache
+
+    model, hf = peer_model(config)
     ids = torch.randint(0, hf.vocab_size, (batch, 1), device="cuda")
     positions = torch.full((batch, 1), context, device="cuda")
     times = []
@@ -211,6 +271,15 @@ def peer_milliseconds(config: ModelConfig, batch: int, context: int) -> float:
     return min(times)
 
 
+def launches(artifact: Artifact) -> Iterator[str]:
+    """Per block: what its decode graph calls, in order, views left out."""
+    for block, phases in artifact.manifest.graphs.items():
+        text = artifact.path(phases["decode"].source).read_text()
+        called = re.findall(r"= (\w+_kernel(?:_\d+)?|(?:aten|dsv3)\.\w+)", text.split("def run(")[1])
+        views = ("reshape", "flatten", "unflatten", "slice", "split_with_sizes", "sym_size", "permute", "unsqueeze")
+        yield f"{block}: {', '.join(one for one in called if one.removeprefix('aten.') not in views)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-v2-lite", choices=sorted(PRESETS))
@@ -220,6 +289,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--peer", action="store_true", help="run transformers beside it")
+    parser.add_argument("--dry-run", action="store_true", help="compile, and print what a step would launch")
     parser.add_argument("--json", type=Path, default=Path("gpu_decode.json"))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -228,29 +298,44 @@ def main() -> None:
         config = dataclasses.replace(config, num_hidden_layers=args.layers)
     if args.dense is not None:
         config = dataclasses.replace(config, first_k_dense_replace=args.dense)
+    length = args.context + HEAD_ROOM
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            artifact, seconds = compiled(config, args.target, max(args.batch), length, Path(folder) / "artifact")
+            print(f"{args.model} for {args.target}: compiled in {seconds:.1f} s", *launches(artifact), sep="\n")
+        return
     device = "cpu" if args.target == "cpu" else "cuda"
     report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target}
     report |= {"torch": torch.__version__, "copy_TBps": bandwidth(device) / 1e12, "rows": []}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        length = args.context + HEAD_ROOM
         path = Path(folder) / "artifact"
         artifact, report["compile_s"] = compiled(config, args.target, max(args.batch), length, path)
         decoder = Decoder(artifact, device)
         for batch in args.batch:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             decoder.start(batch, args.context, config.vocab_size)
+            errors = decoder.errors()
             run = graphed(decoder.step)
             took = milliseconds(run)
             floor = decoder.bytes_read(config, batch, args.context) / report["copy_TBps"] / 1e9
             row = {"batch": batch, "context": args.context, "ms": took, "floor_ms": floor}
+            row["errors"] = errors
             row["tokens_per_s"] = batch * 1e3 / took
             if device == "cuda":
                 row["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
+                must = decoder.weight_bytes() + decoder.context_bytes(batch, length)
+                row["must_memory_GB"] = (must + (2 << 30)) / 1e9
                 row["kernels"] = list(breakdown(run))
             report["rows"].append(row)
         del decoder
     if args.peer:
         for row in report["rows"]:
-            row["peer_ms"] = peer_milliseconds(config, row["batch"], args.context)
+            try:
+                row["peer_ms"] = peer_milliseconds(config, row["batch"], args.context)
+            except (ImportError, RuntimeError) as error:  # not installed; or out of memory, as at large batches
+                row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
     head = f"{args.model}, {config.num_hidden_layers} layers; compiled in {report['compile_s']:.1f} s"
     print(f"{head}; copy {report['copy_TBps']:.2f} TB/s")
@@ -258,8 +343,12 @@ def main() -> None:
         line = (
             f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms"
         )
-        peer = f"  peer {row['peer_ms']:.3f} ms" if args.peer else ""
-        print(f"{line}  {row['tokens_per_s']:8.0f} tok/s{peer}")
+        if args.peer:
+            line += f"  peer {row['peer_ms']:.3f} ms" if "peer_ms" in row else f"  peer: {row['peer']}"
+        if "memory_GB" in row:
+            line += f"  memory {row['memory_GB']:.1f} of {row['must_memory_GB']:.1f} GB"
+        worst = max(row["errors"], key=row["errors"].__getitem__)
+        print(f"{line}  {row['tokens_per_s']:8.0f} tok/s  error {row['errors'][worst]:.1e} ({worst})")
         for kernel in row.get("kernels", [])[:12]:
             print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
 

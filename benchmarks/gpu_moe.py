@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_moe.py                        # DeepSeek-V3's shape, 22 GB of weights
     python benchmarks/gpu_moe.py --experts 64 --hidden 2048 --width 1408 --top-k 6 --tokens 1 32
+    python benchmarks/gpu_moe.py --dry-run              # writes the kernels and names their launches, without a GPU
 
 Times are medians of CUDA-graph replays between two events; replaying an empty kernel so takes `launch` microseconds,
 which every figure contains. Routing is also timed as a chain of 20 in one graph, per launch. The peer is
@@ -29,7 +30,7 @@ from torch import Tensor
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.build import imported
 from codegen.emit import write_kernel
-from codegen.record import spec_of
+from codegen.record import Operand, TensorSpec, spec_of
 from codegen.targets import Target, target
 
 Kernel = Callable[..., Any]
@@ -38,10 +39,17 @@ CHAIN = 20
 ROUTE = {"scoring": "sigmoid", "group_score": "top2", "masked": -math.inf, "normalise": True, "epsilon": 1e-20}
 
 
-def emitted(stack: ExitStack, op: str, arguments: list[Any], machine: Target) -> Kernel:
-    """The launcher that the compiler writes for a call with these arguments."""
+def emitted(stack: ExitStack, op: str, arguments: list[Any], rows: int, machine: Target) -> Kernel:
+    """The launcher that the compiler writes for a call with these arguments, the first `rows` of any batch."""
+    written = write_kernel(op, operands_of(arguments, rows), machine)
+    return getattr(stack.enter_context(imported(written.source)), op)
+
+
+def operands_of(arguments: list[Any], rows: int) -> list[Operand]:
+    """Operands as the compiler has them: the number of tokens, the first size of the first `rows`, is free."""
     operands = [spec_of(argument) for argument in arguments]
-    return getattr(stack.enter_context(imported(write_kernel(op, operands, machine).source)), op)
+    free = [TensorSpec(("N", *one.shape[1:]), one.dtype) for one in operands[:rows] if isinstance(one, TensorSpec)]
+    return [*free, *operands[rows:]]
 
 
 def graphed(run: Kernel, calls: int = 1) -> Kernel:
@@ -141,7 +149,7 @@ def time_experts(args: argparse.Namespace, machine: Target, bandwidth: float, fl
             forms["compiled"] = partial(torch.compile(grouped_mm, dynamic=False), *call)
         peer, form = fastest(forms)
         with ExitStack() as stack:
-            ours = emitted(stack, "routed_swiglu", call, machine)
+            ours = emitted(stack, "routed_swiglu", call, 3, machine)
             time = microseconds(graphed(partial(ours, *call)))
             error = relative_error(ours(*call), exact(*call))
         floor = max(weight_bytes / bandwidth, work / flops) * 1e6
@@ -160,13 +168,13 @@ def time_routing(args: argparse.Namespace, machine: Target) -> list[dict[str, An
         logits = torch.randn(tokens, args.experts, device="cuda")
         bias = torch.randn(args.experts, device="cuda") / 10
         settings = (args.top_k, args.groups, args.top_groups)
-        call = [logits, bias, ROUTE["scoring"], *settings, *list(ROUTE.values())[1:], 2.5]
+        call = [logits, bias, ROUTE["scoring"], *settings, *list(ROUTE.values())[1:], 2.5, 0]
         forms: dict[str, Kernel] = {"eager": partial(torch.ops.dsv3.route, *call)}
         if not args.eager_only:
             forms["compiled"] = partial(torch.compile(torch.ops.dsv3.route, dynamic=False), *call)
         peer, form = fastest(forms)
         with ExitStack() as stack:
-            ours = emitted(stack, "route", call, machine)
+            ours = emitted(stack, "route", call, 1, machine)
             once = microseconds(graphed(partial(ours, *call)))
             chained = microseconds(graphed(partial(ours, *call), CHAIN)) / CHAIN
             (indices, weights), (expected, expected_weights) = ours(*call), torch.ops.dsv3.route(*call)
@@ -176,6 +184,23 @@ def time_routing(args: argparse.Namespace, machine: Target) -> list[dict[str, An
         )  # fmt: skip
         torch.compiler.reset()
     return rows
+
+
+def dry_run(args: argparse.Namespace, machine: Target) -> None:
+    """Print what a layer of these sizes would launch."""
+    with torch.device("meta"):
+        x, gate_up = torch.empty(1, args.hidden), torch.empty(args.experts, 2 * args.width, args.hidden)
+        down, logits = torch.empty(args.experts, args.hidden, args.width), torch.empty(1, args.experts)
+        indices, weights = torch.empty(1, args.top_k, dtype=torch.int64), torch.empty(1, args.top_k)
+        bias = torch.empty(args.experts)
+    experts = [one.bfloat16() for one in (x, gate_up, down)]
+    settings = (ROUTE["scoring"], args.top_k, args.groups, args.top_groups, *list(ROUTE.values())[1:], 2.5, 0)
+    for op, rows, call in (
+        ("routed_swiglu", 3, [experts[0], indices, weights, *experts[1:]]),
+        ("route", 1, [logits, bias, *settings]),
+    ):
+        kernel = write_kernel(op, operands_of(call, rows), machine)
+        print(f"{kernel.name}: {', '.join(launch.kernel for launch in kernel.launches)}")
 
 
 @triton.jit
@@ -208,11 +233,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 128, 512, 2048, 4096])
     parser.add_argument("--route-tokens", type=int, nargs="+", default=[1, 64, 4096])
     parser.add_argument("--eager-only", action="store_true", help="do not compile the peer")
+    parser.add_argument("--dry-run", action="store_true", help="write the kernels and name their launches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("gpu_moe.json"))
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     machine = target("sm_90")
+    if args.dry_run:
+        dry_run(args, machine)
+        return
     bandwidth, flops = ceilings()
     launch = microseconds(graphed(lambda: _nothing[(1,)]()))
     report = {

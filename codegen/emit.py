@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from codegen.build import EXTENSIONS, build, imported
 from codegen.bundle import bundle
 from codegen.record import Launch, Operand, TensorSpec, record_launches
 from codegen.specialise import agreed, specialise
 from codegen.targets import Target
-from codegen.tuning import KERNELS, choose, tiles
+from codegen.tuning import KERNELS, choose, tiles, tried_sizes
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
     path = choose(op, operands, target)
     text = bundle(path, op, tiles(path, target))
     with imported(text) as module:
-        launches = record_launches(getattr(module, op), operands, target)
+        launches = record_launches(getattr(module, op), operands, target, tried_sizes(path, target))
     kernels = dict.fromkeys(launch.kernel for launch in launches)
     constants = {kernel: agreed([one for one in launches if one.kernel == kernel]) for kernel in kernels}
     origin = path.relative_to(KERNELS.parent.parent).as_posix()
@@ -70,13 +72,14 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
 
 def compile_kernel(kernel: KernelSource, target: Target) -> EmittedKernel:
     """Machine code for every launch of a written kernel."""
-    binaries, entries = {}, []
+    binaries: dict[str, bytes] = {}
+    entries = []
     with imported(kernel.source) as module:
-        for number, (code, facts) in enumerate(build(module, kernel.launches, target)):
+        for number, (code, described, facts) in enumerate(build(module, kernel.launches, target)):
             file = f"{kernel.name}.{number}.{EXTENSIONS[target.backend]}"
-            binaries[file] = code
+            binaries |= {file: code, f"{kernel.name}.{number}.meta.json": described}
             entries.append({"file": file, **facts})
-    metadata = {"op": kernel.op, "target": target.name, "binaries": entries}
+    metadata = {"op": kernel.op, "target": target.name, "triton": triton.__version__, "binaries": entries}
     return EmittedKernel(kernel.name, kernel.op, kernel.source, kernel.constants, binaries, metadata)
 
 

@@ -89,11 +89,13 @@ def spec_of(value: Any, letters: Mapping[str, str] | None = None) -> Operand:
     raise ValueError(f"an operand is a {type(value).__name__}; accepted: tensors, numbers, texts, None")
 
 
-def record_launches(launcher: Callable[..., Any], operands: Sequence[Operand], target: Target) -> list[Launch]:
+def record_launches(
+    launcher: Callable[..., Any], operands: Sequence[Operand], target: Target, tried: Sequence[int] = TRIED_SIZES
+) -> list[Launch]:
     """All launches that differ, over the tried values of the free sizes, in the order they happen."""
     found: dict[Any, Launch] = {}
     with _LOCK, _watched(target) as seen:
-        for arguments in _tried(operands):
+        for arguments in _tried(operands, tried):
             seen.clear()
             launcher(*arguments)
             for launch in seen:
@@ -109,13 +111,13 @@ def fitting(serves: Callable[..., str | None] | None, operands: Sequence[Operand
     if serves is None:
         return True
     with _LOCK, _watched(target):
-        return all(serves(*arguments) is None for arguments in _tried(operands))
+        return all(serves(*arguments) is None for arguments in _tried(operands, TRIED_SIZES))
 
 
-def _tried(operands: Sequence[Operand]) -> Iterator[list[Any]]:
+def _tried(operands: Sequence[Operand], tried: Sequence[int]) -> Iterator[list[Any]]:
     """Arguments with every combination of tried sizes; under a FakeTensorMode."""
     free = sorted(set().union(*(o.free_sizes() for o in operands if isinstance(o, TensorSpec))))
-    for values in itertools.product(TRIED_SIZES, repeat=len(free)):
+    for values in itertools.product(tried, repeat=len(free)):
         sizes = dict(zip(free, values, strict=True))
         yield [o.fake(sizes) if isinstance(o, TensorSpec) else o for o in operands]
 

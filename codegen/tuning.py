@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from codegen.record import Operand, fitting
+from codegen.record import TRIED_SIZES, Operand, fitting
 from codegen.targets import Target
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -23,9 +24,20 @@ TILES: dict[tuple[str, str], dict[str, int]] = {
 }
 
 
-def available(op: str) -> bool:
-    """Is there a kernel for the op?"""
-    return (KERNELS / f"{op}.py").is_file()
+def own_form(op: str, target: Target) -> ModuleType | None:
+    """The target's own kernel of an op, as a module; None where it has none.
+
+    A file of the op's name may also be a helper of other kernels: then it defines no launcher.
+    """
+    if not (KERNELS / target.name / f"{op}.py").is_file():
+        return None
+    module = importlib.import_module(f"codegen.kernels.{target.name}.{op}")
+    return module if hasattr(module, op) else None
+
+
+def available(op: str, target: Target) -> bool:
+    """Is there a kernel for the op on a target?"""
+    return (KERNELS / f"{op}.py").is_file() or own_form(op, target) is not None
 
 
 def choose(op: str, operands: Sequence[Operand], target: Target) -> Path:
@@ -33,16 +45,19 @@ def choose(op: str, operands: Sequence[Operand], target: Target) -> Path:
 
     A target's form serves unless it defines `serves` and that returns a reason. ValueError if there is no kernel.
     """
-    if not available(op):
+    if not available(op, target):
         have = sorted(path.stem for path in KERNELS.glob("*.py") if path.stem not in ("__init__", "layout"))
         raise ValueError(f"no kernel for op {op!r}; there are: {', '.join(have)}")
-    own = KERNELS / target.name / f"{op}.py"
-    if own.is_file():
-        module = importlib.import_module(f"codegen.kernels.{target.name}.{op}")
-        # A file of this name may also be a helper of other kernels: then it defines no launcher.
-        if hasattr(module, op) and fitting(getattr(module, "serves", None), operands, target):
-            return own
+    own = own_form(op, target)
+    if own is not None and fitting(getattr(own, "serves", None), operands, target):
+        return KERNELS / target.name / f"{op}.py"
     return KERNELS / f"{op}.py"
+
+
+def tried_sizes(path: Path, target: Target) -> tuple[int, ...]:
+    """Free sizes at which the launches of a kernel file are found: the usual ones, or its own TRIED_SIZES."""
+    own = own_form(path.stem, target) if path.parent.name == target.name else None
+    return getattr(own, "TRIED_SIZES", TRIED_SIZES)
 
 
 def tiles(path: Path, target: Target) -> dict[str, int]:

@@ -42,7 +42,7 @@ def bind_kernels(program: Program, progress: Progress) -> Bindings:
         return found
     known: dict[str, str] = {}  # a call's op and operands → kernel name
     for key, block in program.blocks.items():
-        for node, op, operands in _calls(block):
+        for node, op, operands in _calls(block, program.target):
             call = f"{op}{operands!r}"
             if call not in known:
                 progress(f"kernel {op}")
@@ -68,10 +68,10 @@ def _emit(op: str, operands: list[Operand], target: Target, kernels: dict[str, E
     return written.name
 
 
-def _calls(block: BlockGraph) -> Iterator[tuple[fx.Node, str, list[Operand]]]:
+def _calls(block: BlockGraph, target: Target) -> Iterator[tuple[fx.Node, str, list[Operand]]]:
     letters = axis_letters(block.module)
     for node in block.module.graph.nodes:
-        if _is_vocabulary(node) and available(_op(node)):
+        if _is_vocabulary(node) and available(_op(node), target):
             yield node, _op(node), [_operand(argument, letters) for argument in _arguments(node)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
@@ -33,7 +34,11 @@ def load_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
     for file in sorted((path.parent.parent / "kernels").glob("*.py")):
         name = f"{package}.kernels.{file.stem}"
         if name not in sys.modules:
-            _load(name, file)
+            module, described = _load(name, file), file.with_suffix(".json")
+            if described.is_file():
+                from codegen.stored import use_stored  # needs triton, which an artifact for the CPU does not
+
+                use_stored(module, json.loads(described.read_text()), file.parent)
     return getattr(_load(f"{package}.graphs.{path.stem}", path), FUNCTION)
 
 

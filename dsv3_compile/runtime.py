@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from codegen.targets import target
 from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
 from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
+from dsv3_compile.recording import CudaRecorder, Layer, Recorder, Slot, Slots
 from dsv3_compile.sampling import Sampler
 
 LOGGER = logging.getLogger(__name__)
 
 SMALLEST_CAPACITY = 256  # positions
-
-Layer = tuple[Tensor, ...]
 
 
 @dataclass
@@ -30,12 +31,15 @@ class Cache:
     """What the model remembers of a batch: per layer, the cached tensors [B, capacity, ...].
 
     `lengths` [B] int64 counts the positions each row has written; what lies behind is undefined. `longest` is
-    the largest of them, kept beside so that no step waits for the device to say it.
+    the largest of them, kept beside so that no step waits for the device to say it. Where steps are recorded, the
+    tensors are those of a `slot`, which another batch may get as soon as this cache is gone.
     """
 
     layers: list[Layer]
     lengths: Tensor
     longest: int
+    slot: Slot | None = None
+    release: Callable[[], Any] = field(default=lambda: None, repr=False)
 
     @property
     def capacity(self) -> int:
@@ -89,10 +93,11 @@ class Model:
             for block, phases in manifest.graphs.items()
             for phase, entry in phases.items()
         }
-        tensors: dict[str, Tensor] = {}
-        for shard in artifact.listed("weights"):
-            # Copied to aligned memory: in the mapped file, rounding would depend on where a tensor happens to lie.
-            tensors |= {name: tensor.to(self.device, copy=True) for name, tensor in load_file(shard).items()}
+        self.record: Recorder | None = CudaRecorder() if self.device.type == "cuda" else None
+        self.slots = Slots()
+        tensors = {
+            name: tensor for shard in artifact.listed("weights") for name, tensor in _tensors(shard, self.device)
+        }
         self.weights = [{name: tensors[key] for name, key in step.weights.items()} for step in manifest.schedule]
 
     def prefill(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None = None) -> tuple[Tensor, Cache]:
@@ -109,14 +114,16 @@ class Model:
         """One more token per row: int64 [B, 1] → float32 logits [B, 1, V].
 
         The cache is written in place and returned; its buffers are doubled when full, up to the artifact's
-        max_length, beyond which ValueError is raised.
+        max_length, beyond which ValueError is raised. On a GPU the first step of a batch and capacity is recorded
+        as a CUDA graph, which the others replay.
         """
         next_ids = self._checked_ids(next_ids)
         if next_ids.shape != (len(cache.lengths), 1):
             raise ValueError(f"next_ids has shape {list(next_ids.shape)}; expected [{len(cache.lengths)}, 1]")
         if cache.longest == self.max_length:
             raise ValueError(f"the context is full: this artifact was made for {self.max_length} positions")
-        return self._step(next_ids, cache), cache
+        logits = self._step(next_ids, cache)
+        return logits if self.record is None else logits.clone(), cache
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """The tokens that `stream` yields, side by side: int64 [B, at most max_new_tokens].
@@ -143,9 +150,9 @@ class Model:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a number from 1")
-        sampler = Sampler(temperature, top_p, seed)
+        sampler = Sampler(temperature, top_p, seed, self.device)
         ends = self._ends(eos)
-        x, cache = self._prefill_trunk(input_ids, lengths)
+        x, cache = self._prefill_trunk(input_ids, lengths, max_new_tokens)
         last = x[torch.arange(len(x), device=self.device), cache.lengths - 1].unsqueeze(1)
         logits = self._head(last, "decode")
         finished = torch.zeros(len(x), dtype=torch.bool, device=self.device)
@@ -153,12 +160,18 @@ class Model:
         for step in range(max_new_tokens):
             tokens = torch.where(finished, tokens, sampler(logits[:, -1]))
             yield tokens
-            finished = finished | torch.isin(tokens, ends)
-            if finished.all() or step + 1 == max_new_tokens or cache.longest == self.max_length:
+            if step + 1 == max_new_tokens or cache.longest == self.max_length:
                 return
+            if len(ends):  # only then is it worth waiting for the device
+                finished = finished | torch.isin(tokens, ends)
+                if finished.all():
+                    return
             logits = self._step(tokens.unsqueeze(1), cache)
 
-    def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, Cache]:
+    def _prefill_trunk(
+        self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None, room: int = 1
+    ) -> tuple[Tensor, Cache]:
+        """Everything but the head, and a cache with room for that many more positions, as far as they are allowed."""
         input_ids = self._checked_ids(input_ids)
         batch, queries = input_ids.shape
         if queries > self.max_length:
@@ -174,7 +187,7 @@ class Model:
         ]
         x, layers = self._layers("prefill", input_ids, positions, empty)
         cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
-        self._resize(cache, self._capacity(queries + 1))
+        self._resize(cache, self._capacity(min(queries + room, self.max_length)))
         return x, cache
 
     def _step(self, next_ids: Tensor, cache: Cache) -> Tensor:
@@ -182,10 +195,34 @@ class Model:
         needed = cache.longest + 1
         if needed > cache.capacity:
             self._resize(cache, self._capacity(needed))
-        x, cache.layers = self._layers("decode", next_ids, cache.lengths.unsqueeze(1), cache.layers)
-        cache.lengths = cache.lengths + 1
+        if self.record is not None and cache.slot is not None:
+            logits = self._replayed(self.record, cache.slot, next_ids)
+            cache.lengths += 1
+        else:
+            logits, cache.layers = self._decoded(next_ids, cache.lengths, cache.layers)
+            cache.lengths = cache.lengths + 1
         cache.longest = needed
-        return self._head(x, "decode")
+        return logits
+
+    def _decoded(self, next_ids: Tensor, lengths: Tensor, layers: list[Layer]) -> tuple[Tensor, list[Layer]]:
+        x, layers = self._layers("decode", next_ids, lengths.unsqueeze(1), layers)
+        return self._head(x, "decode"), layers
+
+    def _replayed(self, record: Recorder, slot: Slot, next_ids: Tensor) -> Tensor:
+        """The step as a replay on the slot's memory; its logits last until the next one."""
+        slot.ids.copy_(next_ids)
+        if slot.recording is None:
+            slot.recording = record(partial(self._decoded_in_place, slot.ids, slot.lengths, slot.layers))
+        slot.recording.replay()
+        return slot.recording.output
+
+    def _decoded_in_place(self, next_ids: Tensor, lengths: Tensor, layers: list[Layer]) -> Tensor:
+        logits, written = self._decoded(next_ids, lengths, layers)
+        for old, new in zip(layers, written, strict=True):
+            for here, there in zip(old, new, strict=True):
+                if here.data_ptr() != there.data_ptr():  # graphs that were not lowered return new caches
+                    here.copy_(there)
+        return logits
 
     def _layers(
         self, phase: str, input_ids: Tensor, positions: Tensor, caches: list[Layer]
@@ -223,15 +260,28 @@ class Model:
         """The next power of two, so that growing copies each row only a few times."""
         return min(self.max_length, max(SMALLEST_CAPACITY, 1 << (needed - 1).bit_length()))
 
-    @staticmethod
-    def _resize(cache: Cache, capacity: int) -> None:
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
-            new[:, : old.shape[1]] = old
-            return new
+    def _resize(self, cache: Cache, capacity: int) -> None:
+        """Move a cache to buffers of this capacity, where its own have another."""
+        if self.record is not None:
+            self._move(cache, capacity)
+        elif capacity != cache.capacity:
+            cache.layers = _larger(cache.layers, capacity)
 
-        if capacity != cache.capacity:
-            cache.layers = [tuple(map(grown, layer)) for layer in cache.layers]
+    def _move(self, cache: Cache, capacity: int) -> None:
+        """Move a cache to a slot, one that is idle if there is one, and leave the one it has."""
+        batch = len(cache.lengths)
+        slot = self.slots.take(batch, capacity)
+        if slot is None:
+            ids = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+            slot = Slot(_larger(cache.layers, capacity), cache.lengths.clone(), ids)
+        else:
+            for old, new in zip(cache.layers, slot.layers, strict=True):
+                for rows, buffer in zip(old, new, strict=True):
+                    buffer[:, : rows.shape[1]] = rows
+            slot.lengths.copy_(cache.lengths)
+        cache.layers, cache.lengths, cache.slot = slot.layers, slot.lengths, slot
+        cache.release()
+        cache.release = weakref.finalize(cache, self.slots.give_back, slot)
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
         if ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
@@ -249,6 +299,25 @@ class Model:
             eos = self.config.get("eos_token_id")
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         return torch.tensor(ends, dtype=torch.int64, device=self.device)
+
+
+def _tensors(shard: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file on a device, one at a time, so that no more than one of them is held on the way."""
+    with safe_open(shard, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  not a dictionary
+            # Copied to aligned memory: in the mapped file, rounding would depend on where a tensor happens to lie.
+            yield name, file.get_tensor(name).to(device, copy=True)
+
+
+def _larger(layers: list[Layer], capacity: int) -> list[Layer]:
+    """The cached tensors at the head of new ones of this capacity."""
+
+    def grown(old: Tensor) -> Tensor:
+        new = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
+        new[:, : old.shape[1]] = old
+        return new
+
+    return [tuple(map(grown, layer)) for layer in layers]
 
 
 def _checked_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:

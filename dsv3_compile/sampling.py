@@ -7,23 +7,23 @@ from torch import Tensor
 
 
 class Sampler:
-    """Greedy at temperature 0, else nucleus sampling; equal seeds give equal tokens on one machine."""
+    """Greedy at temperature 0, else nucleus sampling, on the logits' device; equal seeds give equal tokens there."""
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device | str = "cpu") -> None:
         if not 0.0 <= temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; expected 0 or a positive number")
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p is {top_p}; expected a number above 0, at most 1")
         self.temperature = temperature
         self.top_p = top_p
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """float32 [B, V] → int64 [B]."""
         if self.temperature == 0.0:
             return logits_BV.argmax(-1)
-        probabilities, tokens = (logits_BV.cpu() / self.temperature).softmax(-1).sort(-1, descending=True)
+        probabilities, tokens = (logits_BV / self.temperature).softmax(-1).sort(-1, descending=True)
         # Kept: every token whose predecessors do not reach top_p yet, so at least the first.
         behind = probabilities.cumsum(-1) - probabilities >= self.top_p
         drawn = torch.multinomial(probabilities.masked_fill(behind, 0.0), 1, generator=self.generator)
-        return tokens.gather(-1, drawn).squeeze(-1).to(logits_BV.device)
+        return tokens.gather(-1, drawn).squeeze(-1)

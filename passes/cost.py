@@ -28,7 +28,7 @@ from codegen.ops import NAMESPACE
 from codegen.targets import Target
 from passes.base import Role, Workload, is_call, placeholders
 
-aten = torch.ops.aten
+aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
 B, S, T = sympy.symbols("B S T", positive=True, integer=True)
 SizeOf = Callable[[Any], Any]  # a dim (int or SymInt) → number or sympy expression
@@ -222,8 +222,10 @@ def _shapes(argument: Any, size: SizeOf) -> Any:
 def _product_flops(node: fx.Node, size: SizeOf) -> Any:
     if is_call(node, aten.einsum):
         return _einsum_flops(node.args[0], [_shape(o, size) for o in node.args[1]])
-    if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul):
+    if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul, dsv3.linear, dsv3.head_linear):
         return 2 * prod(_shape(node, size)) * _shape(node.args[0], size)[-1]
+    if is_call(node, dsv3.norm_router):
+        return 2 * prod(_shape(node.args[0], size)) * _shape(node.args[3], size)[0]
     if is_call(node, aten.addmm):
         return 2 * prod(_shape(node, size)) * _shape(node.args[1], size)[-1]
     if is_call(node, aten.scaled_dot_product_attention):
@@ -263,17 +265,32 @@ def _embedding(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     return 2 * _bytes(node.meta["val"], size)
 
 
+def _attention_inputs(node: fx.Node, size: SizeOf, moved: Any) -> Any:
+    """Of the caches only the new rows move."""
+    caches = sum(_bytes(cache.meta["val"], size) for cache in node.args[7:9])
+    return moved - caches + _bytes(node.args[1].meta["val"], size)
+
+
 def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     (tokens, _), (_, selected) = (_shape(argument, size) for argument in node.args[:2])
     experts = _shape(node.args[3], size)[0]
     weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
-    return moved - weights + weights * _active(experts, selected, tokens) / experts
+    always = _always(node.args[1])
+    active = always + _active(experts - always, selected - always, tokens)
+    return moved - weights + weights * active / experts
 
 
 def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     pairs, experts = (_shape(argument, size)[0] for argument in node.args[:2])
     weights = _bytes(node.args[1].meta["val"], size)
     return moved - weights + weights * _active(experts, 1, pairs) / experts
+
+
+def _always(indices: fx.Node) -> int:
+    """How many of the chosen experts every token chooses: the shared ones."""
+    router = indices.args[0] if is_call(indices, operator.getitem) else indices
+    is_router = is_call(router, dsv3.route) and len(router.args) > 11
+    return router.args[11] if is_router else 0
 
 
 def _active(experts: Any, selected: Any, tokens: Any) -> Any:
@@ -284,6 +301,7 @@ def _active(experts: Any, selected: Any, tokens: Any) -> Any:
 TRAFFIC: dict[str, Callable[[fx.Node, SizeOf, Any], Any]] = {
     "dsv3.write_cache": _write_cache,
     "dsv3.write_cache_": _write_cache,
+    "dsv3.attention_inputs_": _attention_inputs,
     "dsv3.routed_swiglu": _routed_swiglu,
     "dsv3.grouped_linear": _grouped_linear,
     "aten.index_put": _index_put,

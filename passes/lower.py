@@ -72,18 +72,18 @@ def _why_not(write: Write, graph: fx.Graph) -> str | None:
     for cache in write.caches:
         if cache.meta.get("role") is not Role.CACHE:
             return f"{cache.name} is not a cache that was handed in"
-        for reader in _readers(cache):
+        for reader in readers_of(cache):
             if reader is not write.node and order[reader] > order[write.node]:
                 return f"{reader.name} reads {cache.name} after it is written"
     return None
 
 
-def _readers(cache: fx.Node) -> Iterator[fx.Node]:
+def readers_of(cache: fx.Node) -> Iterator[fx.Node]:
     """Everything that reads the memory of a cache, through views as well."""
     for user in cache.users:
         yield user
         if _may_be_view(user):
-            yield from _readers(user)
+            yield from readers_of(user)
 
 
 def _may_be_view(node: fx.Node) -> bool:

@@ -18,17 +18,23 @@ from passes.certify import RegionalSpecimen
 from passes.close_attention import CloseAttention
 from passes.concatenate_slices import ConcatenateSlices
 from passes.cost import Cost, concrete_sizes, cost
+from passes.fold_norm_weights import FoldNormWeights
 from passes.fuse_attention import FuseAttention
+from passes.fuse_attention_inputs import FuseAttentionInputs
 from passes.fuse_cache_write import FuseCacheWrite
 from passes.fuse_experts import FuseExperts
+from passes.fuse_head_products import FuseHeadProducts
 from passes.fuse_norm import FuseNorm
+from passes.fuse_residual import FuseResidual
 from passes.fuse_rotary import FuseRotary
+from passes.fuse_router import FuseRouter
 from passes.fuse_routing import FuseRouting
 from passes.fuse_swiglu import FuseSwiglu
 from passes.group_experts import GroupExperts
 from passes.hoist_weights import HoistWeights
 from passes.lower import Lower
 from passes.merge_projections import MergeProjections
+from passes.merge_shared_experts import MergeSharedExperts
 from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.sparsify_experts import SparsifyExperts
@@ -46,8 +52,14 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
     FuseCacheWrite(),
     FuseNorm(),
     FuseExperts(),
+    MergeSharedExperts(),
+    FuseResidual(),
+    FuseRouter(),
+    FoldNormWeights(),
     HoistWeights(),
     Lower(),
+    FuseAttentionInputs(),
+    FuseHeadProducts(),
 )
 
 FOREIGN_PIPELINE: tuple[Pass, ...] = (

@@ -28,6 +28,7 @@ def route_kernel(
     SCALE: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
+    ALWAYS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -77,8 +78,12 @@ def route_kernel(
         weight = tl.where(slot == k, value, weight)
     if NORMALISE:
         weight = weight / (tl.sum(weight) + EPSILON)
-    tl.store(indices + token * K + slot, chosen, mask=slot < K)
-    tl.store(weights + token * K + slot, weight * SCALE, mask=slot < K)
+    weight *= SCALE
+    if ALWAYS > 0:
+        chosen = tl.where(slot < K, chosen, E + slot - K)
+        weight = tl.where(slot < K, weight, 1.0)
+    tl.store(indices + token * (K + ALWAYS) + slot, chosen, mask=slot < K + ALWAYS)
+    tl.store(weights + token * (K + ALWAYS) + slot, weight, mask=slot < K + ALWAYS)
 
 
 def route(
@@ -93,12 +98,13 @@ def route(
     normalise: bool,
     epsilon: float,
     scale: float,
+    always: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32)."""
+    """logits [N, E], bias [E] or None → (indices [N, K + always] int64, weights [N, K + always] fp32)."""
     tokens, experts = logits.shape
     logits = packed(logits)
-    indices = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    indices = torch.empty((tokens, top_k + always), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((tokens, top_k + always), dtype=torch.float32, device=logits.device)
     route_kernel[(tokens,)](
         logits,
         bias,
@@ -116,9 +122,10 @@ def route(
         SCALE=scale,
         E=experts,
         K=top_k,
+        ALWAYS=always,
         BLOCK_G=triton.next_power_of_2(groups),
         BLOCK_SIZE=triton.next_power_of_2(experts // groups),
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=triton.next_power_of_2(top_k + always),
         num_warps=1,
     )
     return indices, weights

@@ -68,9 +68,12 @@ def gate_up_kernel(
 def combine_kernel(
     y,
     weights,
+    residual,
     out,
+    residual_stride,
     K: tl.constexpr,
     D: tl.constexpr,
+    ADD: tl.constexpr,
     BLOCK_COMBINE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -80,12 +83,17 @@ def combine_kernel(
     for k in tl.static_range(K):
         weight = tl.load(weights + token * K + k).to(tl.float32)
         total += weight * tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(residual + token * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D]."""
+def routed_swiglu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D]."""
     x = as_rows(x)
+    residual = None if residual is None else as_rows(residual)
     tokens, top_k = indices.shape
     experts, hidden_width, width = down.shape
     pairs = tokens * top_k
@@ -135,9 +143,12 @@ def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, 
     combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
         y,
         weights.contiguous(),
+        residual,
         out,
+        0 if residual is None else residual.stride(0),
         K=top_k,
         D=hidden_width,
+        ADD=residual is not None,
         BLOCK_COMBINE=BLOCK_COMBINE,
         num_warps=4,
     )

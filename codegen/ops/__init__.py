@@ -4,7 +4,19 @@ Axis letters in shapes follow docs/architecture.md. Every op computes in `promot
 float64 stays float64, and returns the dtype of its first argument unless its docstring says otherwise.
 """
 
-from codegen.ops import attention, cache, experts, norm, rotary, routing
+from codegen.ops import attention, attention_inputs, cache, experts, linear, norm, rotary, routing
 from codegen.ops.registry import COMPOSITE, NAMESPACE, OPAQUE
 
-__all__ = ["COMPOSITE", "NAMESPACE", "OPAQUE", "attention", "cache", "experts", "norm", "rotary", "routing"]
+__all__ = [
+    "COMPOSITE",
+    "NAMESPACE",
+    "OPAQUE",
+    "attention",
+    "attention_inputs",
+    "cache",
+    "experts",
+    "linear",
+    "norm",
+    "rotary",
+    "routing",
+]

@@ -55,31 +55,38 @@ def combine_pairs(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return (pairs.to(wide) * weights.to(wide).unsqueeze(-1)).sum(1).to(y.dtype)
 
 
-def _like_tokens(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _like_tokens(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
     return x.new_empty((x.shape[0], down.shape[1]))
 
 
 def _pair_flops(
-    x: Sequence[Any], indices: Sequence[Any], weights: Sequence[Any], gate_up: Any, down: Sequence[Any], **_: Any
+    x: Sequence[Any], indices: Sequence[Any], weights: Any, gate_up: Any, down: Sequence[Any], *_: Any, **__: Any
 ) -> Any:
     (tokens, hidden), top_k, width = x, indices[1], down[2]
     return 6 * tokens * top_k * hidden * width
 
 
 @opaque(
-    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down) -> Tensor",
+    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? residual=None) "
+    "-> Tensor",
     fake=_like_tokens,
     flops=_pair_flops,
 )
-def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_swiglu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
-    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k]. Products accumulate in at
-    least fp32 and are rounded to the dtype of x; the weighted sum is rounded once. Weights of experts that
-    nobody chose are not read.
+    Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k], plus residual [N, D]. Products
+    accumulate in at least fp32 and are rounded to the dtype of x; the sum is rounded once. Weights of experts
+    that nobody chose are not read.
     """
     # One loop per product, and what stands between them on all pairs at once: of a decode step's few pairs, small
     # operations for every expert would cost as much as the products.
     order, offsets = sort_pairs(indices, gate_up.shape[0])
     hidden = swiglu(grouped_linear(x[order // indices.shape[1]], gate_up, offsets))
-    return combine_pairs(grouped_linear(hidden, down, offsets), order, weights)
+    wide = compute_dtype(x)
+    total = combine_pairs(grouped_linear(hidden, down, offsets).to(wide), order, weights)
+    return (total if residual is None else total + residual.to(wide)).to(x.dtype)

@@ -15,7 +15,7 @@ def _first_k(values: Tensor, k: int) -> Tensor:
 
 @composite(
     "route(Tensor logits, Tensor? bias, str scoring, int top_k, int groups, int top_groups, str group_score, "
-    "float masked, bool normalise, float epsilon, float scale) -> (Tensor indices, Tensor weights)"
+    "float masked, bool normalise, float epsilon, float scale, int always=0) -> (Tensor indices, Tensor weights)"
 )
 def route(
     logits: Tensor,
@@ -29,6 +29,7 @@ def route(
     normalise: bool,
     epsilon: float,
     scale: float,
+    always: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32, or fp64 of fp64 logits).
 
@@ -37,6 +38,7 @@ def route(
     the others are set to `masked`; the `top_k` largest are chosen, in falling order, the lowest index on
     ties. Weights are the scores without bias, divided by (their sum + `epsilon`) if `normalise`, times
     `scale`.
+    The `always` experts behind the E, which no score chooses, follow with weight 1: K + always columns.
     DeepSeek-V2 report (max, masked 0) and DeepSeek-V3 report (top2, masked -inf), section 2.1 of each.
     """
     if scoring not in ("sigmoid", "softmax"):
@@ -57,4 +59,9 @@ def route(
     weights = scores.gather(-1, indices)
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + epsilon)
-    return indices, weights * scale
+    weights = weights * scale
+    if always:
+        experts, shape = logits.shape[-1], (indices.shape[0], always)
+        shared = torch.arange(experts, experts + always, device=indices.device).expand(shape)
+        indices, weights = torch.cat((indices, shared), -1), torch.cat((weights, weights.new_ones(shape)), -1)
+    return indices, weights

@@ -6,18 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 import dsv3_compile.driver as driver
 import dsv3_compile.kernels as kernels
+import dsv3_compile.packaging as packaging
 from codegen.emit import EmittedKernel, KernelSource
 from codegen.targets import Target
 from dsv3_compile.artifact import Artifact, ArtifactError
-from dsv3_compile.kernels import bind_kernels
+from dsv3_compile.kernels import Bindings, bind_kernels
 from dsv3_compile.options import Options
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.program import Program
@@ -89,16 +92,45 @@ def test_nothing_is_emitted_for_the_cpu() -> None:
 def test_the_kernels_compute_what_the_definition_says(folder: Path, definition: Decoder, tmp_path: Path) -> None:
     tokens = torch.randint(tiny.TINY.vocab_size, (2, 6), generator=torch.Generator().manual_seed(2))
     lengths = [6, 2]  # of which the last token goes through decode
-    torch.save(tokens, tmp_path / "tokens.pt")
+    assert_rows(ragged(folder, tokens, lengths, tmp_path), definition, tokens, lengths, 5e-5)
+
+
+def ragged(folder: Path, tokens: Tensor, lengths: list[int], scratch: Path) -> Tensor:
+    """Logits of every row's last two positions, computed by an artifact whose kernels run in the interpreter."""
+    torch.save(tokens, scratch / "tokens.pt")
     # A process of its own: triton chooses between compiler and interpreter when it is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", RAGGED, str(folder), *map(str, lengths)]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    found = torch.load(tmp_path / "logits.pt")
+    subprocess.run(command, cwd=scratch, env=environment, check=True)
+    return torch.load(scratch / "logits.pt")
+
+
+def assert_rows(found: Tensor, definition: Decoder, tokens: Tensor, lengths: list[int], tolerance: float) -> None:
     for row, length in enumerate(lengths):
         positions = torch.arange(length)[None]
         expected, _ = definition(tokens[row : row + 1, :length], positions, definition.empty_caches(1, length))
-        torch.testing.assert_close(found[:, row], expected[0, length - 2 : length], atol=5e-5, rtol=0)
+        torch.testing.assert_close(found[:, row], expected[0, length - 2 : length], atol=tolerance, rtol=0)
+
+
+def test_the_fused_graphs_of_hopper_compute_what_the_definition_says(definition: Decoder, tmp_path: Path) -> None:
+    """With the references of the vocabulary: the kernels, cut for a GPU, are checked one by one elsewhere."""
+    program = driver.build(tiny.TINY, replace(OPTIONS, target="sm_90", dtype="float16"))
+    with patch.object(
+        packaging, "bind_kernels", lambda program, progress: Bindings({}, dict.fromkeys(program.blocks, {}))
+    ):
+        read = tiny.checkpoint_of(definition).__getitem__
+        write_artifact(program, tmp_path / "artifact", passes=[], max_batch=3, max_length=32, read=read)
+    text = (tmp_path / "artifact" / "graphs" / "moe_decode.py").read_text()
+    for op in ("linear", "norm_router", "head_linear", "attention_inputs_", "route", "routed_swiglu", "mla_attention"):
+        assert f"dsv3.{op}.default(" in text
+    assert "aten.add" not in text and "aten.linear" not in text and "aten.einsum" not in text
+    model = load(tmp_path / "artifact", device="cpu")
+    tokens = torch.randint(tiny.TINY.vocab_size, (2, 6), generator=torch.Generator().manual_seed(2))
+    lengths, rows = torch.tensor([6, 2]), torch.arange(2)
+    prompt, cache = model.prefill(tokens[:, :-1], lengths - 1)
+    last, _ = model.decode(tokens[rows, lengths - 1].unsqueeze(1), cache)
+    found = torch.stack([prompt[rows, lengths - 2], last[:, 0]])
+    assert_rows(found, definition, tokens, lengths.tolist(), 2e-2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -74,7 +74,7 @@ def _operands(node: fx.Node) -> Iterator[tuple[str, Change]]:
         for second in tensors[k + 1 :]:
             if _alike(_value(first), _value(second)) and not is_call(node, *COMMUTATIVE):
                 yield f"{first.name} and {second.name} swapped", _swapped(first.name, second.name)
-    if is_call(node, *INDEXED) or len(tensors) < 2:
+    if is_call(node, *INDEXED) or (len(tensors) < 2 and not is_call(node, dsv3.swiglu)):
         return
     for one in tensors:
         value = _value(one)

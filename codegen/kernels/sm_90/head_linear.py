@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import packed
+
 BLOCK_N = 16
 NUM_WARPS = 4
 
@@ -55,9 +57,11 @@ def head_linear_kernel(
 
 
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, H, D], weight [H, O, D] in any order of its axes → out[n, h] = weight[h] · x[n, h], [N, H, O]."""
-    tokens, heads, depth = x.shape
-    width = weight.shape[1]
+    """Kernel of the op `head_linear`: x [.., H, D], weight [H, O, D] in any order of its axes → weight[h] · x[.., h],
+    [.., H, O]."""
+    heads, width, depth = weight.shape
+    lead, x = x.shape[:-2], packed(x).reshape(-1, heads, depth)
+    tokens = x.shape[0]
     out = torch.empty((tokens, heads, width), dtype=x.dtype, device=x.device)
     block_o = 32 if heads * width >= 4096 else 16
     head_linear_kernel[(heads, triton.cdiv(width, block_o), triton.cdiv(tokens, BLOCK_N))](
@@ -79,4 +83,4 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
         num_warps=NUM_WARPS,
         launch_pdl=x.is_cuda,
     )
-    return out
+    return out.view(*lead, heads, width)

@@ -1,16 +1,22 @@
-"""RMSNorm and the router's product in one launch, for a handful of tokens."""
+"""RMSNorm and the router's product: in one launch for a handful of tokens, one after the other for more."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import as_rows
+from codegen.kernels.rms_norm import rms_norm
+
 BLOCK_E = 2
 BLOCK_D = 1024
 NUM_WARPS = 4
+# Every token reads the router's weight again, from the second-level cache; beyond this a product of its own pays.
+MOST_TOKENS = 16
 
 
 @triton.jit
@@ -56,26 +62,32 @@ def norm_router_kernel(
 
 
 def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x [N, D], norm_weight [D], weight [E, D] → (rms_norm(x) [N, D] in the dtype of x, its product with weight
-    [N, E] in fp32)."""
-    tokens, width = x.shape
-    experts = weight.shape[0]
-    normed = torch.empty_like(x)
-    logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
-    norm_router_kernel[(triton.cdiv(experts, BLOCK_E), tokens)](
-        x,
-        norm_weight,
-        weight,
-        normed,
-        logits,
-        EPS=eps,
-        E=experts,
-        D=width,
-        BLOCK_E=BLOCK_E,
-        BLOCK_D=BLOCK_D,
-        BLOCK_ROW=triton.next_power_of_2(width),
-        OVERLAPPED=x.is_cuda,
-        num_warps=NUM_WARPS,
-        launch_pdl=x.is_cuda,
-    )
-    return normed, logits
+    """Kernel of the op `norm_router`: x [.., D], norm_weight [D], weight [E, D] → (rms_norm(x) [.., D] in the dtype of
+    x, its product with weight [.., E] in fp32)."""
+    experts, width = weight.shape
+    lead, rows = x.shape[:-1], as_rows(x)
+    tokens = rows.shape[0]
+    if tokens > MOST_TOKENS:
+        normed = rms_norm(rows, norm_weight, eps)
+        logits = F.linear(normed.to(torch.float32), weight.to(torch.float32))
+    else:
+        rows = rows.contiguous()
+        normed = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+        logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
+        norm_router_kernel[(triton.cdiv(experts, BLOCK_E), tokens)](
+            rows,
+            norm_weight,
+            weight.contiguous(),
+            normed,
+            logits,
+            EPS=eps,
+            E=experts,
+            D=width,
+            BLOCK_E=BLOCK_E,
+            BLOCK_D=BLOCK_D,
+            BLOCK_ROW=triton.next_power_of_2(width),
+            OVERLAPPED=x.is_cuda,
+            num_warps=NUM_WARPS,
+            launch_pdl=x.is_cuda,
+        )
+    return normed.view(*lead, width), logits.view(*lead, experts)

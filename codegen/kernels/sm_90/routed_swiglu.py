@@ -74,7 +74,13 @@ TILINGS = (
 )
 
 
-def serves(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
+# Batches that take each of the paths and most of the tilings, at 64 to 256 experts.
+TRIED_SIZES = (1, 13, 43, 131, 4099)
+
+
+def serves(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> str | None:
     """None, or the reason why the plain form must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"activations are {x.dtype}; tensor copies and products want a 16-bit float"
@@ -95,6 +101,7 @@ def routed_swiglu(
     tokens, top_k = indices.shape
     if tokens == 0:
         return torch.empty_like(x)
+    residual = None if residual is None else residual.contiguous()
     if tokens == 1:
         hidden = swiglu_of_pairs(x, indices, gate_up, (4, 1024), 4)
         return weighted_down(hidden, indices, weights, down, (4, 2048), 4, residual)

@@ -204,7 +204,7 @@ def slices_for(width: int, rows: int) -> int:
     return 2 if width >= 100 * 32 else 4 if width >= 50 * 16 else 8
 
 
-def serves(x: Tensor, weight: Tensor) -> str | None:
+def why_not_skinny(x: Tensor, weight: Tensor) -> str | None:
     """None, or the reason why another product must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return f"{x.dtype} times {weight.dtype}: tensor copies and products want one 16-bit float"

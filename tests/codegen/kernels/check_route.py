@@ -49,3 +49,10 @@ def test_masked_zero_and_negative_choices_mix_as_the_semantics_say():
 def test_half_precision_logits_in_a_wider_tensor():
     found, expected = both(torch.randn(3, 20).half()[:, 4:16], torch.randn(12), 4, 4, 2, SIGMOID)
     torch.testing.assert_close(found, expected)
+
+
+def test_experts_that_every_token_gets_are_listed_last_with_weight_one():
+    arguments = (torch.randn(3, 12), None, "softmax", 3, 1, 1, "max", 0.0, True, 0.0, 2.5, 2)
+    found, expected = route(*arguments), torch.ops.dsv3.route(*arguments)
+    torch.testing.assert_close(found, expected)
+    assert found[0][:, 3:].tolist() == [[12, 13]] * 3 and found[1][:, 3:].tolist() == [[1.0, 1.0]] * 3

@@ -32,3 +32,12 @@ def test_weights_of_experts_nobody_chose_are_not_read():
     gate_up[3:], down[3:] = torch.nan, torch.nan
     expected = torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down)
     torch.testing.assert_close(routed_swiglu(x, indices, weights, gate_up, down), expected)
+
+
+def test_a_residual_is_added_before_rounding():
+    arguments = draw(5, 6, 2, 9, 5, torch.float16, 6)
+    residual = 100 * torch.randn(5, 20).half()[:, 3:12]
+    expected = torch.ops.dsv3.routed_swiglu(*(a.float() if a.dtype == torch.half else a for a in arguments))
+    found = routed_swiglu(*arguments, residual)
+    torch.testing.assert_close(found, (expected + residual.float()).half(), atol=0, rtol=2e-3)
+    torch.testing.assert_close(found, torch.ops.dsv3.routed_swiglu(*arguments, residual), atol=0, rtol=2e-3)

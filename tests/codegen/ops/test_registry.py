@@ -33,7 +33,13 @@ class EveryOp(nn.Module):
         order, offsets = dsv3.sort_pairs(indices, 8)
         hidden = dsv3.swiglu(dsv3.grouped_linear(tokens[order // 3], gate_up, offsets))
         steps = dsv3.combine_pairs(dsv3.grouped_linear(hidden, down, offsets), order, weights)
-        return pure_latent, absorbed, expanded, fused, steps
+        product = dsv3.linear(normed, weight.unsqueeze(0), 1e-6, normed[..., :1])
+        _, scores = dsv3.norm_router(tokens, weight, 1e-6, w_router.T)
+        per_head = dsv3.head_linear(q, gate_up[:4, :, :16])
+        inputs = dsv3.attention_inputs_(
+            normed, kv, gate_up[:4, :8, :16], weight[:16], cos, sin, positions, latent, rope_key, 1e-6, False
+        )
+        return pure_latent, absorbed, expanded, fused, steps, product, scores, per_head, *inputs
 
 
 def draw(batch, queries, context, dtype=torch.float32):
@@ -73,7 +79,7 @@ def exported():
 
 def test_export_keeps_every_op_whole_and_all_sizes_free(exported):
     called = {str(n.target).split(".")[1] for n in exported.graph.nodes if str(n.target).startswith("dsv3.")}
-    assert called == set(ops.COMPOSITE + ops.OPAQUE) - {"write_cache_"}  # that one is functionalised
+    assert called == set(ops.COMPOSITE + ops.OPAQUE) - {"write_cache_", "attention_inputs_"}  # these are functionalised
     same_results(exported.module(), (1, 3, 7))
 
 
@@ -101,7 +107,9 @@ def test_opaque_ops_pass_torch_checks(name):
     indices = torch.stack([torch.randperm(8)[:3] for _ in range(6)])
     offsets = torch.tensor([0, 1, 1, 2, 3, 6, 6, 6], dtype=torch.int32)
     keys = torch.randn(2, 5, 2, 16)
+    heads = torch.randn(2, 3, 4 * (6 + 8)), x @ w_kv, torch.randn(4, 6, 16), weight[:16]
     arguments = {
+        "attention_inputs_": (*heads, cos, sin, positions, latent, rope_key, 1e-6, True),
         "write_cache_": (x @ w_kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True),
         "mla_attention": (q, q[..., :8], latent, rope_key, positions, 0.2),
         "attention": (q, keys, keys[..., :12], positions, 0.3),

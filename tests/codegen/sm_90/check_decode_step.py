@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.kernels.sm_90.attention_inputs import attention_inputs_
+from codegen.kernels.sm_90.attention_inputs_ import attention_inputs_
 from codegen.kernels.sm_90.head_linear import head_linear
-from codegen.kernels.sm_90.norm_router import norm_router
+from codegen.kernels.sm_90.linear import SKINNY_ROWS, aligned, linear
+from codegen.kernels.sm_90.norm_router import MOST_TOKENS, norm_router
 
 CAPACITY = 9
 
@@ -27,10 +28,36 @@ def test_every_head_has_its_own_product(tokens, heads, depth, width):
     torch.testing.assert_close(head_linear(x, turned), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("tokens, hidden, experts", [(1, 72, 7), (3, 1100, 6)])
+def test_heads_of_any_grouping_of_tokens():
+    x, weight = torch.randn(2, 5, 3, 40)[:, ::2], torch.randn(3, 40, 7).transpose(1, 2)
+    expected = torch.ops.dsv3.head_linear(x, weight)
+    torch.testing.assert_close(head_linear(x, weight), expected, atol=1e-4, rtol=1e-4)
+
+
+# float32 is the library's at any number of rows; 16-bit rows stream up to SKINNY_ROWS, which needs a GPU.
+@pytest.mark.parametrize("dtype, rows", [(torch.float32, 1), (torch.float32, 19), (torch.float16, SKINNY_ROWS + 1)])
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("added", [True, False])
+def test_products_of_many_rows_agree(dtype, rows, eps, added):
+    wide = torch.randn(1, rows, 80).to(dtype)
+    x, weight = wide[..., 8:48], (torch.randn(24, 40) / 6).to(dtype)
+    residual = torch.randn(1, rows, 24).to(dtype) if added else None
+    expected = torch.ops.dsv3.linear(x, weight, eps, residual)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    torch.testing.assert_close(linear(x, weight, eps, residual), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_rows_that_tensor_copies_cannot_address_are_copied():
+    wide = torch.randn(3, 80).half()
+    assert aligned(wide[:, 8:48]).data_ptr() == wide[:, 8:48].data_ptr()
+    for one in (wide[:, 9:49], torch.randn(3, 44).half()[:, :40]):
+        assert aligned(one).is_contiguous() and torch.equal(aligned(one), one)
+
+
+@pytest.mark.parametrize("tokens, hidden, experts", [(1, 72, 7), (3, 1100, 6), (MOST_TOKENS + 1, 72, 7)])
 def test_the_router_sees_the_rounded_norm(tokens, hidden, experts):
     x, norm, weight = torch.randn(tokens, hidden).half(), torch.randn(hidden), torch.randn(experts, hidden)
-    normed, logits = norm_router(x, norm, 1e-6, weight)
+    normed, logits = (part.squeeze(1) for part in norm_router(x.unsqueeze(1), norm, 1e-6, weight))
     expected = torch.ops.dsv3.rms_norm(x, norm, 1e-6)
     torch.testing.assert_close(normed, expected)
     torch.testing.assert_close(logits, normed.float() @ weight.T, atol=1e-3, rtol=1e-4)

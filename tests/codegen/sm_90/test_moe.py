@@ -14,7 +14,7 @@ from codegen.emit import compile_kernel, write_kernel
 from codegen.kernels.sm_90 import routed_swiglu, skinny_linear
 from codegen.record import TensorSpec, record_launches
 from codegen.targets import target
-from codegen.tuning import choose
+from codegen.tuning import available, choose
 
 SM_90 = target("sm_90")
 
@@ -67,7 +67,7 @@ def test_each_number_of_pairs_has_a_tiling_that_holds_a_typical_expert():
 
 def test_a_skinny_product_wants_few_rows_that_can_be_cut():
     def refusal(rows, depth):
-        return skinny_linear.serves(torch.empty(rows, depth).bfloat16(), torch.empty(64, depth).bfloat16())
+        return skinny_linear.why_not_skinny(torch.empty(rows, depth).bfloat16(), torch.empty(64, depth).bfloat16())
 
     assert refusal(4, 256) is None
     assert "rows" in refusal(65, 256)
@@ -82,6 +82,40 @@ def test_skinny_products_fit_twice_on_a_multiprocessor(rows, width, eps, added):
     residual = TensorSpec((rows, width), bf16) if added else None
     call = (TensorSpec((rows, 512), bf16), TensorSpec((width, 512), bf16), eps, residual)
     (launch,) = record_launches(skinny_linear.skinny_linear, call, SM_90)
-    ((_, facts),) = build(skinny_linear, [launch], SM_90)
+    ((_, _, facts),) = build(skinny_linear, [launch], SM_90)
     assert facts["stack_bytes"] == 0
     assert 2 * facts["shared_bytes"] <= SM_90.shared_memory
+
+
+def test_fused_steps_are_written_and_fit_whatever_the_batch():
+    bf16, float32, int64 = torch.bfloat16, torch.float32, torch.int64
+
+    def tensor(*shape, dtype=bf16):
+        return TensorSpec(shape, dtype)
+
+    angle, positions = tensor("B", 1, 32, dtype=float32), tensor("B", 1, dtype=int64)
+    rows = TensorSpec(("B", 1, 3072), bf16, (3648, 3648, 1)), TensorSpec(("B", 1, 576), bf16, (3648, 3648, 1))
+    up = TensorSpec((16, 128, 512), bf16, (256 * 512, 512, 1))
+    caches = tensor("B", "T", 512), tensor("B", "T", 64)
+    calls = {
+        "linear": (tensor("B", 1, 2048), tensor(2048, 2048), None, tensor("B", 1, 2048)),
+        "norm_router": (tensor("B", 2048), tensor(2048), 1e-6, tensor(64, 2048, dtype=float32)),
+        "head_linear": (tensor("B", 1, 16, 512), up),
+        "attention_inputs_": (*rows, up, tensor(512), angle, angle, positions, *caches, 1e-6, True),
+    }
+    for op, operands in calls.items():
+        kernel = compile_kernel(write_kernel(op, operands, SM_90), SM_90)
+        assert kernel.name.startswith(f"{op}__bfloat16")
+        for binary in kernel.metadata["binaries"]:
+            assert binary["stack_bytes"] <= 64, (op, binary["kernel"])  # a few registers at most
+    # A single row and several take other tiles: neither must have been cut away.
+    linear = write_kernel("linear", calls["linear"], SM_90)
+    assert {launch.constants["ROWS"] for launch in linear.launches if launch.kernel == "skinny_linear_kernel"} == {
+        8,
+        16,
+    }
+
+
+def test_ops_that_only_hopper_has_are_nobody_elses():
+    for op in ("linear", "norm_router", "head_linear", "attention_inputs_"):
+        assert available(op, SM_90) and not available(op, target("sm_80")) and not available(op, target("cpu"))

@@ -38,6 +38,7 @@ def route_kernel(
     SCALE: tl.constexpr = 2.5
     E: tl.constexpr = 6
     K: tl.constexpr = 2
+    ALWAYS: tl.constexpr = 0
     BLOCK_G: tl.constexpr = 4
     BLOCK_SIZE: tl.constexpr = 2
     BLOCK_K: tl.constexpr = 2
@@ -78,8 +79,9 @@ def route_kernel(
         chosen = tl.where(slot == k, index.to(tl.int64), chosen)
         weight = tl.where(slot == k, value, weight)
     weight = weight / (tl.sum(weight) + EPSILON)
-    tl.store(indices + token * K + slot, chosen, mask=slot < K)
-    tl.store(weights + token * K + slot, weight * SCALE, mask=slot < K)
+    weight *= SCALE
+    tl.store(indices + token * (K + ALWAYS) + slot, chosen, mask=slot < K + ALWAYS)
+    tl.store(weights + token * (K + ALWAYS) + slot, weight, mask=slot < K + ALWAYS)
 
 
 def route(
@@ -94,12 +96,13 @@ def route(
     normalise: bool,
     epsilon: float,
     scale: float,
+    always: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32)."""
+    """logits [N, E], bias [E] or None → (indices [N, K + always] int64, weights [N, K + always] fp32)."""
     tokens, experts = logits.shape
     logits = packed(logits)
-    indices = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-    weights = torch.empty((tokens, top_k), dtype=torch.float32, device=logits.device)
+    indices = torch.empty((tokens, top_k + always), dtype=torch.int64, device=logits.device)
+    weights = torch.empty((tokens, top_k + always), dtype=torch.float32, device=logits.device)
     expect(
         SIGMOID=(scoring == "sigmoid", True),
         BIASED=(bias is not None, True),
@@ -112,6 +115,7 @@ def route(
         SCALE=(scale, 2.5),
         E=(experts, 6),
         K=(top_k, 2),
+        ALWAYS=(always, 0),
     )
     route_kernel[(tokens,)](
         logits,

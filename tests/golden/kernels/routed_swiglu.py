@@ -203,9 +203,12 @@ def combine_kernel(
     tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D]."""
+def routed_swiglu(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D]."""
     x = as_rows(x)
+    residual = None if residual is None else as_rows(residual)
     tokens, top_k = indices.shape
     experts, hidden_width, width = down.shape
     pairs = tokens * top_k
@@ -244,7 +247,7 @@ def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, 
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
-    expect(K=(top_k, 2), D=(hidden_width, 72))
+    expect(residual=(residual, None), K=(top_k, 2), D=(hidden_width, 72), ADD=(residual is not None, False))
     combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
         y,
         weights.contiguous(),

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import as_rows, packed
+
 BLOCK_N = 16
 NUM_WARPS = 4
 
@@ -134,8 +136,8 @@ def attention_inputs_(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, H·(P+R)], kv [B, S, C+R], weight [H, P, C], norm_weight [C], cos and sin [B, S, F], positions [B, S];
-    writes latent [B, T, C] and rope_key [B, T, R] at the positions.
+    """Kernel of the op `attention_inputs_`: q [B, S, H·(P+R)], kv [B, S, C+R], weight [H, P, C], norm_weight [C],
+    cos and sin [B, S, F], positions [B, S]; writes latent [B, T, C] and rope_key [B, T, R] at the positions.
 
     Returns q_latent [B, S, H, C] = q_nope · weight, and q_rope [B, S, H, R], rotated. q and kv may be column ranges of
     one tensor.
@@ -143,7 +145,8 @@ def attention_inputs_(
     batch, queries = positions.shape
     heads, nope, rank = weight.shape
     half, tokens = cos.shape[-1], batch * queries
-    q, kv = q.flatten(0, 1), kv.flatten(0, 1)
+    q, kv, weight, positions = as_rows(q), as_rows(kv), packed(weight), positions.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
     q_latent = torch.empty((batch, queries, heads, rank), dtype=q.dtype, device=q.device)
     q_rope = torch.empty((batch, queries, heads, 2 * half), dtype=q.dtype, device=q.device)
     block_c = 64 if heads * rank <= 64 * 256 else 128

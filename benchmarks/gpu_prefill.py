@@ -1,0 +1,208 @@
+"""Prefill on one GPU, and how long it takes to have a model there: compile, load, first token; beside transformers.
+
+    python benchmarks/gpu_prefill.py --peer                                  # DeepSeek-V2-Lite, 2048 and 8192 tokens
+    python benchmarks/gpu_prefill.py --model toy --target cpu --lengths 32   # the same path without a GPU
+
+The model is compiled without weights, which are then drawn at random on the device. Prefill is embedding and every
+layer over one prompt, and the head on its last position. `cold compile` is everything from the config to an artifact,
+with empty caches; `load to first token` is a process of its own with empty caches that opens the artifact, loads its
+graphs, and runs one prefill and one decode step on weights that are there already. Floor: the FLOPs of the active
+weights and of causal attention over those of a matrix product measured in the same run. The peer is transformers under
+torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_decode import bandwidth, compiled, drawn, milliseconds, peer_model
+from torch import Tensor
+
+from dsv3_compile.artifact import Artifact, GraphEntry
+from dsv3_compile.loading import load_graph
+from model_def.accounting import flops_per_token
+from model_def.config import ModelConfig
+from model_def.presets import PRESETS
+from model_def.specs import GqaSpec, MlaSpec
+
+ROOM = 64  # positions of the cache that the first decode step gets
+
+
+class Prefill:
+    """The graphs of an artifact with random weights, over one prompt."""
+
+    def __init__(self, artifact: Artifact, device: str) -> None:
+        manifest, self.device = artifact.manifest, device
+        self.artifact, self.functions = artifact, {}
+        self.entries = [(step.block, manifest.graphs[step.block]) for step in manifest.schedule]
+        self.weights: list[dict[str, Tensor]] = []
+        for _, phases in self.entries:
+            ports = {port.name: port for entry in phases.values() for port in entry.inputs if port.role == "weight"}
+            self.weights.append({name: drawn(port, device) for name, port in ports.items()})
+
+    def load(self) -> None:
+        """Make every graph callable."""
+        for block, phases in dict(self.entries).items():
+            for phase, entry in phases.items():
+                self.functions[block, phase] = load_graph(self.artifact.path(entry.source))
+
+    def run(self, ids: Tensor, positions: Tensor, phase: str) -> Tensor:
+        """Logits of the last position; caches are as long as the last position needs."""
+        values = {"input_ids_BS": ids, "positions_BS": positions}
+        length = ids.shape[1] if phase == "prefill" else ROOM
+        for (block, phases), weights in zip(self.entries, self.weights, strict=True):
+            entry = phases[phase]
+            if block == self.entries[-1][0]:
+                values["x_BSD"] = values["x_BSD"][:, -1:].contiguous()
+            outputs = self.functions[block, phase](*self.arguments(entry, {**weights, **values}, length))
+            names = ("x_BSD", "cos_BSF", "sin_BSF") if block == "embed" else ("x_BSD",)
+            values.update(zip(names, outputs, strict=False))
+        return values["x_BSD"]
+
+    def arguments(self, entry: GraphEntry, known: dict[str, Tensor], length: int) -> list[Tensor]:
+        sizes = {"B": len(known["input_ids_BS"]), "T": length}
+        return [
+            known[port.name]
+            if port.role != "cache"
+            else torch.zeros(
+                [sizes.get(size, size) if isinstance(size, str) else size for size in port.shape],
+                dtype=getattr(torch, port.dtype),
+                device=self.device,
+            )
+            for port in entry.inputs
+        ]
+
+
+def prompt(length: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, vocabulary, (1, length), device=device)
+    return ids, torch.arange(length, device=device).unsqueeze(0)
+
+
+def first_token(folder: Path, device: str) -> dict[str, float]:
+    """Seconds to open an artifact, to load its graphs, and to the first decoded token."""
+    begin = time.perf_counter()
+    artifact = Artifact.open(folder)
+    opened = time.perf_counter()
+    model = Prefill(artifact, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    ready = time.perf_counter()
+    model.load()
+    loaded = time.perf_counter()
+    ids, positions = prompt(32, artifact.manifest.config["vocab_size"], device)
+    token = model.run(ids, positions, "prefill")[:, -1:].argmax(-1)
+    model.run(token, positions[:, -1:] + 1, "decode").argmax(-1).tolist()
+    done = time.perf_counter()
+    return {"open_s": opened - begin, "load_s": loaded - ready, "first_token_s": done - loaded}
+
+
+def first_token_of_a_new_process(folder: Path, device: str) -> dict[str, float]:
+    """The same in a process whose caches are empty."""
+    with tempfile.TemporaryDirectory() as caches:
+        environment = {**os.environ, "TRITON_CACHE_DIR": caches}
+        command = [sys.executable, __file__, "--first-token", str(folder), "--device", device]
+        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return dict(json.loads(said.strip().splitlines()[-1]))
+
+
+def prefill_flops(config: ModelConfig, length: int) -> float:
+    """Active weights for every token, the head for one, and causal attention over keys and values of every head."""
+    head = 2 * config.vocab_size * config.hidden_size
+    widths = [spec.attention.heads * sum(head_widths(spec.attention)) for spec in config.layers()]
+    return (flops_per_token(config).weights - head) * length + head + sum(widths) * float(length) ** 2
+
+
+def head_widths(attention: MlaSpec | GqaSpec) -> tuple[int, int]:
+    """Numbers in a key and in a value of one head."""
+    if isinstance(attention, GqaSpec):
+        return attention.head_dim, attention.head_dim
+    return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
+
+
+def product_speed(device: str) -> float:
+    """FLOP per second of a matrix product."""
+    side, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / milliseconds(lambda: a @ b) * 1e3
+
+
+def peer_milliseconds(config: ModelConfig, length: int) -> float:
+    """transformers over the same prompt, compiled, with the faster of its expert forms that run."""
+    model, hf = peer_model(config)
+    ids, _ = prompt(length, hf.vocab_size, "cuda")
+    model.set_experts_implementation("grouped_mm")
+    run = torch.compile(model.forward)
+
+    def step() -> Any:
+        with torch.no_grad():
+            return run(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+
+    return milliseconds(step, 5)
+
+
+def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str, Any]]:
+    """Milliseconds of a prefill of one prompt of every length."""
+    model, rows = Prefill(artifact, device), []
+    model.load()
+    for length in lengths:
+        ids, positions = prompt(length, artifact.manifest.config["vocab_size"], device)
+        rows.append({"length": length, "ms": milliseconds(partial(model.run, ids, positions, "prefill"), 5)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deepseek-v2-lite", choices=sorted(PRESETS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--target", default="sm_90")
+    parser.add_argument("--peer", action="store_true", help="run transformers beside it")
+    parser.add_argument("--json", type=Path, default=Path("gpu_prefill.json"))
+    parser.add_argument("--first-token", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.first_token:
+        with torch.no_grad():
+            print(json.dumps(first_token(args.first_token, args.device)))
+        return
+    device = "cpu" if args.target == "cpu" else "cuda"
+    config = dataclasses.replace(PRESETS[args.model], num_nextn_predict_layers=0, quantization=None)
+    report: dict[str, Any] = {"model": args.model, "target": args.target, "torch": torch.__version__}
+    report |= {"copy_TBps": bandwidth(device) / 1e12, "TFLOPs": product_speed(device) / 1e12}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "artifact"
+        os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
+        artifact, report["compile_s"] = compiled(config, args.target, 1, max(args.lengths), path)
+        report |= first_token_of_a_new_process(path, device)
+        report["rows"] = timed(artifact, device, args.lengths)
+    for row in report["rows"]:
+        row["floor_ms"] = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
+    for row in report["rows"] if args.peer else []:
+        try:
+            row["peer_ms"] = peer_milliseconds(config, row["length"])
+        except (ImportError, RuntimeError) as error:
+            row["peer"] = str(error).splitlines()[0][:80]
+    args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{args.model}: cold compile {report['compile_s']:.1f} s; {report['TFLOPs']:.1f} TFLOP/s")
+    parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
+    print(f"load to first token, weights excluded: {parts.format(**report)}")
+    for row in report["rows"]:
+        line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms  floor {row['floor_ms']:9.2f} ms"
+        if args.peer:
+            line += f"  peer {row['peer_ms']:.2f} ms" if "peer_ms" in row else f"  peer: {row['peer']}"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

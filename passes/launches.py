@@ -1,0 +1,89 @@
+"""Passes that put several steps into one launch, where a target has a kernel for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+import codegen.ops  # noqa: F401  registers the vocabulary
+from codegen.targets import Target
+from codegen.tuning import own_form
+from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of, sweep
+from passes.nodes import CASTS, settled, users
+
+aten = torch.ops.aten
+
+REGROUPINGS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)
+
+
+@dataclass(frozen=True)
+class FuseLaunches(Pass):
+    """Base: one node after the other is looked at, and becomes part of a call of `op`.
+
+    Elsewhere than on a target with a kernel of its own for `op` the separate steps stay, since nothing is gained.
+    """
+
+    op: ClassVar[str]
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        outcome, graph = Outcome(), graph_module.graph
+        missing = self.lacks(context.target)
+        for node in list(graph.nodes):
+            if node._erased or node.op != "call_function":
+                continue
+            reason = self.when(node)
+            if reason is None:
+                reason = missing
+            if reason is None:
+                outcome.matches.append(self.rewrite(graph, node))
+            elif reason:
+                outcome.refuse(node, reason)
+        sweep(graph_module)
+        return outcome
+
+    def lacks(self, target: Target) -> str | None:
+        """Why a target has no use for the fused op, or None."""
+        return None if own_form(self.op, target) else f"{target.name} has no kernel of its own for {self.op}"
+
+    def when(self, node: fx.Node) -> str | None:
+        """The reason for leaving a node alone, '' if it is none worth telling, or None."""
+        raise NotImplementedError
+
+    def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
+        """Put the fused call in the node's place; returns a line of prose."""
+        raise NotImplementedError
+
+
+def regrouped_from(value: Any) -> tuple[Any, list[fx.Node]]:
+    """The node behind views that only regroup rows (the last axis stays), and those views from the inside out."""
+    views: list[fx.Node] = []
+    while is_call(value, *REGROUPINGS, *CASTS) and _keeps_rows(value):
+        views.insert(0, value)
+        value = value.args[0]
+    return value, views
+
+
+def _keeps_rows(view: fx.Node) -> bool:
+    source = view.args[0]
+    if is_call(view, *CASTS):
+        return settled(view) is not view
+    return min(len(shape_of(source)), len(shape_of(view))) > 0 and same_size(shape_of(source)[-1], shape_of(view)[-1])
+
+
+def regroup(graph: fx.Graph, value: fx.Node, views: list[fx.Node]) -> fx.Node:
+    """The same views of another value."""
+    for view in views:
+        value = call(graph, view.target, value, *view.args[1:], like=view, **view.kwargs)
+    return value
+
+
+def only_reader(node: fx.Node, views: list[fx.Node], reader: fx.Node) -> str | None:
+    """None if nobody but `reader` sees the node, through these views or without; else who does."""
+    for one in (node, *views):
+        others = [user for user in users(one) if user is not reader and user not in views]
+        if others:
+            return f"{one.name} is used by {others[0].name} as well"
+    return None

@@ -1,0 +1,73 @@
+"""A residual sum becomes part of the product that it is added to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes.fuse_residual import FuseResidual
+from tests.passes.capture import tensor
+from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.launches import LAYERS, layer_before
+
+aten, dsv3 = torch.ops.aten, torch.ops.dsv3
+
+D = 6
+
+
+@pytest.mark.parametrize(
+    ("layer", "phase"), [("v3", "prefill"), ("v3", "decode"), ("v2", "decode"), ("dense", "decode")]
+)
+def test_layers_of_the_family(layer, phase):
+    graph = layer_before("fuse-residual", LAYERS[layer], phase)
+    assert len(apply(FuseResidual(), graph, phase).matches) == 2
+    assert count(graph, aten.add, dsv3.add_rms_norm) == 0
+
+
+class Sum(nn.Module):
+    def __init__(self, twist: str = ""):
+        super().__init__()
+        self.twist = twist
+        self.first = nn.Linear(D, D, bias=twist == "bias")
+        self.norm = nn.Parameter(torch.empty(D))
+
+    def forward(self, x):
+        if self.twist == "activations":
+            return x + F.linear(x, x[0, :D].contiguous())
+        product = self.first(x)
+        if self.twist == "norm":
+            return dsv3.add_rms_norm(x, product, self.norm, 1e-6)
+        if self.twist == "broadcast":
+            return x[:1] + product
+        total = product + x
+        return (total, product) if self.twist == "leak" else total
+
+
+@pytest.mark.parametrize("twist", ["", "norm"])
+def test_either_order_and_a_norm_of_the_sum(twist):
+    graph = module_graph(Sum(twist), tensor("x", "B", "S", D))
+    assert len(apply(FuseResidual(), graph).matches) == 1
+    assert count(graph, dsv3.rms_norm) == (twist == "norm")
+
+
+def test_a_target_without_the_kernel_keeps_the_sum():
+    outcome = apply(FuseResidual(), module_graph(Sum(), tensor("x", "B", "S", D)), on="sm_80")
+    assert not outcome.matches and reasons(outcome) == "sm_80 has no kernel of its own for linear"
+
+
+@pytest.mark.parametrize(
+    ("twist", "reason"),
+    [
+        ("bias", "has a bias"),
+        ("leak", "is used by output as well"),
+        ("activations", "is no product with a weight"),
+        ("broadcast", ""),
+    ],
+)
+def test_near_misses(twist, reason):
+    shape = ("B", "S", D) if twist != "activations" else ("B", 9, D)
+    graph = module_graph(Sum(twist), tensor("x", *shape))
+    outcome = apply(FuseResidual(), graph)
+    assert not outcome.matches and reason in reasons(outcome), outcome

@@ -1,0 +1,74 @@
+"""The router's product joins the norm before it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from passes.fuse_router import FuseRouter
+from tests.passes.capture import tensor
+from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.launches import LAYERS, layer_before
+
+aten, dsv3 = torch.ops.aten, torch.ops.dsv3
+
+D, E = 6, 5
+
+
+@pytest.mark.parametrize(("layer", "phase"), [("v3", "prefill"), ("v3", "decode"), ("v2", "decode")])
+def test_layers_of_the_family(layer, phase):
+    graph = layer_before("fuse-router", LAYERS[layer], phase)
+    assert len(apply(FuseRouter(), graph, phase).matches) == 1
+    assert count(graph, aten._to_copy) == 1  # of the router's weight, which is done once
+
+
+def test_a_dense_layer_has_no_router():
+    graph = layer_before("fuse-router", LAYERS["dense"])
+    outcome = apply(FuseRouter(), graph)
+    assert not outcome.matches and not outcome.refusals
+
+
+class Router(nn.Module):
+    def __init__(self, twist: str = ""):
+        super().__init__()
+        self.twist = twist
+        self.norm, self.weight = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(E, D))
+        self.bias = nn.Parameter(torch.empty(E)) if twist == "bias" else None
+
+    def forward(self, x):
+        normed = dsv3.rms_norm(x, self.norm, 1e-6)
+        rows = normed.flatten(0, 1)
+        if self.twist == "rounded":
+            return F.linear(rows, self.weight.to(rows.dtype)), rows.relu()
+        logits = F.linear(rows.float(), self.weight, self.bias)
+        if self.twist == "alone":
+            return logits
+        return logits, (normed if self.twist == "shapes" else rows).relu()
+
+
+def test_a_router_behind_a_view():
+    graph = module_graph(Router(), tensor("x", "B", "S", D, dtype=torch.float16))
+    assert len(apply(FuseRouter(), graph).matches) == 1
+
+
+def test_a_target_without_the_kernel_keeps_two_steps():
+    graph = module_graph(Router(), tensor("x", "B", "S", D, dtype=torch.float16))
+    outcome = apply(FuseRouter(), graph, on="gfx942")
+    assert not outcome.matches and reasons(outcome) == "gfx942 has no kernel of its own for norm_router"
+
+
+@pytest.mark.parametrize(
+    ("twist", "reason"),
+    [
+        ("bias", "has a bias"),
+        ("rounded", "is rounded to torch.float16"),
+        ("shapes", "is read in more than one shape"),
+        ("alone", ""),
+    ],
+)
+def test_near_misses(twist, reason):
+    graph = module_graph(Router(twist), tensor("x", "B", "S", D, dtype=torch.float16))
+    outcome = apply(FuseRouter(), graph)
+    assert not outcome.matches and reason in reasons(outcome), outcome
