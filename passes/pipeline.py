@@ -79,7 +79,17 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
 )
 """For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache."""
 
-IMPORTED_PIPELINE: tuple[Pass, ...] = (*FOREIGN_PIPELINE, MergeProjections(), FuseSwiglu(), HoistWeights(), Lower())
+IMPORTED_PIPELINE: tuple[Pass, ...] = (
+    Canonicalise(),
+    ConcatenateSlices(),
+    OpenAttention(),
+    OrderContractions(),
+    SparsifyExperts(),
+    GroupExperts(),
+    FuseRouting(),
+    FuseAttention(),
+    *DEFAULT_PIPELINE[DEFAULT_PIPELINE.index(MergeProjections()) :],
+)
 """For layers that somebody else wrote, on weights and caches that are ours."""
 
 
