@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from codegen import dispatch
 from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
 from dsv3_compile.inspection import block_document, header, print_graph
@@ -84,7 +85,10 @@ def improve(
 
     given: integers and masks by input name, for the certificates.
     """
-    context = Context("any", target_of(examples), Workload(0, 0, 0))
+    target = target_of(examples)
+    if target.backend != "cpu":
+        dispatch.register(target)
+    context = Context("any", target, Workload(0, 0, 0))
     pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
     specimen = RegionalSpecimen(found.module, given) if settings.verify else None
     records = pipeline.run(found.module, context, f"graph {len(_reports)}", specimen, printer=_Printer())

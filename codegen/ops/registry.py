@@ -55,6 +55,16 @@ def opaque(
     return register
 
 
+_SERVED: set[tuple[str, str]] = set()  # (op, dispatch key): torch refuses to be told twice
+
+
+def serve(op: str, key: str, implementation: Callable[..., Any]) -> None:
+    """Let an op run `implementation` in place of its reference on tensors of a dispatch key, such as "CUDA"."""
+    if (op, key) not in _SERVED:
+        _LIBRARY.impl(op, implementation, key)
+        _SERVED.add((op, key))
+
+
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which an op computes: float32 for everything narrower, float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
