@@ -105,8 +105,9 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--kernels", action="store_true", help="the kernels in the artifact")
     inspect.add_argument("--html", metavar="FILE", help="write the report as a page")
 
-    verify = command("verify", "hashes, then numbers against the reference definition")
+    verify = command("verify", "hashes, numbers against the reference definition, and the certificates of the passes")
     verify.add_argument("artifact", metavar="DIR")
+    verify.add_argument("--no-certificates", action="store_true", help="do not repeat those of the passes")
     verify.add_argument("--checkpoint", metavar="FOLDER", help="where the checkpoint lies now, if it was moved")
 
     export = command("export", "write a model as ONNX or MLIR")

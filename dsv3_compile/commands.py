@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def inspect(options: Namespace) -> int:
 
 def verify(options: Namespace) -> int:
     with Display() as display:
-        report = verified(options.artifact, options.checkpoint, progress=display)
+        report = verified(options.artifact, options.checkpoint, display, not options.no_certificates)
     if options.json:
         _print_json(report)
     else:
@@ -165,10 +166,20 @@ def verify(options: Namespace) -> int:
             where = row["block"] if row["layer"] is None else f"layer {row['layer']} ({row['block']})"
             print(f"{where:<24}{row['phase']:<9}cosine {row['cosine']:.9f}  error {row['relative_error']:.1e}")
         print(f"{report['files']} files intact; largest error {report['largest']:.1e}, bound {report['bound']:.0e}")
+        print("\n".join(_repeated(report["certificates"])))
     if not report["passed"]:
         print("dsv3c: error: the artifact differs from the reference definition", file=sys.stderr)
         return FAILED
     return DONE
+
+
+def _repeated(certificates: dict[str, Any] | None) -> Iterator[str]:
+    if certificates is None:
+        yield "certificates of the passes: not repeated"
+        return
+    yield f"{certificates['certificates']} certificates repeated; largest error {certificates['largest']:.1e}"
+    for block in certificates["changed"]:
+        yield f"{block}: this version of the compiler makes another graph of it than the artifact holds"
 
 
 def export(options: Namespace) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dsv3_compile.artifact import ArtifactError
 from dsv3_compile.driver import Event, Progress, silent
+from dsv3_compile.recertify import recertify
 from dsv3_compile.runtime import Graph, Model, load
 from model_def import names
 from model_def.checkpoint import Checkpoint
@@ -37,10 +38,16 @@ class Comparison:
     relative_error: float  # RMS of the difference over RMS of the reference
 
 
-def verify(folder: str | Path, checkpoint: str | Path | None = None, progress: Progress = silent) -> dict[str, Any]:
-    """Check every hash, then every block in prefill and decode.
+def verify(
+    folder: str | Path,
+    checkpoint: str | Path | None = None,
+    progress: Progress = silent,
+    certificates: bool = True,
+) -> dict[str, Any]:
+    """Check every hash, then every block in prefill and decode, then every pass.
 
     checkpoint: where the checkpoint lies, if not where it was when the artifact was written.
+    certificates: repeat those of the passes, which takes as long as compiling.
     Raises ArtifactError when the folder is not intact or the checkpoint is not to be found.
     """
     model = load(folder)
@@ -62,6 +69,7 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None, progress: P
         "blocks": [asdict(row) for row in rows],
         "largest": largest,
         "bound": bound,
+        "certificates": recertify(model.artifact, progress).to_dict() if certificates else None,
         "passed": all(row.relative_error <= bound for row in rows),
     }
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsv3_compile.driver as driver
+from dsv3_compile.artifact import Artifact
 from dsv3_compile.cli import main
 from dsv3_compile.commands import at_fault
 from dsv3_compile.native import NativeError
-from passes.pipeline import RequirementError
+from dsv3_compile.program import BlockGraph
+from dsv3_compile.recertify import recertify
+from passes.pipeline import DEFAULT_PIPELINE, Pipeline, RequirementError
 from passes.verify import CertificateError
 from tests.dsv3_compile import tiny
 
@@ -360,17 +364,31 @@ def test_export_of_an_artifact_whose_checkpoint_moved_says_where_it_was(
 
 
 def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Capture) -> None:
-    assert main(["verify", str(artifact_folder), "--json"]) == 0
+    with patch.object(driver, "capture", tiny.captured_before):
+        assert main(["verify", str(artifact_folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] and len(report["blocks"]) == 2 * (tiny.TINY.num_hidden_layers + 2)
     assert all(row["cosine"] > 1 - 1e-9 and row["relative_error"] < 1e-5 for row in report["blocks"])
+    repeated = report["certificates"]
+    assert repeated["certificates"] == 8 * len(DEFAULT_PIPELINE) and 0 < repeated["largest"] <= 1e-10
+    assert not repeated["changed"]
+
+
+def test_verify_names_graphs_that_another_compiler_made(artifact_folder: Path, capsys: Capture) -> None:
+    def without_norms(*given: Any) -> dict[tuple[str, str], BlockGraph]:
+        return {key: block for key, block in tiny.captured_before(*given).items() if key[0] in ("embed", "dense")}
+
+    shorter = Pipeline(tuple(one for one in DEFAULT_PIPELINE if one.name() != "fuse-norm"))
+    with patch.object(driver, "capture", without_norms), patch.object(driver, "_pipeline", lambda options: shorter):
+        repeated = recertify(Artifact.open(artifact_folder), driver.silent)
+    assert repeated.changed == ("dense prefill", "dense decode")
 
 
 def test_verify_fails_on_weights_that_are_not_the_checkpoints(
     artifact_folder: Path, checkpoint: Path, capsys: Capture
 ) -> None:
     rewritten(checkpoint, lambda tensors: tensors[O_PROJ].mul_(1.01))
-    assert main(["verify", str(artifact_folder), "--checkpoint", str(checkpoint), "--json"]) == 1
+    assert main(["verify", str(artifact_folder), "--checkpoint", str(checkpoint), "--json", "--no-certificates"]) == 1
     rows = json.loads(capsys.readouterr().out)["blocks"]
     wrong = {row["layer"] for row in rows if row["relative_error"] > 1e-4}
     assert wrong == {1}, "an error is seen in the layer where it arises, and only there"

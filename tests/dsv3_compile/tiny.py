@@ -16,7 +16,7 @@ from dsv3_compile.options import Options
 from dsv3_compile.program import BlockGraph, Program
 from model_def import names
 from model_def.config import ModelConfig
-from model_def.decoder import Decoder
+from model_def.decoder import Decoder, Layer
 from model_def.presets import PRESETS
 from passes.verify import clone
 
@@ -55,10 +55,12 @@ def blocks() -> dict[tuple[str, str], BlockGraph]:
     return capture(TINY, torch.float32)
 
 
-def captured_before(config: ModelConfig, dtype: torch.dtype, step: Any) -> dict[tuple[str, str], BlockGraph]:
+def captured_before(
+    config: ModelConfig, dtype: torch.dtype, step: Any, layer: Any = Layer
+) -> dict[tuple[str, str], BlockGraph]:
     """Stands in for `capture` where capturing is not what a test is about."""
-    if (config, dtype) != (TINY, torch.float32):
-        return capture(config, dtype, step)
+    if (config, dtype, layer) != (TINY, torch.float32, Layer):
+        return capture(config, dtype, step, layer)
     return {key: BlockGraph(block.name, block.phase, clone(block.module)) for key, block in blocks().items()}
 
 
