@@ -112,7 +112,8 @@ def _why_edge_blocks(source: fx.Node, node: fx.Node) -> str:
     others = [one for one in node.all_input_nodes if one is not source]
     if is_call(node, *CACHE_WRITES) and others:
         return f"the rows of {others[0].name} come in expanded already: {node.name} caches keys, not latents"
-    return f"the edge {source.name} → {node.name} is not linear, so the weight before it cannot be absorbed"
+    how = "multiplies element by element" if is_call(node, aten.mul) else "is not linear"
+    return f"the edge {source.name} → {node.name} {how}, so the weight before it cannot be absorbed"
 
 
 def opened(graph: fx.Graph, node: fx.Node, found: Arguments) -> fx.Node:

@@ -117,7 +117,7 @@ class Reordered(Eager):
     "one, module, reason",
     [
         (OpenAttention(), Attention(dropout_p=0.5), "dropout"),
-        (OpenAttention(), Rotated(), "the edge linear_1 → mul is not linear"),
+        (OpenAttention(), Rotated(), "the edge linear_1 → mul multiplies element by element"),
         (CloseAttention(), Eager(), ""),
         (CloseAttention(), Shared(), "is used by"),
         (CloseAttention(), Reordered(), "is no product of queries"),
