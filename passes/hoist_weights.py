@@ -29,7 +29,7 @@ class HoistWeights(Pass):
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
         computed = weight_only(graph)
-        roots = [n for n in computed if any(user not in computed for user in n.users)]
+        roots = [n for n in graph.nodes if n in computed and any(user not in computed for user in n.users)]
         anchor = next(n for n in graph.nodes if n.op != "placeholder")
         for node in roots:
             root = source_of_views(node)
