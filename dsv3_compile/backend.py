@@ -22,7 +22,6 @@ from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
 from dsv3_compile.inspection import block_document, header, print_graph
 from passes.base import Context, Workload, placeholders, state
-from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
 from passes.pipeline import FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
 
@@ -94,7 +93,8 @@ def improve(
     records = pipeline.run(found.module, context, f"graph {len(_reports)}", specimen, printer=_Printer())
     check_required(records, settings.require)
     report = _publish(records, examples, settings, "")
-    return any(record.matches for record in records if record.name != Canonicalise.name()), report
+    gained = any(record.matches for one, record in zip(pipeline.passes, records, strict=True) if not one.prepares)
+    return gained, report
 
 
 def last_report() -> dict[str, Any]:

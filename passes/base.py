@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -69,6 +69,8 @@ class Context:
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes. Subclasses are frozen dataclasses whose fields are their options."""
+
+    prepares: ClassVar[bool] = False  # does it only write things in the way that later passes read?
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         """Change the graph in place and say what was done and what was left."""
@@ -161,11 +163,17 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+SWEPT = "swept"
+
+
 def sweep(graph_module: fx.GraphModule) -> None:
-    """Remove dead code, check the graph, regenerate its Python."""
+    """Remove dead code, check the graph, regenerate its Python; nothing if all that was done already."""
+    if graph_module.meta.get(SWEPT) == state(graph_module.graph):
+        return
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
+    graph_module.meta[SWEPT] = state(graph_module.graph)
 
 
 def state(graph: fx.Graph) -> list[Any]:

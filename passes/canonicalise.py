@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -23,6 +23,8 @@ class Canonicalise(Pass):
     cat([empty, x]), copy(x, y), slice(cat) at its seams                                        →  the part
     two equal nodes                                                                             →  one
     """
+
+    prepares: ClassVar[bool] = True
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -24,6 +24,8 @@ class CloseAttention(Pass):
     Takes back what `open-attention` did wherever no pass between the two had a use for it; the safe softmax tells.
     Scores that were brought to another order stay products.
     """
+
+    prepares: ClassVar[bool] = True
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -25,6 +26,8 @@ class ConcatenateSlices(Pass):
 
     The slices must fill the buffer along one dim.
     """
+
+    prepares: ClassVar[bool] = True
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()

@@ -27,6 +27,8 @@ class FuseSwiglu(Rewrite):
     `gate_up` is mostly what merge-projections made; gate and up may also be neighbours in something wider.
     """  # fmt: skip
 
+    prepares: ClassVar[bool] = True
+
     before: ClassVar[Pattern] = Cast(silu, lossy=True) * Cast(up)
 
     def when(self, match: Match) -> str | None:

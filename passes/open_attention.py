@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -26,6 +26,8 @@ class OpenAttention(Pass):
     So that products before and behind it can be ordered together with those inside. The softmax is the one of which
     a row that sees nothing is zero. `close-attention` puts together again what no pass had a use for.
     """
+
+    prepares: ClassVar[bool] = True
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()

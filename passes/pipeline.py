@@ -73,11 +73,12 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     FuseAttention(expanded=False),
     CloseAttention(),
     FuseSwiglu(),
-    FuseRotary(),
-    FuseNorm(),
     FuseExperts(),
 )
-"""For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache."""
+"""For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache.
+
+Norms and rotations stay as they are: Inductor fuses them itself.
+"""
 
 IMPORTED_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
