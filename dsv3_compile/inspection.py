@@ -153,7 +153,7 @@ def _record(record: PassRecord, workload: Workload, target: Target) -> dict[str,
 
 
 def _certificate(certificate: Certificate | None) -> dict[str, Any] | None:
-    return None if certificate is None else asdict(certificate)
+    return None if certificate is None else {**asdict(certificate), "skipped": list(certificate.skipped)}
 
 
 def _cost(cost: Cost, workload: Workload, target: Target) -> dict[str, Any]:

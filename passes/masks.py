@@ -57,15 +57,9 @@ class Visible:
     def _arranged(self, graph: fx.Graph, node: fx.Node, queries: fx.Node, keys: fx.Node, sizes: list[Any]) -> fx.Node:
         context = shape_of(keys)[1]
         in_bounds = "upper" in node.meta or counts_to(node, context)
-        for dim in reversed(range(len(self.dims))):
-            if self.dims[dim] is None:
-                node = call(graph, aten.squeeze.dim, node, dim, like=queries)
-        kept = [dim for dim in self.dims if dim is not None]
-        if len(kept) == 2 and kept[1] == BATCH:
-            node = call(graph, aten.transpose.int, node, 0, 1, like=queries)
-        for place, along in enumerate((BATCH, self.queries)):
-            if along not in kept:
-                node = call(graph, aten.unsqueeze.default, node, place, like=queries)
+        wanted = (BATCH, self.queries)
+        if len(self.dims) != 2 or any(dim not in (None, along) for dim, along in zip(self.dims, wanted, strict=True)):
+            node = self._in_order(graph, node, queries)
         if not all(same_size(own, full) for own, full in zip(shape_of(node), shape_of(queries), strict=False)):
             node = call(graph, aten.expand.default, node, sizes, like=queries)
         if dtype_of(node) != torch.int64:
@@ -74,6 +68,19 @@ class Visible:
             return node
         last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries)
         return call(graph, aten.clamp_max.default, node, last, like=queries)
+
+    def _in_order(self, graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
+        """Dims of the batch and of the queries, in this order, each of size one where `last` has none along it."""
+        for dim in reversed(range(len(self.dims))):
+            if self.dims[dim] is None:
+                node = call(graph, aten.squeeze.dim, node, dim, like=like)
+        kept = [dim for dim in self.dims if dim is not None]
+        if len(kept) == 2 and kept[1] == BATCH:
+            node = call(graph, aten.transpose.int, node, 0, 1, like=like)
+        for place, along in enumerate((BATCH, self.queries)):
+            if along not in kept:
+                node = call(graph, aten.unsqueeze.default, node, place, like=like)
+        return node
 
 
 def counts_to(node: fx.Node, size: Any) -> bool:
