@@ -98,7 +98,8 @@ def test_forms_for_one_target_are_emitted_at_widths_of_a_real_model(name, op):
     assert choose(op, wide, gpu) == KERNELS / name / f"{op}.py"
     kernel = emit_kernel(op, wide, gpu)
     assert "codegen" not in kernel.source.split('"""', 2)[2]
-    assert kernel.binaries and all(code.startswith(b"\x7fELF") for code in kernel.binaries.values())
+    machine_code = [code for file, code in kernel.binaries.items() if file.endswith(".cubin")]
+    assert machine_code and all(code.startswith(b"\x7fELF") for code in machine_code)
 
 
 def test_the_same_constants_are_emitted_once():

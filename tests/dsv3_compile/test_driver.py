@@ -135,7 +135,7 @@ def captured(monkeypatch):
 
 
 def test_a_wrong_pass_stops_the_compile(captured, monkeypatch):
-    monkeypatch.setattr(driver, "Pipeline", lambda: Pipeline((Broken(),)))
+    monkeypatch.setattr(driver, "_pipeline", lambda options: Pipeline((Broken(),)))
     with pytest.raises(
         CertificateError, match=r"broken on dense prefill: output 0 differs .*first at mul\w*, in place of linear "
     ):
