@@ -24,7 +24,7 @@ def test_the_repr_rebuilds_them():
         ({"max_batch": True}, "max_batch is True"),
         ({"set": "a.b=c"}, "set is 'a.b=c'; accepted: a list of strings"),
         ({"aot": True, "target": "sm_90"}, "aot is for target cpu; the target is sm_90"),
-        ({"speed": 3}, "unknown option 'speed'; accepted: target, dtype"),
+        ({"speed": 3}, "unknown option 'speed'; accepted: target, origin, dtype"),
     ],
 )
 def test_bad_values_say_what_is_accepted(settings, message):
