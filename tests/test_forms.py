@@ -28,7 +28,7 @@ def once(config: ModelConfig, dtype: torch.dtype) -> dict[tuple[str, str], Block
 
 @pytest.fixture(autouse=True)
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def copies(config: ModelConfig, dtype: torch.dtype, step: object) -> dict[tuple[str, str], BlockGraph]:
+    def copies(config: ModelConfig, dtype: torch.dtype, *_: object) -> dict[tuple[str, str], BlockGraph]:
         return {key: BlockGraph(b.name, b.phase, clone(b.module)) for key, b in once(config, dtype).items()}
 
     monkeypatch.setattr(driver, "capture", copies)
