@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PACKAGES := dsv3_compile passes codegen model_def
 
-.PHONY: demo test check format golden clean
+.PHONY: demo test slow check format golden clean
 
 demo: $(VENV)/.demo
 	$(RUN) examples/compile_and_generate.py
@@ -12,6 +12,9 @@ demo: $(VENV)/.demo
 # One thread per worker: the small matrices of the tests lose by being shared out.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadscope
+
+slow: $(VENV)/.dev
+	$(RUN) -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff check .

@@ -105,6 +105,7 @@ def test_tosa_has_fixed_sizes(tmp_path: Path) -> None:
         assert f"func.func @{phase}" in text and "tosa.scatter" in text and "torch.aten" not in text
 
 
+@pytest.mark.slow
 def test_the_embedded_model_in_both_phases(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(driver.EMBEDDED / "toy")
     options = Options(dtype="float32", disable=("lower",), verify=False)
@@ -136,7 +137,7 @@ def test_an_operator_that_a_dialect_lacks_is_refused_with_node_and_model_line(tm
     refusal = MlirError("torch-mlir has no linalg form of aten.softmax", "aten._softmax")
     with patch("dsv3_compile.export_mlir.to_mlir", side_effect=refusal):
         with pytest.raises(
-            MlirError, match=r"aten\.softmax: node mla_attention\S* of model\.layers\.0\.self_attn \(attention"
+            MlirError, match=r"aten\.softmax: node (mla_)?attention\S* of model\.layers\.0\.self_attn \(attention"
         ):
             write_mlir(program(), tmp_path / "model", {})
     assert not (tmp_path / "model").exists()

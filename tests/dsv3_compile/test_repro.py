@@ -47,7 +47,7 @@ def default_dtype() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-def planted() -> Pipeline:
+def planted(_: object) -> Pipeline:
     return Pipeline(tuple(WrongScale() if isinstance(one, FuseAttention) else one for one in DEFAULT_PIPELINE))
 
 
@@ -55,7 +55,7 @@ def test_a_planted_pass_stops_the_command_and_the_script_shows_why(
     checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "capture", tiny.captured_before)
-    monkeypatch.setattr(driver, "Pipeline", planted)
+    monkeypatch.setattr(driver, "_pipeline", planted)
     assert main(["compile", str(checkpoint_folder), "-o", str(tmp_path / "output")]) == 1
     said = capsys.readouterr()
     (line,) = said.err.splitlines()

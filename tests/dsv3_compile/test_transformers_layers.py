@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from dsv3_compile import driver
-from dsv3_compile.options import Options
 from dsv3_compile.runtime import load
 from dsv3_compile.transformers_layers import TransformersError, TransformersLayers
 from dsv3_compile.verification import verify
@@ -48,9 +47,11 @@ def test_their_layer_on_our_weights_is_our_layer(config: ModelConfig, index: int
 def test_an_artifact_of_their_code_is_verified_against_the_definition(tmp_path: Path) -> None:
     config = replace(TINY, num_hidden_layers=2)
     write(tmp_path / "checkpoint", config, checkpoint_of(trained_looking(config)).items())
-    options = Options(origin="transformers", max_batch=3, max_length=32, require=("group-experts", "open-attention"))
-    settings = {name: getattr(options, name) for name in ("origin", "max_batch", "max_length", "require")}
-    driver.compile(tmp_path / "checkpoint", tmp_path / "artifact", **settings)
+    required = ("group-experts", "open-attention")
+    driver.compile(
+        tmp_path / "checkpoint", tmp_path / "artifact", origin="transformers", max_batch=3, max_length=32,
+        require=required, verify=False,
+    )  # fmt: skip
     assert verify(tmp_path / "artifact", certificates=False)["passed"]
     model = load(tmp_path / "artifact")
     assert model.generate(torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
