@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 
 # One thread per worker: the small matrices of the tests lose by being shared out.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadscope
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadscope --no-loadscope-reorder
 
 slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow

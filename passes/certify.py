@@ -80,7 +80,7 @@ class RegionalSpecimen:
                     error, failed = float("inf"), f"the graph no longer runs: {stopped}"
                 else:
                     failed = f"{region.root} differs by {error:.3g} (bound {bound:g})"
-                if error > bound or error != error:
+                if not error <= bound:
                     if region.whole:
                         break
                     continue

@@ -95,6 +95,7 @@ def test_iree_decodes_ragged_rows_as_the_definition_does(folder: Path) -> None:
     assert decode_error(Compiled(folder, "decode"), definition(), rows=3, steps=9, slots=14) <= 1e-4
 
 
+@pytest.mark.slow
 def test_tosa_has_fixed_sizes(tmp_path: Path) -> None:
     write_mlir(program(), tmp_path / "tosa", weights(), "tosa", sizes=Sizes(2, 5, 9))
     signature = json.loads((tmp_path / "tosa" / "signature.json").read_text())["functions"]
@@ -116,11 +117,13 @@ def test_the_embedded_model_in_both_phases(tmp_path: Path) -> None:
     assert decode_error(Compiled(tmp_path / "toy", "decode"), reference(checkpoint), rows=2, steps=12, slots=16) <= 1e-4
 
 
+@pytest.mark.slow
 def test_the_torch_dialect_verifies() -> None:
     text = to_mlir(whole_program(program(), "prefill", {}), "torch", "prefill")
     assert "func.func @prefill" in text and "torch.operator" not in text
 
 
+@pytest.mark.slow
 def test_inline_weights_are_no_arguments() -> None:
     text = to_mlir(whole_program(program(), "decode", weights()), "torch", "decode")
     (head,) = [line for line in text.splitlines() if "func.func @decode" in line]

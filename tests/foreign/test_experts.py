@@ -37,9 +37,13 @@ def moe_graphs(build, implementation: str, dtype: torch.dtype = torch.float32):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("v3", "grouped_mm"), ("v3", "batched_mm"), ("kimi", "grouped_mm"), ("v2-greedy", "batched_mm"),
-     ("v2-grouped", "grouped_mm")],
-)  # fmt: skip
+    [
+        ("v3", "batched_mm"),
+        ("v2-greedy", "batched_mm"),
+        # with grouped products they are in test_backend.py as well
+        *(pytest.param(name, "grouped_mm", marks=pytest.mark.slow) for name in ("v3", "kimi", "v2-grouped")),
+    ],
+)
 def test_routing_and_experts_of_every_family_are_one_op_each(name, implementation):
     graphs = moe_graphs(MODELS[name], implementation)
     assert len(graphs) == 3

@@ -52,8 +52,8 @@ def static(model):
 @pytest.mark.parametrize(
     "build, cache, attention, padded",
     [
-        (deepseek_v3, dynamic, "sdpa", False),
-        (deepseek_v2, static, "sdpa", False),
+        pytest.param(deepseek_v3, dynamic, "sdpa", False, marks=pytest.mark.slow),  # in test_backend.py as well
+        pytest.param(deepseek_v2, static, "sdpa", False, marks=pytest.mark.slow),
         (kimi_like, static, "eager", False),
         (deepseek_v3, static, "sdpa", True),
     ],

@@ -19,6 +19,7 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 D, O = 6, 5  # noqa: E741
 
 
+@pytest.mark.slow  # the same pass is spoiled on whole layers in test_mutations.py
 @pytest.mark.parametrize(("layer", "folded"), [("v3", 2), ("v2", 1), ("dense", 3)])
 def test_layers_of_the_family(layer, folded):
     graph = layer_before("fold-norm-weights", LAYERS[layer])

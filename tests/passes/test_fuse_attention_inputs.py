@@ -19,6 +19,7 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 H, P, R, C = 3, 5, 4, 6
 
 
+@pytest.mark.slow  # the same pass is spoiled on whole layers in test_mutations.py
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_of_the_family(layer):
     graph = layer_before("fuse-attention-inputs", LAYERS[layer])

@@ -16,6 +16,7 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 H, D, O = 3, 6, 5  # noqa: E741
 
 
+@pytest.mark.slow  # the same pass is spoiled on whole layers in test_mutations.py
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_of_the_family(layer):
     graph = layer_before("fuse-head-products", LAYERS[layer])

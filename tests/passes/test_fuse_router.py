@@ -17,6 +17,7 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 D, E = 6, 5
 
 
+@pytest.mark.slow  # the same pass is spoiled on whole layers in test_mutations.py
 @pytest.mark.parametrize(("layer", "phase"), [("v3", "prefill"), ("v3", "decode"), ("v2", "decode")])
 def test_layers_of_the_family(layer, phase):
     graph = layer_before("fuse-router", LAYERS[layer], phase)

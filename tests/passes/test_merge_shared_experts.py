@@ -18,6 +18,7 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 E, K, D, I = 5, 2, 6, 4  # noqa: E741
 
 
+@pytest.mark.slow  # the same pass is spoiled on whole layers in test_mutations.py
 @pytest.mark.parametrize(("layer", "shared", "phase"), [("v3", 1, "prefill"), ("v3", 1, "decode"), ("v2", 2, "decode")])
 def test_layers_of_the_family(layer, shared, phase):
     graph = layer_before("merge-shared-experts", LAYERS[layer], phase)
