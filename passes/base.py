@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from dataclasses import replace as replace_fields
 from enum import StrEnum
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from codegen.targets import Target
@@ -122,12 +122,37 @@ def call(
     """
     node = graph.call_function(target, args, kwargs)
     with fake_mode_of(graph):
-        node.meta["val"] = target(*value_of(args), **value_of(kwargs))
+        compute = fake_einsum if target is torch.ops.aten.einsum.default and is_sum_of_products(*args) else target
+        node.meta["val"] = compute(*value_of(args), **value_of(kwargs))
     if like is not None:
         for key in ("stack_trace", "nn_module_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     return node
+
+
+def is_sum_of_products(equation: str, operands: Sequence[Any]) -> bool:
+    """Is something summed, over two operands? What is not is no matrix product to torch."""
+    inputs, _, out = equation.replace(" ", "").partition("->")
+    return len(operands) == 2 and not set(inputs) - {","} <= set(out)
+
+
+def fake_einsum(equation: str, operands: Sequence[Tensor]) -> Tensor:
+    """What a product of two tensors gives, in size and strides: torch's own way takes long on symbolic sizes.
+
+    It multiplies [both, left, sum] with [both, sum, right] and permutes; axes of size one count as the other side's.
+    """
+    inputs, out = equation.replace(" ", "").split("->")
+    sizes = [dict(zip(letters, x.shape, strict=True)) for letters, x in zip(inputs.split(","), operands, strict=True)]
+
+    def is_wide(side: int, letter: str) -> bool:
+        return letter in sizes[side] and not same_size(sizes[side][letter], 1)
+
+    kinds = {c: (is_wide(0, c), is_wide(1, c)) for c in out}
+    order = [c for kind in ((True, True), (True, False)) for c in out if kinds[c] == kind]
+    order += [c for c in out if c not in order]
+    known = {**sizes[1], **sizes[0]} | {c: sizes[1][c] for c in out if kinds[c] == (False, True)}
+    return operands[0].new_empty([known[c] for c in order]).permute([order.index(c) for c in out])
 
 
 def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
