@@ -35,7 +35,8 @@ def test_train_toy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Checkpoint.open(tmp_path / "toy", mtp=True).validate()
 
 
-def test_inspect_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # a diff is cut to the terminal's width
     records = load("inspect_passes").main(["--keep", str(tmp_path)])
     printed = capsys.readouterr().out
     assert all(record.spec in printed for record in records)
