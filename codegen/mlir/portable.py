@@ -6,12 +6,15 @@ here have static control flow and the same meaning. Axis letters follow docs/arc
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import codegen.ops  # noqa: F401  registers the vocabulary
@@ -152,7 +155,10 @@ class PortableBlock(fx.Interpreter):
 
 
 def applied(node: fx.Node) -> set[str]:
-    """ATen operators that a node's portable form calls, such as "aten.bmm"; run on the node's fake values."""
+    """ATen operators that a node's portable form calls, such as "aten.bmm"; run on the node's fake values.
+
+    The graph's sizes stay free: without the Python dispatcher some fake kernels would fix them at their examples.
+    """
     found = {str(getattr(node.target, "overloadpacket", node.target))}
 
     class Record(TorchDispatchMode):
@@ -161,6 +167,7 @@ def applied(node: fx.Node) -> set[str]:
             return function(*args, **(kwargs or {}))
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: one.meta["val"])
-    with torch.no_grad(), Record():
+    mode = detect_fake_mode((args, kwargs)) or contextlib.nullcontext()  # what is made on the way is fake as well
+    with mode, torch.no_grad(), enable_python_dispatcher(), Record():
         PORTABLE.get(node.target, node.target)(*args, **kwargs)
     return found

@@ -21,6 +21,7 @@ from dsv3_compile.options import Options
 from dsv3_compile.program import PHASES, Program, bind
 from dsv3_compile.verification import reference
 from model_def.checkpoint import Checkpoint
+from passes.base import Role
 from tests.dsv3_compile.test_export import compiled
 from tests.dsv3_compile.tiny import TINY, checkpoint_of, trained_looking
 
@@ -144,7 +145,15 @@ def test_an_operator_that_a_dialect_lacks_is_refused_with_node_and_model_line(tm
         ):
             write_mlir(program(), tmp_path / "model", {})
     assert not (tmp_path / "model").exists()
-    assert origin(program(), "decode", "aten.linalg_det") == ""
+
+
+def test_looking_for_an_operator_leaves_the_sizes_free() -> None:
+    """Graphs share their symbols with all others that were captured with them."""
+    graph = program().blocks["moe", "prefill"]
+    assert origin(program(), "prefill", "aten.linalg_det") == ""
+    for node in graph.inputs(Role.CACHE):
+        batch, slots, _ = node.meta["val"].shape
+        assert [batch.node.expr, slots.node.expr] == [graph.module.meta["dims"][letter] for letter in "BT"]
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 4), (1, 0, 4), (1, 5, 4)])
