@@ -17,7 +17,6 @@ import torch
 from dsv3_compile import driver
 from dsv3_compile.artifact import ArtifactError, is_artifact, read_manifest
 from dsv3_compile.benchmark import measure
-from dsv3_compile.capture import CaptureError
 from dsv3_compile.inspection import inspect as inspected
 from dsv3_compile.inspection import short, table
 from dsv3_compile.native import NativeError
@@ -26,6 +25,7 @@ from dsv3_compile.progress import Display
 from dsv3_compile.report.terminal import show
 from dsv3_compile.runtime import load
 from dsv3_compile.tokenizer import TokenizerError, open_tokenizer
+from dsv3_compile.tracing import CaptureError
 from dsv3_compile.verification import verify as verified
 from model_def import accounting
 from model_def.checkpoint import CheckpointError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
 
-from dsv3_compile.capture import tidy
+from dsv3_compile.tracing import tidy
 from passes.base import Role
 
 aten = torch.ops.aten

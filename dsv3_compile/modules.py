@@ -17,8 +17,8 @@ from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dsv3_compile import backend
-from dsv3_compile.capture import tidy
 from dsv3_compile.functional import Functional, callable_again, short_name
+from dsv3_compile.tracing import tidy
 from passes.base import Role, placeholders
 from passes.inputs import expression_of
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dsv3_compile.capture import CaptureError, Input, block_names, capture, capture_module
+from dsv3_compile.capture import block_names, capture
+from dsv3_compile.tracing import CaptureError, Input, capture_module
 from model_def.presets import PRESETS
 from passes.base import Role, source_line
 from tests.dsv3_compile import tiny
@@ -113,6 +114,38 @@ class WithConstant(nn.Module):
 def test_a_tensor_constant_is_refused():
     with pytest.raises(CaptureError, match="tensor constant .*; register it as a buffer"):
         capture_module(WithConstant(), [Input("x", Role.ACTIVATION, ("B", 2), torch.float32)])
+
+
+class Overwrites(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+class Fixes(nn.Module):
+    def forward(self, x):
+        return x.view(3, 2) + 1 if x.shape[0] == 3 else x
+
+
+@pytest.mark.parametrize(
+    ("module", "why"), [(Overwrites(), "overwrites an input in place"), (Fixes(), "fixes .*: B = 3")]
+)
+def test_what_is_no_function_of_free_sizes_is_refused(module, why):
+    with pytest.raises(CaptureError, match=why):
+        capture_module(module, [Input("x", Role.ACTIVATION, ("B", 2), torch.float32)])
+
+
+class Fills(nn.Module):
+    def forward(self, x):
+        rows = torch.empty(x.shape[0], 4)
+        rows[:, :2], rows[:, 2:] = x, 2 * x
+        return rows
+
+
+def test_a_buffer_that_is_filled_in_place_becomes_a_new_value():
+    graph = capture_module(Fills(), [Input("x", Role.ACTIVATION, ("B", 2), torch.float32)])
+    assert not any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in graph.graph.nodes)
+    x = torch.randn(7, 2)
+    torch.testing.assert_close(graph(x)[0], Fills()(x))
 
 
 def test_a_buffer_is_a_weight():

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dsv3_compile.capture import Input, capture_module
 from dsv3_compile.phases import decode_of, fix_sizes
+from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.bisection import relative_error
 from passes.inputs import random_inputs

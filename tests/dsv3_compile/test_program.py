@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 from codegen.targets import TARGETS
-from dsv3_compile.capture import Input, capture_module
 from dsv3_compile.program import BlockGraph, Occurrence, Program, bind, content_key, share_weights
+from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 
 WIDTH = 3

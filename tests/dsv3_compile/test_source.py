@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from dsv3_compile.capture import Input, capture_module
 from dsv3_compile.loading import load_graph
 from dsv3_compile.source import graph_source
+from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.inputs import random_inputs, size_values
 from tests.dsv3_compile import tiny

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role
 
 HIDDEN, HEADS, NOPE, ROPE, VALUE, RANK = 20, 3, 10, 6, 7, 24

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import codegen.ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.targets import TARGETS
-from dsv3_compile.capture import Input, capture_module
+from dsv3_compile.tracing import Input, capture_module
 from model_def.decoder import Layer
 from model_def.specs import DenseSpec, LayerSpec, MlaSpec, MoeSpec, RoutingSpec
 from passes.base import Context, Outcome, Pass, Role, Workload, calls

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from codegen.targets import target
-from dsv3_compile.capture import Input, capture_fake, capture_module, layer_inputs
+from dsv3_compile.capture import layer_inputs
+from dsv3_compile.tracing import Input, capture_fake, capture_module
 from model_def.config import ModelConfig
 from model_def.decoder import Layer
 from passes.base import Context, Outcome, Pass, Workload, is_call, sweep

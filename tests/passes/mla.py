@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role
 
 

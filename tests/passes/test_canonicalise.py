@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.canonicalise import Canonicalise
 from tests.passes.harness import apply, count, module_graph

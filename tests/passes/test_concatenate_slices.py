@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.concatenate_slices import ConcatenateSlices
 from tests.passes.harness import apply, count, module_graph, reasons

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role, calls
 from passes.contraction import CONTRACTIONS, NotLinear
 from passes.lifting import lift

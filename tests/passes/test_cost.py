@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from codegen.targets import target
-from dsv3_compile.capture import Input
 from dsv3_compile.phases import fix_sizes
+from dsv3_compile.tracing import Input
 from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from passes.base import Context, Role, Workload, sweep

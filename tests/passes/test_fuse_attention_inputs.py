@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.fuse_attention_inputs import FuseAttentionInputs
 from passes.lower import Lower

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role, placeholders
 from passes.hoist_weights import HoistWeights
 from tests.passes.harness import apply, module_graph

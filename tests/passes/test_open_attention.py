@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dsv3_compile.capture import Input
+from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.close_attention import CloseAttention
 from passes.nodes import SOFTMAX

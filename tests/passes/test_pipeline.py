@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from codegen.targets import TARGETS
-from dsv3_compile.capture import Input, capture_module
+from dsv3_compile.tracing import Input, capture_module
 from model_def.decoder import Layer
 from passes.base import Context, Outcome, Pass, Role, Workload, call, calls, fake_mode_of
 from passes.pipeline import DEFAULT_PIPELINE, PassError, Pipeline, RequirementError, check_required

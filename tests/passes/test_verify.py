@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dsv3_compile.capture import Input, capture_module
+from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.bisection import first_departure, relative_error
 from passes.inputs import random_inputs, size_values

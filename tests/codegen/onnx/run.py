@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from codegen.onnx import Builder, Value, translate
 from codegen.onnx.builder import ONNX_TYPES
-from dsv3_compile.capture import Input, capture_module
+from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 
 
