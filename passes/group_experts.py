@@ -18,6 +18,7 @@ from passes.nodes import constant_of, substitute
 from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_experts
 from passes.products import BROADCAST, product_of
 from passes.rewrite import Refused, matched
+from passes.unrolled_experts import unrolled_experts
 
 aten = torch.ops.aten
 
@@ -53,6 +54,8 @@ class GroupExperts(Pass):
                 why = refusals[0] if refusals else Refused(seeds[0], f"nothing sums {seeds[0].name} over its experts")
                 outcome.refuse(why.node, why.reason)
             graph.eliminate_dead_code()
+        for node, count in unrolled_experts(graph):
+            outcome.refuse(node, f"{count} experts are computed apart, each from weights of its own: stack them")
         sweep(graph_module)
         return outcome
 

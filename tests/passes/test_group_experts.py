@@ -332,6 +332,18 @@ def weights_multiplied_by_hand(m, x, indices, weights):
     return torch.einsum("nki,nkdi,nk->nd", h, m.down[indices], weights)
 
 
+def every_expert_in_turn(m, x, indices, weights):
+    scores = torch.zeros(x.shape[0], E).scatter(-1, indices, weights)
+    return sum(scores[:, e, None] * F.linear(swiglu(F.linear(x, m.gate_up[e])), m.down[e]) for e in range(E))
+
+
+def every_expert_where_it_was_chosen(m, x, indices, weights):
+    y = torch.zeros_like(x)
+    for e in range(E):
+        y = y + F.linear(swiglu(F.linear(x, m.gate_up[e])), m.down[e]) * (weights * (indices == e)).sum(-1, True)
+    return y
+
+
 def first(indices, others):
     return indices
 
@@ -340,6 +352,7 @@ def second(indices, others):
     return others
 
 
+APART = f"{E} experts are computed apart, each from weights of its own: stack them"
 NEAR_MISSES = {
     "used-elsewhere": (hidden_used_elsewhere, "mul is used by sum as well"),
     "softmax": (softmax_over_the_chosen, "softmax may look at several pairs at once"),
@@ -347,6 +360,8 @@ NEAR_MISSES = {
     "clamped": (clamped_indices, "index picks by clamp: no number of a chosen expert, a token or a pair in this order"),
     "left-sorted": (rows_left_sorted, "the rows of multiply_groups are used without being sorted back"),
     "by-hand": (weights_multiplied_by_hand, "gate_up is copied for every pair before it is multiplied"),
+    "in-turn": (every_expert_in_turn, APART),
+    "where-chosen": (every_expert_where_it_was_chosen, APART),
     "offsets-of-another": (
         sorted_by(first, counted=second),
         "the rows of multiply_groups are not sorted by the experts that its offsets count",
