@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
 from dsv3_compile.inspection import block_document, header, print_graph
-from passes.base import Context, Workload, placeholders, state
+from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
 from passes.pipeline import FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
 
@@ -90,7 +91,9 @@ def improve(
     context = Context("any", target, Workload(0, 0, 0))
     pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
     specimen = RegionalSpecimen(found.module, given) if settings.verify else None
-    records = pipeline.run(found.module, context, f"graph {len(_reports)}", specimen, printer=_Printer())
+    # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
+    with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):
+        records = pipeline.run(found.module, context, f"graph {len(_reports)}", specimen, printer=_Printer())
     check_required(records, settings.require)
     report = _publish(records, examples, settings, "")
     gained = any(record.matches for one, record in zip(pipeline.passes, records, strict=True) if not one.prepares)

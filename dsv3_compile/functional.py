@@ -6,6 +6,7 @@ puts the writes back, so that the result can stand in for Dynamo's graph.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from dsv3_compile.tracing import tidy
 from passes.base import Role
@@ -44,12 +47,13 @@ def functional(traced: fx.GraphModule) -> Functional:
     if any(True for _ in traced.parameters()):
         raise NotFunctional("the graph holds parameters instead of taking them as inputs")
     inputs = traced.graph.find_nodes(op="placeholder")
+    values = [node.meta["example_value"] for node in inputs]
+    mode = detect_fake_mode(values)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), disable_fake_tensor_cache(mode) if mode else contextlib.nullcontext():
             exported, signature = aot_export_module(
-                traced, [node.meta["example_value"] for node in inputs], trace_joint=False, pre_dispatch=True,
-                decompositions={},
-            )  # fmt: skip
+                traced, values, trace_joint=False, pre_dispatch=True, decompositions={}
+            )
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise NotFunctional(f"torch cannot make it functional: {str(error).strip().splitlines()[0]}") from error
     if signature.buffers_to_mutate:

@@ -53,7 +53,7 @@ class Input:
 
 def capture_fake(build: Callable[[], nn.Module], inputs: Sequence[Input]) -> fx.GraphModule:
     """The module that `build` makes, as a block graph, with fake weights: nothing of its size is allocated."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    mode = _symbolic_mode()
     with mode:
         module = build()
     return capture_module(module, inputs, mode)
@@ -68,7 +68,7 @@ def capture_module(
     the result holds the symbols of the free sizes by letter. Raises CaptureError for modules that overwrite an
     input, fix a free size, or hold tensor constants, which have no place in a checkpoint: make them buffers.
     """
-    mode = fake_mode or FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    mode = fake_mode or _symbolic_mode()
     letters = list(dict.fromkeys(letter for one in inputs for letter in _letters(one)))
     sizes = {letter: _free_size(mode.shape_env, letter) for letter in letters}
     weights = {name: _fake(mode, tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
@@ -97,6 +97,12 @@ class _Call:
         named = dict(zip(self._weights, tensors[:count], strict=True))
         results = functional_call(self._orig_mod, named, tensors[count:])
         return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
+def _symbolic_mode() -> FakeTensorMode:
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    mode.cache_enabled = False  # with symbols for sizes, to rebuild a known result takes longer than to find it anew
+    return mode
 
 
 def _letters(one: Input) -> list[str]:
