@@ -17,8 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite tests/golden with the text of this run")
 
 
-LONGEST = ("test_examples", "test_export", "test_export_mlir", "test_oracle", "test_backend", "test_driver", "test_cli")
-"""Modules that take a minute or more: begun first, so that no worker is left alone with one at the end."""
+LONGEST = (
+    "test_examples", "test_export", "test_export_mlir", "test_oracle", "test_backend", "test_driver", "test_cli",
+    "test_emit", "test_forms", "test_mutations", "test_native",
+)  # fmt: skip
+"""Modules that take half a minute or more: begun first, so that no worker is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,8 +17,8 @@ from model_def.config import ModelConfig
 from passes.verify import clone
 from tests.dsv3_compile import tiny
 
-RANKS = replace(tiny.TINY, model_type="custom", num_hidden_layers=3, kv_lora_rank=(24, 22, 7))
-PLAIN_QUERIES = replace(RANKS, num_hidden_layers=2, kv_lora_rank=(24, 7), q_lora_rank=None)
+RANKS = replace(tiny.TINY, model_type="custom", num_hidden_layers=2, kv_lora_rank=(24, 7))
+PLAIN_QUERIES = replace(RANKS, q_lora_rank=None)
 
 
 @functools.cache  # capture takes most of a small compile
