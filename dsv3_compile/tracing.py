@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
@@ -66,11 +67,12 @@ def capture_module(
 
     `fake_mode` is the mode the module was built under, if it was. The graph is functional; `meta["dims"]` of
     the result holds the symbols of the free sizes by letter. Raises CaptureError for modules that overwrite an
-    input, fix a free size, or hold tensor constants, which have no place in a checkpoint: make them buffers.
+    input, do something else for other sizes, or hold tensor constants: those have no place in a checkpoint, buffers do.
     """
     mode = fake_mode or _symbolic_mode()
     letters = list(dict.fromkeys(letter for one in inputs for letter in _letters(one)))
     sizes = {letter: _free_size(mode.shape_env, letter) for letter in letters}
+    symbols = {size.node.expr: letter for letter, size in sizes.items()}
     weights = {name: _fake(mode, tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     with mode:
         examples = [_example(one, sizes) for one in inputs]
@@ -83,6 +85,7 @@ def capture_module(
         raise CaptureError(f"tensor constant {node.target} in the module; register it as a buffer")
     if any(_writes(node) for node in traced.graph.nodes):
         traced = _functional(traced)
+    _check_free(mode.shape_env, symbols)
     return _block_graph(traced, list(weights), inputs, sizes)
 
 
@@ -147,6 +150,13 @@ def _slice(x: torch.Tensor, dim: int = 0, start: Any = None, end: Any = None, st
     return x if whole else NotImplemented
 
 
+def _check_free(env: ShapeEnv, symbols: Mapping[Any, str]) -> None:
+    """Raise CaptureError for a question about a free size that the trace has answered for its examples only."""
+    for guard in env.guards:
+        asked = guard.expr.xreplace({symbol: sympy.Symbol(letter) for symbol, letter in symbols.items()})
+        raise CaptureError(f"the module takes another path unless {asked}; a block is one graph for all sizes")
+
+
 def _writes(node: fx.Node) -> bool:
     return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
@@ -193,9 +203,6 @@ def _block_graph(
         copies[node] = known
     graph.output(fx.node.map_arg(traced.graph.output_node().args[0], copies.__getitem__))
     block.meta["dims"] = {letter: size.node.expr for letter, size in sizes.items()}
-    fixed = [f"{letter} = {symbol}" for letter, symbol in block.meta["dims"].items() if symbol.is_number]
-    if fixed:
-        raise CaptureError(f"the module fixes what should be free: {', '.join(fixed)}")
     sweep(block)
     return block
 

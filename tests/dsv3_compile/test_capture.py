@@ -126,8 +126,18 @@ class Fixes(nn.Module):
         return x.view(3, 2) + 1 if x.shape[0] == 3 else x
 
 
+class Branches(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.shape[0] > 4 else 2 * x
+
+
 @pytest.mark.parametrize(
-    ("module", "why"), [(Overwrites(), "overwrites an input in place"), (Fixes(), "fixes .*: B = 3")]
+    ("module", "why"),
+    [
+        (Overwrites(), "overwrites an input in place"),
+        (Fixes(), r"another path unless Eq\(B, 3\)"),
+        (Branches(), "another path unless B <= 4"),
+    ],
 )
 def test_what_is_no_function_of_free_sizes_is_refused(module, why):
     with pytest.raises(CaptureError, match=why):
