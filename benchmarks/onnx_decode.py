@@ -41,7 +41,8 @@ class DecodeStep(nn.Module):
 
     def __init__(self, experts: str) -> None:
         super().__init__()
-        self.model = random_model(experts)
+        self.model = random_model()
+        self.model.set_experts_implementation(experts)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         cache = DynamicCache(ddp_cache_data=list(zip(past[::2], past[1::2], strict=True)), config=CONFIG)

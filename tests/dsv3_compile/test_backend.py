@@ -28,7 +28,7 @@ FAMILY = {
     "V2 greedy": deepseek_v2,
     "V2 grouped": functools.partial(deepseek_v2, "group_limited_greedy", q_lora_rank=48),
 }
-CASES = [("V3", "dynamic", 3), ("V3", "static", 2), ("Kimi-like", "static", 2), ("V2 greedy", "dynamic", 2),
+CASES = [("V3", "dynamic", 2), ("V3", "static", 3), ("Kimi-like", "static", 2), ("V2 greedy", "dynamic", 2),
          ("V2 grouped", "static", 2)]  # fmt: skip
 
 
