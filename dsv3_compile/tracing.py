@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from passes.base import Role, sweep
+from passes.base import Role, is_mutable, sweep
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ def capture_module(
         )(*weights.values(), *examples)  # fmt: skip
     for node in traced.graph.find_nodes(op="get_attr"):
         raise CaptureError(f"tensor constant {node.target} in the module; register it as a buffer")
-    if any(_writes(node) for node in traced.graph.nodes):
+    if any(is_mutable(node) for node in traced.graph.nodes):
         traced = _functional(traced)
     _check_free(mode.shape_env, symbols)
     return _block_graph(traced, list(weights), inputs, sizes)
@@ -155,10 +155,6 @@ def _check_free(env: ShapeEnv, symbols: Mapping[Any, str]) -> None:
     for guard in env.guards:
         asked = guard.expr.xreplace({symbol: sympy.Symbol(letter) for symbol, letter in symbols.items()})
         raise CaptureError(f"the module takes another path unless {asked}; a block is one graph for all sizes")
-
-
-def _writes(node: fx.Node) -> bool:
-    return getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
 def _functional(traced: fx.GraphModule) -> fx.GraphModule:

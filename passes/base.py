@@ -177,6 +177,11 @@ def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
     return (node for node in list(graph.nodes) if is_call(node, *targets))
 
 
+def is_mutable(node: fx.Node) -> bool:
+    """Does the call write to an argument?"""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 

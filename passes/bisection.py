@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from passes.base import source_line
+from passes.base import is_mutable, source_line
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,8 @@ def changed_operands(new: fx.Node, old: fx.Node) -> list[tuple[fx.Node, fx.Node]
 
 def _writer(operand: fx.Node, reader: fx.Node) -> fx.Node:
     """Who is to blame for the value that `reader` reads: the last node that wrote to it, or the reader's choice."""
-    writers = [user for user in operand.users if user < reader and _is_mutable(user)]
+    writers = [user for user in operand.users if user < reader and is_mutable(user)]
     return max(writers, default=reader)
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def distance(found: Any, expected: Any) -> float:
