@@ -151,7 +151,7 @@ def our_decode(stack: ExitStack, inputs: Inputs, paged: bool, machine: Target) -
         launcher = stack.enter_context(imported(text)).paged_mla_attention
         return partial(launcher, *queries, *inputs.pages(), inputs.table, inputs.positions, SCALE)
     arguments = [*queries, inputs.latent, inputs.rope_key, inputs.positions, SCALE]
-    return partial(emitted(stack, "mla_attention", arguments, machine), *arguments)
+    return partial(emitted(stack, "mla_attention", arguments, ["B", "B", "BT", "BT", "B"], machine), *arguments)
 
 
 def flashinfer_decode(shape: Shape, inputs: Inputs) -> Kernel | None:
@@ -241,7 +241,7 @@ def time_prefill(heads: int, length: int, machine: Target, flops: float) -> dict
 
     work = heads * length * length * (192 + 128)
     with ExitStack() as stack:
-        ours = partial(emitted(stack, "attention", call, machine), *call)
+        ours = partial(emitted(stack, "attention", call, ["BS", "BT", "BT", "BS"], machine), *call)
         with poisoned():
             found = ours()[0, :, :4].transpose(0, 1).float()
         expected = F.scaled_dot_product_attention(

@@ -23,7 +23,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact, GraphEntry, Port
+from dsv3_compile.backend import dsv3
 from dsv3_compile.driver import build
 from dsv3_compile.loading import load_graph
 from dsv3_compile.options import Options
@@ -39,6 +40,8 @@ from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 
 Step = Callable[[], Tensor]
+
+REGISTERED: dict[str, Any] = {"dsv3": dsv3}  # as itself: the project need not be installed where this runs
 
 REPEATS = 20
 HEAD_ROOM = 64  # cache rows behind the context
@@ -248,27 +251,33 @@ def peer_model(config: ModelConfig) -> tuple[Any, Any]:
     return model, hf
 
 
-def peer_milliseconds(config: ModelConfig, batch: int, context: int) -> float:
-    """transformers with a StaticCache, compiled, in a CUDA graph."""
+def peer_milliseconds(config: ModelConfig, batch: int, context: int, backends: Sequence[str]) -> dict[str, float]:
+    """transformers with a StaticCache, compiled, in a CUDA graph: by backend, and the logits' largest distance from
+    the eager model's, relative."""
     from transformers import StaticCache
 
     model, hf = peer_model(config)
     ids = torch.randint(0, hf.vocab_size, (batch, 1), device="cuda")
     positions = torch.full((batch, 1), context, device="cuda")
-    times = []
-    for experts in ("batched_mm", "grouped_mm") if batch == 1 else ("grouped_mm",):
-        torch.compiler.reset()
-        model.set_experts_implementation(experts)
-        cache = StaticCache(config=hf, max_cache_len=context + HEAD_ROOM)
+    found: dict[str, float] = {}
+    for backend in backends:
+        times, errors = [], []
+        for experts in ("batched_mm", "grouped_mm") if batch == 1 else ("grouped_mm",):
+            torch.compiler.reset()
+            model.set_experts_implementation(experts)
+            cache = StaticCache(config=hf, max_cache_len=context + HEAD_ROOM)
 
-        def step(run: Callable[..., Any], cache: Any = cache) -> Tensor:
-            with torch.no_grad():
-                return run(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+            def step(run: Callable[..., Any], cache: Any = cache) -> Tensor:
+                with torch.no_grad():
+                    return run(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
-        step(model)  # allocates the cache outside of any graph
-        run = torch.compile(model.forward, fullgraph=True)
-        times.append(milliseconds(graphed(lambda run=run, step=step: step(run))))  # type: ignore[misc]
-    return min(times)
+            expected = step(model).double()  # allocates the cache outside of any graph
+            run = torch.compile(model.forward, fullgraph=True, backend=REGISTERED.get(backend, backend))
+            cache.reset()
+            errors.append(float((step(run).double() - expected).norm() / expected.norm()))
+            times.append(milliseconds(graphed(lambda run=run, step=step: step(run))))  # type: ignore[misc]
+        found |= {backend: min(times), f"{backend} error": max(errors)}
+    return found
 
 
 def launches(artifact: Artifact) -> Iterator[str]:
@@ -288,7 +297,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--target", default="sm_90")
-    parser.add_argument("--peer", action="store_true", help="run transformers beside it")
+    parser.add_argument(
+        "--peer", nargs="*", default=None, help="run transformers beside it, compiled by these backends: inductor, dsv3"
+    )
     parser.add_argument("--dry-run", action="store_true", help="compile, and print what a step would launch")
     parser.add_argument("--json", type=Path, default=Path("gpu_decode.json"))
     args = parser.parse_args()
@@ -330,10 +341,11 @@ def main() -> None:
                 row["kernels"] = list(breakdown(run))
             report["rows"].append(row)
         del decoder
-    if args.peer:
+    if args.peer is not None:
+        args.peer = args.peer or ["inductor"]
         for row in report["rows"]:
             try:
-                row["peer_ms"] = peer_milliseconds(config, row["batch"], args.context)
+                row["peers"] = peer_milliseconds(config, row["batch"], args.context, args.peer)
             except (ImportError, RuntimeError) as error:  # not installed; or out of memory, as at large batches
                 row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -344,7 +356,8 @@ def main() -> None:
             f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms"
         )
         if args.peer:
-            line += f"  peer {row['peer_ms']:.3f} ms" if "peer_ms" in row else f"  peer: {row['peer']}"
+            shown = " ".join(f"{name} {value:.3g}" for name, value in row.get("peers", {}).items())
+            line += f"  transformers: {shown or row['peer']}"
         if "memory_GB" in row:
             line += f"  memory {row['memory_GB']:.1f} of {row['must_memory_GB']:.1f} GB"
         worst = max(row["errors"], key=row["errors"].__getitem__)

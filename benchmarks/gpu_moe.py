@@ -39,17 +39,21 @@ CHAIN = 20
 ROUTE = {"scoring": "sigmoid", "group_score": "top2", "masked": -math.inf, "normalise": True, "epsilon": 1e-20}
 
 
-def emitted(stack: ExitStack, op: str, arguments: list[Any], rows: int, machine: Target) -> Kernel:
-    """The launcher that the compiler writes for a call with these arguments, the first `rows` of any batch."""
-    written = write_kernel(op, operands_of(arguments, rows), machine)
+def emitted(stack: ExitStack, op: str, arguments: list[Any], free: list[str], machine: Target) -> Kernel:
+    """The launcher that the compiler writes for a call with these arguments."""
+    written = write_kernel(op, operands_of(arguments, free), machine)
     return getattr(stack.enter_context(imported(written.source)), op)
 
 
-def operands_of(arguments: list[Any], rows: int) -> list[Operand]:
-    """Operands as the compiler has them: the number of tokens, the first size of the first `rows`, is free."""
+def operands_of(arguments: list[Any], free: list[str]) -> list[Operand]:
+    """Operands as the compiler has them. free: for each of the first arguments the letters of its first sizes, which
+    are open there: "BT" is a tensor of any batch and any length."""
     operands = [spec_of(argument) for argument in arguments]
-    free = [TensorSpec(("N", *one.shape[1:]), one.dtype) for one in operands[:rows] if isinstance(one, TensorSpec)]
-    return [*free, *operands[rows:]]
+    for number, letters in enumerate(free):
+        one = operands[number]
+        assert isinstance(one, TensorSpec)
+        operands[number] = TensorSpec((*letters, *one.shape[len(letters) :]), one.dtype)
+    return operands
 
 
 def graphed(run: Kernel, calls: int = 1) -> Kernel:
@@ -149,7 +153,7 @@ def time_experts(args: argparse.Namespace, machine: Target, bandwidth: float, fl
             forms["compiled"] = partial(torch.compile(grouped_mm, dynamic=False), *call)
         peer, form = fastest(forms)
         with ExitStack() as stack:
-            ours = emitted(stack, "routed_swiglu", call, 3, machine)
+            ours = emitted(stack, "routed_swiglu", call, ["N"] * 3, machine)
             time = microseconds(graphed(partial(ours, *call)))
             error = relative_error(ours(*call), exact(*call))
         floor = max(weight_bytes / bandwidth, work / flops) * 1e6
@@ -174,7 +178,7 @@ def time_routing(args: argparse.Namespace, machine: Target) -> list[dict[str, An
             forms["compiled"] = partial(torch.compile(torch.ops.dsv3.route, dynamic=False), *call)
         peer, form = fastest(forms)
         with ExitStack() as stack:
-            ours = emitted(stack, "route", call, 1, machine)
+            ours = emitted(stack, "route", call, ["N"], machine)
             once = microseconds(graphed(partial(ours, *call)))
             chained = microseconds(graphed(partial(ours, *call), CHAIN)) / CHAIN
             (indices, weights), (expected, expected_weights) = ours(*call), torch.ops.dsv3.route(*call)
@@ -195,11 +199,11 @@ def dry_run(args: argparse.Namespace, machine: Target) -> None:
         bias = torch.empty(args.experts)
     experts = [one.bfloat16() for one in (x, gate_up, down)]
     settings = (ROUTE["scoring"], args.top_k, args.groups, args.top_groups, *list(ROUTE.values())[1:], 2.5, 0)
-    for op, rows, call in (
-        ("routed_swiglu", 3, [experts[0], indices, weights, *experts[1:]]),
-        ("route", 1, [logits, bias, *settings]),
+    for op, free, call in (
+        ("routed_swiglu", ["N"] * 3, [experts[0], indices, weights, *experts[1:]]),
+        ("route", ["N"], [logits, bias, *settings]),
     ):
-        kernel = write_kernel(op, operands_of(call, rows), machine)
+        kernel = write_kernel(op, operands_of(call, free), machine)
         print(f"{kernel.name}: {', '.join(launch.kernel for launch in kernel.launches)}")
 
 
