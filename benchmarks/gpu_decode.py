@@ -7,8 +7,8 @@
 
 The model is compiled without weights; every bound tensor is then drawn at random on the device, so routing is close
 to uniform. A step is embedding, every layer, head and the most likely token. Times are medians of CUDA-graph replays
-(of plain calls on the CPU). Floor: the weights a step must read (of the experts, as many as uniform routing chooses on
-average) and the cached context, over the bandwidth of a copy measured in the same run. With --peer, transformers with
+(of plain calls on the CPU). Floor: the weights a step must read (of the experts, those that this step's tokens chose)
+and the cached context, over the bandwidth of a copy measured in the same run. With --peer, transformers with
 a StaticCache under torch.compile in a CUDA graph runs beside it, with the faster of its grouped expert forms; compiling
 it takes half a minute a batch. `memory` is the most that was allocated, beside weights and cached context. `error`:
 every distinct block's kernels against the references of the vocabulary on the same inputs, the largest relative error.
@@ -24,13 +24,15 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from dsv3_compile.artifact import Artifact, GraphEntry, Port
+from dsv3_compile.artifact import Artifact, Port
 from dsv3_compile.backend import dsv3
 from dsv3_compile.driver import build
 from dsv3_compile.loading import load_graph
@@ -107,14 +109,37 @@ class Decoder:
             values.update(zip(names, outputs, strict=False))  # the caches are written in place
         return values["x_BSD"].argmax(-1).flatten()
 
-    def bytes_read(self, config: ModelConfig, batch: int, context: int) -> float:
-        """What a step must read: active weights once, and the cached context of every row."""
-        total = 0.0
-        for (block, entry), weights in zip(self.steps, self.weights, strict=True):
-            for tensor in weights.values():
-                share = active_share(tensor, config, batch) if _has_cache(entry) else 1.0
+    def chosen_experts(self) -> list[int]:
+        """How many experts every layer that routes needs for this batch, shared ones included; nothing on the CPU,
+        whose graphs call no kernels."""
+        found = []
+
+        def watched(route: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                indices, weights = route(*arguments)
+                found.append(indices.unique().numel())
+                return indices, weights
+
+            return run
+
+        with ExitStack() as stack:
+            for function in self.functions.values():
+                names = function.__globals__
+                routes = {name: watched(value) for name, value in names.items() if name.startswith("route_kernel")}
+                stack.enter_context(mock.patch.dict(names, routes))
+            self.step()
+        return found
+
+    def bytes_read(self, batch: int, context: int) -> float:
+        """What a step must read: the weights that its tokens need once, and the cached context of every row."""
+        total, chosen = self.context_bytes(batch, context), iter(self.chosen_experts())
+        for block, weights in zip((block for block, _ in self.steps), self.weights, strict=True):
+            stacks = {name for name, tensor in weights.items() if tensor.dim() == 3}
+            needed = next(chosen, None) if stacks else None
+            for name, tensor in weights.items():
+                share = needed / len(tensor) if needed and name in stacks else 1.0
                 total += 0.0 if block == "embed" else share * tensor.nbytes
-        return total + self.context_bytes(batch, context)
+        return total
 
     def context_bytes(self, batch: int, context: int) -> float:
         rows = sum(tensor[0, 0].nbytes for cache in self.caches for tensor in cache.values())
@@ -153,20 +178,6 @@ def references(path: Path) -> Callable[..., Any]:
     names: dict[str, Any] = {}
     exec(compile(text, str(path), "exec"), names)
     return names["run"]  # type: ignore[no-any-return]
-
-
-def _has_cache(entry: GraphEntry) -> bool:
-    return any(port.role == "cache" for port in entry.inputs)
-
-
-def active_share(tensor: Tensor, config: ModelConfig, batch: int) -> float:
-    """The share of a weight that a step reads: of routed experts what uniform routing chooses; shared ones, stacked
-    behind them, always."""
-    experts, top_k = config.n_routed_experts or 0, config.num_experts_per_tok or 0
-    if tensor.dim() != 3 or not experts or tensor.shape[0] < experts:
-        return 1.0
-    always = tensor.shape[0] - experts
-    return (always + experts * (1 - (1 - top_k / experts) ** batch)) / tensor.shape[0]
 
 
 def graphed(step: Step) -> Step:
@@ -217,7 +228,7 @@ def bandwidth(device: str) -> float:
     return 2 * source.numel() / milliseconds(lambda: copy.copy_(source)) * 1e3
 
 
-def breakdown(run: Step, replays: int = 5) -> Iterator[dict[str, Any]]:
+def breakdown(run: Step, trace: Path | None, replays: int = 5) -> Iterator[dict[str, Any]]:
     """Kernels of a step by the time they are resident; kernels that overlap count twice."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -225,6 +236,8 @@ def breakdown(run: Step, replays: int = 5) -> Iterator[dict[str, Any]]:
         for _ in range(replays):
             run()
         torch.cuda.synchronize()
+    if trace:
+        profiler.export_chrome_trace(str(trace))
     found = [event for event in profiler.key_averages() if event.device_time_total > 0]
     for event in sorted(found, key=lambda event: -event.device_time_total):
         yield {"kernel": event.key, "launches": event.count / replays, "us": event.device_time_total / replays}
@@ -301,6 +314,7 @@ def main() -> None:
         "--peer", nargs="*", default=None, help="run transformers beside it, compiled by these backends: inductor, dsv3"
     )
     parser.add_argument("--dry-run", action="store_true", help="compile, and print what a step would launch")
+    parser.add_argument("--trace", type=Path, help="where the kernels of every batch go as a Chrome trace, by batch")
     parser.add_argument("--json", type=Path, default=Path("gpu_decode.json"))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -323,14 +337,14 @@ def main() -> None:
         artifact, report["compile_s"] = compiled(config, args.target, max(args.batch), length, path)
         decoder = Decoder(artifact, device)
         for batch in args.batch:
+            decoder.start(batch, args.context, config.vocab_size)
+            errors = decoder.errors()
+            floor = decoder.bytes_read(batch, args.context) / report["copy_TBps"] / 1e9
             if device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            decoder.start(batch, args.context, config.vocab_size)
-            errors = decoder.errors()
             run = graphed(decoder.step)
             took = milliseconds(run)
-            floor = decoder.bytes_read(config, batch, args.context) / report["copy_TBps"] / 1e9
             row = {"batch": batch, "context": args.context, "ms": took, "floor_ms": floor}
             row["errors"] = errors
             row["tokens_per_s"] = batch * 1e3 / took
@@ -338,7 +352,7 @@ def main() -> None:
                 row["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
                 must = decoder.weight_bytes() + decoder.context_bytes(batch, length)
                 row["must_memory_GB"] = (must + (2 << 30)) / 1e9
-                row["kernels"] = list(breakdown(run))
+                row["kernels"] = list(breakdown(run, args.trace and args.trace.with_stem(f"{args.trace.stem}_{batch}")))
             report["rows"].append(row)
         del decoder
     if args.peer is not None:

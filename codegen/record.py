@@ -90,9 +90,15 @@ def spec_of(value: Any, letters: Mapping[str, str] | None = None) -> Operand:
 
 
 def record_launches(
-    launcher: Callable[..., Any], operands: Sequence[Operand], target: Target, tried: Sequence[int] = TRIED_SIZES
+    launcher: Callable[..., Any],
+    operands: Sequence[Operand],
+    target: Target,
+    tried: Mapping[str, Sequence[int]] | Sequence[int] = TRIED_SIZES,
 ) -> list[Launch]:
-    """All launches that differ, over the tried values of the free sizes, in the order they happen."""
+    """All launches that differ, over the tried values of the free sizes, in the order they happen.
+
+    tried: the values of every free size; or of some, by name, the others having the usual ones.
+    """
     found: dict[Any, Launch] = {}
     with _LOCK, _watched(target) as seen:
         for arguments in _tried(operands, tried):
@@ -114,10 +120,11 @@ def fitting(serves: Callable[..., str | None] | None, operands: Sequence[Operand
         return all(serves(*arguments) is None for arguments in _tried(operands, TRIED_SIZES))
 
 
-def _tried(operands: Sequence[Operand], tried: Sequence[int]) -> Iterator[list[Any]]:
+def _tried(operands: Sequence[Operand], tried: Mapping[str, Sequence[int]] | Sequence[int]) -> Iterator[list[Any]]:
     """Arguments with every combination of tried sizes; under a FakeTensorMode."""
     free = sorted(set().union(*(o.free_sizes() for o in operands if isinstance(o, TensorSpec))))
-    for values in itertools.product(tried, repeat=len(free)):
+    choices = [tried.get(name, TRIED_SIZES) if isinstance(tried, Mapping) else tried for name in free]
+    for values in itertools.product(*choices):
         sizes = dict(zip(free, values, strict=True))
         yield [o.fake(sizes) if isinstance(o, TensorSpec) else o for o in operands]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -54,8 +54,9 @@ def choose(op: str, operands: Sequence[Operand], target: Target) -> Path:
     return KERNELS / f"{op}.py"
 
 
-def tried_sizes(path: Path, target: Target) -> tuple[int, ...]:
-    """Free sizes at which the launches of a kernel file are found: the usual ones, or its own TRIED_SIZES."""
+def tried_sizes(path: Path, target: Target) -> Mapping[str, Sequence[int]] | Sequence[int]:
+    """Free sizes at which the launches of a kernel file are found: the usual ones, or its own TRIED_SIZES, which may
+    be by the size's name."""
     own = own_form(path.stem, target) if path.parent.name == target.name else None
     return getattr(own, "TRIED_SIZES", TRIED_SIZES)
 

@@ -24,6 +24,8 @@ TILE = 64  # cached positions, and the page size
 # outweighs reading the cache more often.
 SHORT = 8192
 SHORT_ROWS = 256
+# Contexts on both sides of SHORT: a single long request takes another form than a short one.
+TRIED_SIZES = {"T": (1, 4099, 40009)}
 
 
 @dataclass(frozen=True)
