@@ -228,7 +228,7 @@ def bandwidth(device: str) -> float:
     return 2 * source.numel() / milliseconds(lambda: copy.copy_(source)) * 1e3
 
 
-def breakdown(run: Step, trace: Path | None, replays: int = 5) -> Iterator[dict[str, Any]]:
+def breakdown(run: Step, trace: Path | None = None, replays: int = 5) -> Iterator[dict[str, Any]]:
     """Kernels of a step by the time they are resident; kernels that overlap count twice."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -4,7 +4,7 @@
     python benchmarks/gpu_prefill.py --model toy --target cpu --lengths 32   # the same path without a GPU
 
 The model is compiled without weights, which are then drawn at random on the device. Prefill is embedding and every
-layer over one prompt, and the head on its last position. `cold compile` is everything from the config to an artifact,
+layer over one prompt, and the head on its last position, as a CUDA graph and `called` kernel by kernel. `cold compile` is everything from the config to an artifact,
 with empty caches; `load to first token` is a process of its own with empty caches that opens the artifact, loads its
 graphs, and runs one prefill and one decode step on weights that are there already. Floor: the FLOPs of the active
 weights and of causal attention over those of a matrix product measured in the same run. The peer is transformers under
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_decode import bandwidth, compiled, drawn, milliseconds, peer_model
+from gpu_decode import bandwidth, breakdown, compiled, drawn, graphed, milliseconds, peer_model
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact, GraphEntry
@@ -137,8 +137,8 @@ def product_speed(device: str) -> float:
     return 2 * side**3 / milliseconds(lambda: a @ b) * 1e3
 
 
-def peer_milliseconds(config: ModelConfig, length: int) -> float:
-    """transformers over the same prompt, compiled, with the faster of its expert forms that run."""
+def peer_milliseconds(config: ModelConfig, length: int) -> dict[str, float]:
+    """transformers over the same prompt, compiled: replayed as a CUDA graph where it can be one, and called."""
     model, hf = peer_model(config)
     ids, _ = prompt(length, hf.vocab_size, "cuda")
     model.set_experts_implementation("grouped_mm")
@@ -148,7 +148,12 @@ def peer_milliseconds(config: ModelConfig, length: int) -> float:
         with torch.no_grad():
             return run(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
-    return milliseconds(step, 5)
+    found = {"called": milliseconds(step, 5)}
+    try:
+        found["replayed"] = milliseconds(graphed(step), 5)
+    except RuntimeError as error:
+        print(f"transformers, {length} tokens: no CUDA graph: {str(error).splitlines()[0][:100]}")
+    return found
 
 
 def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str, Any]]:
@@ -157,7 +162,13 @@ def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str,
     model.load()
     for length in lengths:
         ids, positions = prompt(length, artifact.manifest.config["vocab_size"], device)
-        rows.append({"length": length, "ms": milliseconds(partial(model.run, ids, positions, "prefill"), 5)})
+        run = partial(model.run, ids, positions, "prefill")
+        row: dict[str, Any] = {"length": length, "called_ms": milliseconds(run, 5)}
+        run = graphed(run)
+        row["ms"] = milliseconds(run, 5)
+        if device == "cuda":
+            row["kernels"] = list(breakdown(run))
+        rows.append(row)
     return rows
 
 
@@ -190,7 +201,7 @@ def main() -> None:
         row["floor_ms"] = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
     for row in report["rows"] if args.peer else []:
         try:
-            row["peer_ms"] = peer_milliseconds(config, row["length"])
+            row["peers"] = peer_milliseconds(config, row["length"])
         except (ImportError, RuntimeError) as error:
             row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -198,10 +209,14 @@ def main() -> None:
     parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
     print(f"load to first token, weights excluded: {parts.format(**report)}")
     for row in report["rows"]:
-        line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms  floor {row['floor_ms']:9.2f} ms"
+        line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms, called {row['called_ms']:.2f}"
+        line += f"  floor {row['floor_ms']:9.2f} ms"
         if args.peer:
-            line += f"  peer {row['peer_ms']:.2f} ms" if "peer_ms" in row else f"  peer: {row['peer']}"
+            shown = ", ".join(f"{how} {ms:.2f} ms" for how, ms in row.get("peers", {}).items())
+            line += f"  transformers: {shown or row['peer']}"
         print(line)
+        for kernel in row.get("kernels", [])[:12]:
+            print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     (tokens, _), (_, selected) = (_shape(argument, size) for argument in node.args[:2])
     experts = _shape(node.args[3], size)[0]
     weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
-    always = _always(node.args[1])
+    always = node.args[6] if len(node.args) > 6 else 0
     active = always + _active(experts - always, selected - always, tokens)
     return moved - weights + weights * active / experts
 
@@ -284,13 +284,6 @@ def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     pairs, experts = (_shape(argument, size)[0] for argument in node.args[:2])
     weights = _bytes(node.args[1].meta["val"], size)
     return moved - weights + weights * _active(experts, 1, pairs) / experts
-
-
-def _always(indices: fx.Node) -> int:
-    """How many of the chosen experts every token chooses: the shared ones."""
-    router = indices.args[0] if is_call(indices, operator.getitem) else indices
-    is_router = is_call(router, dsv3.route) and len(router.args) > 11
-    return router.args[11] if is_router else 0
 
 
 def _active(experts: Any, selected: Any, tokens: Any) -> Any:

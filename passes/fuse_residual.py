@@ -53,7 +53,8 @@ class FuseResidual(FuseLaunches):
             if len(shape_of(one.product)) != len(shape_of(residual)):
                 residual = call(graph, aten.flatten.using_ints, residual, 0, -2, like=node)
             if is_call(one.product, dsv3.routed_swiglu):
-                total = call(graph, dsv3.routed_swiglu.default, *one.product.args, residual, like=one.product)
+                known = one.product.args
+                total = call(graph, dsv3.routed_swiglu.default, *known[:5], residual, *known[6:], like=one.product)
             else:
                 total = call(graph, dsv3.linear.default, *one.product.args[:2], None, residual, like=one.product)
             summed = regroup(graph, total, one.views)
@@ -83,7 +84,7 @@ def sums_of(node: fx.Node) -> list[Sum]:
 def why_not(one: Sum, node: fx.Node) -> str | None:
     product = one.product
     if is_call(product, dsv3.routed_swiglu):
-        if len(product.args) > 5:
+        if len(product.args) > 5 and product.args[5] is not None:
             return f"{product.name} has a residual already"
     elif len(product.args) > 2 and product.args[2] is not None:
         return f"{product.name} has a bias"

@@ -27,7 +27,7 @@ both = routed + second
 @dataclass(frozen=True)
 class MergeSharedExperts(FuseLaunches):
     """indices, w = route(z, …, K)                  indices, w = route(z, …, K, always=n)
-       routed_swiglu(x, indices, w, GU, D)     →    routed_swiglu(x, indices, w, [GU; GU'], [D; D'])
+       routed_swiglu(x, indices, w, GU, D)     →    routed_swiglu(x, indices, w, [GU; GU'], [D; D'], always=n)
          + swiglu(x · GU'ᵀ) · D'ᵀ
 
     A shared expert n times as wide as a routed one is n experts, each with weight 1. Not on the CPU, where every
@@ -56,7 +56,9 @@ class MergeSharedExperts(FuseLaunches):
             chosen = [call(graph, operator.getitem, more, i, like=router) for i in (0, 1)]
         with graph.inserting_before(node):
             weights = stacked(graph, found, count, width)
-            new = call(graph, dsv3.routed_swiglu.default, found["x"], *chosen, *weights, like=found["routed"])
+            new = call(
+                graph, dsv3.routed_swiglu.default, found["x"], *chosen, *weights, None, count, like=found["routed"]
+            )
         node.replace_all_uses_with(new)
         erase_dead(graph, node)
         where = source_line(new)

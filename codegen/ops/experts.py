@@ -56,7 +56,13 @@ def combine_pairs(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
 
 
 def _like_tokens(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None = None,
+    always: int = 0,
 ) -> Tensor:
     return x.new_empty((x.shape[0], down.shape[1]))
 
@@ -69,20 +75,30 @@ def _pair_flops(
 
 
 @opaque(
-    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? residual=None) "
-    "-> Tensor",
+    "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? residual=None, "
+    "int always=0) -> Tensor",
     fake=_like_tokens,
     flops=_pair_flops,
 )
 def routed_swiglu(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None = None,
+    always: int = 0,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
     Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k], plus residual [N, D]. Products
     accumulate in at least fp32 and are rounded to the dtype of x; the sum is rounded once. Weights of experts
-    that nobody chose are not read.
+    that nobody chose are not read. The last `always` columns of indices are the last experts in every row, which lets
+    a kernel read them before it is told: ValueError if they are not.
     """
+    experts = gate_up.shape[0]
+    if always and (indices[:, -always:] != torch.arange(experts - always, experts, device=indices.device)).any():
+        raise ValueError(f"the last {always} columns of indices are not the last {always} of {experts} experts")
     # One loop per product, and what stands between them on all pairs at once: of a decode step's few pairs, small
     # operations for every expert would cost as much as the products.
     order, offsets = sort_pairs(indices, gate_up.shape[0])

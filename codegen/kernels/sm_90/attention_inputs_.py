@@ -55,7 +55,7 @@ def attention_inputs_kernel(
     BLOCK_F: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """Programs of a head: one per block of latent columns, one that rotates. Behind the heads, one writes the cache."""
+    """Programs of a head: one per block of latent columns, one that rotates. Behind the heads, all write the cache."""
     head = tl.program_id(0)
     part = tl.program_id(1)
     parts = tl.num_programs(1) - 1
@@ -73,8 +73,8 @@ def attention_inputs_kernel(
         place = weight + head.to(tl.int64) * weight_head_stride + row[:, None] * weight_in_stride + column[None, :]
         up = tl.load(place, mask=wanted, other=0.0)
         if OVERLAPPED:
-            gdc_wait()
             gdc_launch_dependents()
+            gdc_wait()
         nope = q + token[:, None] * q_stride + head * (P + 2 * F) + row[None, :]
         query = tl.load(nope, mask=inside[:, None] & (row < P)[None, :], other=0.0)
         absorbed = tl.dot(query, up, input_precision="ieee").to(dtype)
@@ -85,8 +85,8 @@ def attention_inputs_kernel(
         )
     elif head < H:
         if OVERLAPPED:
-            gdc_wait()
             gdc_launch_dependents()
+            gdc_wait()
         c = tl.load(cos + token[:, None] * F + pair[None, :], mask=turning, other=0.0).to(tl.float32)
         s = tl.load(sin + token[:, None] * F + pair[None, :], mask=turning, other=0.0).to(tl.float32)
         source = q + token[:, None] * q_stride + head * (P + 2 * F) + P
@@ -98,29 +98,29 @@ def attention_inputs_kernel(
         tl.store(place + right[None, :], second, mask=turning)
     else:
         if OVERLAPPED:
-            gdc_wait()
             gdc_launch_dependents()
-        if part == 0:
-            column = tl.arange(0, BLOCK_RANK)
-            scale = tl.load(norm_weight + column, mask=column < C, other=0.0).to(tl.float32)
-            # One row after the other: rows of a block may belong to any requests.
-            for one in range(tl.program_id(2) * BLOCK_N, tl.minimum(tl.program_id(2) * BLOCK_N + BLOCK_N, tokens)):
-                batch = (one // queries).to(tl.int64)
-                position = tl.load(positions + one)
-                source = kv + one * kv_stride
-                value = tl.load(source + column, mask=column < C, other=0.0).to(tl.float32)
-                inverse = tl.rsqrt(tl.sum(value * value) / C + EPS)
-                row_ptr = latent + batch * latent_batch_stride + position * latent_row_stride
-                normed = (value * inverse * scale).to(dtype).to(latent.dtype.element_ty)
-                tl.store(row_ptr + column, normed, mask=column < C)
-                c = tl.load(cos + one * F + pair, mask=pair < F, other=0.0).to(tl.float32)
-                s = tl.load(sin + one * F + pair, mask=pair < F, other=0.0).to(tl.float32)
-                first = tl.load(source + C + left, mask=pair < F, other=0.0).to(tl.float32)
-                second = tl.load(source + C + right, mask=pair < F, other=0.0).to(tl.float32)
-                first, second = _rotated(first, second, c, s, dtype)
-                row_ptr = rope_key + batch * rope_batch_stride + position * rope_row_stride
-                tl.store(row_ptr + left, first.to(rope_key.dtype.element_ty), mask=pair < F)
-                tl.store(row_ptr + right, second.to(rope_key.dtype.element_ty), mask=pair < F)
+            gdc_wait()
+        column = tl.arange(0, BLOCK_RANK)
+        scale = tl.load(norm_weight + column, mask=column < C, other=0.0).to(tl.float32)
+        # Each program one row after the other: rows of a block may belong to any requests.
+        end = tl.minimum(tl.program_id(2) * BLOCK_N + BLOCK_N, tokens)
+        for one in range(tl.program_id(2) * BLOCK_N + part, end, tl.num_programs(1)):
+            batch = (one // queries).to(tl.int64)
+            position = tl.load(positions + one)
+            source = kv + one * kv_stride
+            value = tl.load(source + column, mask=column < C, other=0.0).to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(value * value) / C + EPS)
+            row_ptr = latent + batch * latent_batch_stride + position * latent_row_stride
+            normed = (value * inverse * scale).to(dtype).to(latent.dtype.element_ty)
+            tl.store(row_ptr + column, normed, mask=column < C)
+            c = tl.load(cos + one * F + pair, mask=pair < F, other=0.0).to(tl.float32)
+            s = tl.load(sin + one * F + pair, mask=pair < F, other=0.0).to(tl.float32)
+            first = tl.load(source + C + left, mask=pair < F, other=0.0).to(tl.float32)
+            second = tl.load(source + C + right, mask=pair < F, other=0.0).to(tl.float32)
+            first, second = _rotated(first, second, c, s, dtype)
+            row_ptr = rope_key + batch * rope_batch_stride + position * rope_row_stride
+            tl.store(row_ptr + left, first.to(rope_key.dtype.element_ty), mask=pair < F)
+            tl.store(row_ptr + right, second.to(rope_key.dtype.element_ty), mask=pair < F)
 
 
 def attention_inputs_(

@@ -22,9 +22,10 @@ def head_linear_kernel(
     tokens,
     x_token_stride,
     x_head_stride,
-    weight_head_stride,
-    weight_out_stride,
-    weight_in_stride,
+    # Constants, so that machine code made ahead of time knows along which axis the weight is contiguous.
+    WEIGHT_HEAD_STRIDE: tl.constexpr,
+    WEIGHT_OUT_STRIDE: tl.constexpr,
+    WEIGHT_IN_STRIDE: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -36,19 +37,19 @@ def head_linear_kernel(
     output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     token = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_D)
-    weight_row = weight + head.to(tl.int64) * weight_head_stride + output[:, None] * weight_out_stride
+    weight_row = weight + head.to(tl.int64) * WEIGHT_HEAD_STRIDE + output[:, None] * WEIGHT_OUT_STRIDE
     x_row = x + token.to(tl.int64)[:, None] * x_token_stride + head * x_head_stride
     total = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
     # Weights do not depend on the kernel before: the first of them are under way while it still drains.
     wanted = (output < WIDTH)[:, None] & (depth < D)[None, :]
-    a = tl.load(weight_row + depth[None, :] * weight_in_stride, mask=wanted, other=0.0)
+    a = tl.load(weight_row + depth[None, :] * WEIGHT_IN_STRIDE, mask=wanted, other=0.0)
     if OVERLAPPED:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     for start in tl.static_range(0, D, BLOCK_D):
         if start > 0:
             wanted = (output < WIDTH)[:, None] & (start + depth < D)[None, :]
-            a = tl.load(weight_row + (start + depth)[None, :] * weight_in_stride, mask=wanted, other=0.0)
+            a = tl.load(weight_row + (start + depth)[None, :] * WEIGHT_IN_STRIDE, mask=wanted, other=0.0)
         inside = (token < tokens)[:, None] & (start + depth < D)[None, :]
         b = tl.load(x_row + (start + depth)[None, :], mask=inside, other=0.0)
         total = tl.dot(a, b.T, total, input_precision="ieee")
@@ -71,9 +72,9 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
         tokens,
         x.stride(0),
         x.stride(1),
-        weight.stride(0),
-        weight.stride(1),
-        weight.stride(2),
+        WEIGHT_HEAD_STRIDE=weight.stride(0),
+        WEIGHT_OUT_STRIDE=weight.stride(1),
+        WEIGHT_IN_STRIDE=weight.stride(2),
         D=depth,
         WIDTH=width,
         BLOCK_N=BLOCK_N,

@@ -154,8 +154,8 @@ def mla_decode_narrow(
     ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
-    gdc_wait()
     gdc_launch_dependents()
+    gdc_wait()
     first = gl.program_id(0) * (GROUPS * ROWS) // HEADS
     reaches = load_reaches(positions_ptr, requests, queries, first, SPAN, REQUESTS)
     schedule = program_range(reaches, requests, gl.program_id(1), gl.num_programs(1))

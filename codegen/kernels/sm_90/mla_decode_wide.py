@@ -225,8 +225,8 @@ def mla_decode_wide(
     done = (inverse_smem, make_barriers(1, 1).index(0), make_barriers(1, 2).index(0))
     fence_async_shared()
 
-    gdc_wait()
     gdc_launch_dependents()
+    gdc_wait()
     reaches = load_reaches(positions_ptr, requests, queries, gl.program_id(0) * 64 // HEADS, SPAN, REQUESTS)
     schedule = program_range(reaches, requests, gl.program_id(1), gl.num_programs(1))
     queries = gl.to_tensor(queries)

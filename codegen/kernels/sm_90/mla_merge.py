@@ -34,8 +34,8 @@ def mla_merge(
     layout: gl.constexpr = gl.BlockedLayout([1, 4], lanes, warps, [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, layout)
     across: gl.constexpr = gl.SliceLayout(0, layout)
-    gdc_wait()
     gdc_launch_dependents()
+    gdc_wait()
     if first < last:
         rows = gl.minimum(total - first_row, TILE_ROWS)
         for step in range(gl.program_id(2), rows * (RANK // WIDTH), gl.num_programs(2)):

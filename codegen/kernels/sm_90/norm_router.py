@@ -42,8 +42,8 @@ def norm_router_kernel(
     # Weights do not depend on the kernel before: the first of them are under way while it still drains.
     ahead = tl.load(rows + column[None, :], mask=(expert < E)[:, None] & (column < D)[None, :], other=0.0)
     if OVERLAPPED:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     row = tl.load(x + token * D + every, mask=every < D, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(row * row) / D + EPS)
     total = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)

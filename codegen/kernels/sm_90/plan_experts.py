@@ -35,9 +35,9 @@ def plan_kernel(
     gathered_ptr,
     pairs,
     max_tiles,
-    width,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     GATHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -86,15 +86,15 @@ def plan_kernel(
             column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
             for block in range(begin, end, BLOCK_R):
                 rows = block + tl.arange(0, BLOCK_R)
-                _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, width, TOP_K)
+                _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, WIDTH, TOP_K)
 
 
 @triton.jit
-def _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, width, TOP_K: tl.constexpr):
+def _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, WIDTH: tl.constexpr, TOP_K: tl.constexpr):
     token = (tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K).to(tl.int64)
-    inside = (rows < end)[:, None] & (column < width)[None, :]
-    values = tl.load(x_ptr + token[:, None] * width + column[None, :], mask=inside)
-    tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * width + column[None, :], values, mask=inside)
+    inside = (rows < end)[:, None] & (column < WIDTH)[None, :]
+    values = tl.load(x_ptr + token[:, None] * WIDTH + column[None, :], mask=inside)
+    tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * WIDTH + column[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -103,8 +103,8 @@ def gather_kernel(
     order_ptr,
     gathered_ptr,
     pairs,
-    width,
     TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -114,7 +114,7 @@ def gather_kernel(
         gdc_launch_dependents()
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, pairs, column, width, TOP_K)
+    _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, pairs, column, WIDTH, TOP_K)
 
 
 def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
@@ -137,9 +137,9 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
         gathered,
         pairs,
         max_tiles,
-        width,
         EXPERTS=experts,
         TOP_K=top_k,
+        WIDTH=width,
         ROWS=rows,
         GATHER=together,
         BLOCK_E=triton.next_power_of_2(experts),
@@ -156,8 +156,8 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
             order,
             gathered,
             pairs,
-            width,
             TOP_K=top_k,
+            WIDTH=width,
             BLOCK_R=4,
             BLOCK_D=block_d,
             num_warps=4,

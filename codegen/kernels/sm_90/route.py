@@ -60,6 +60,9 @@ def route_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
     if OVERLAPPED:
+        # The experts of a single token begin with weights that need no routing; those of more wait for a plan.
+        if tokens == 1:
+            gdc_launch_dependents()
         gdc_wait()
         gdc_launch_dependents()
     inside = (row < tokens)[:, None] & is_expert[None, :]

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.grouped_products import Tile, grouped_product
 from codegen.kernels.sm_90.plan_experts import plan_experts
-from codegen.kernels.sm_90.single_token import swiglu_of_pairs, weighted_down
+from codegen.kernels.sm_90.single_token import single_token_swiglu
 
 
 @triton.jit
@@ -79,7 +79,13 @@ TRIED_SIZES = (1, 13, 43, 131, 4099)
 
 
 def serves(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None = None,
+    always: int = 0,
 ) -> str | None:
     """None, or the reason why the plain form must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -92,19 +98,24 @@ def serves(
 
 
 def routed_swiglu(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None = None,
+    always: int = 0,
 ) -> Tensor:
     """Kernel of the op `routed_swiglu`: x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I]
     → [N, D], plus residual [N, D]. Weights of experts that nobody chose are not read; pairs are summed in a fixed
-    order.
+    order. The last `always` indices of every token are the last experts.
     """
     tokens, top_k = indices.shape
     if tokens == 0:
         return torch.empty_like(x)
     residual = None if residual is None else residual.contiguous()
     if tokens == 1:
-        hidden = swiglu_of_pairs(x, indices, gate_up, (4, 1024), 4)
-        return weighted_down(hidden, indices, weights, down, (4, 2048), 4, residual)
+        return single_token_swiglu(x.contiguous(), indices, weights, gate_up, down, residual, always)
     experts = gate_up.shape[0]
     _, wide, narrow = next(tiling for tiling in TILINGS if tokens * top_k <= tiling[0] * experts)
     plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)

@@ -1,143 +1,356 @@
-"""Experts of a single token: matrix-vector products that stream each chosen expert once, without sorting."""
+"""Experts of a single token on Hopper: matrices times a vector, every chosen weight streamed once through a TMA ring.
+
+One warp fills the ring, four multiply. Experts that every token gets need no routing: they come first, so that the
+rings fill with them while the kernels before still run.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+ROWS = 8  # of a weight, in a tile: few, so that all multiprocessors get about as many
+COLUMNS = 512  # of a weight, in a step
+RING_BYTES = 48 * 1024
+PROGRAMS = 2  # per multiprocessor: while one adds up, the other reads
 
-@triton.jit
+
+@gluon.jit
+def _place(order, PAIRS: gl.constexpr, ALWAYS: gl.constexpr):
+    """The column of a routing's indices that comes at this place of the order: the last ALWAYS ones come first."""
+    return gl.where(order < ALWAYS, PAIRS - ALWAYS + order, order - ALWAYS)
+
+
+@gluon.jit
+def _stream_row_tile(
+    weight_desc,
+    row,
+    smem,
+    full,
+    empty,
+    slot,
+    phase,
+    PARTS: gl.constexpr,
+    PART_ROWS: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The steps of one tile of rows, and of the tile PART_ROWS behind it where PARTS is 2; returns slot and phase."""
+    COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
+    for step in range(STEPS):
+        mbarrier.wait(empty.index(slot), phase)
+        mbarrier.expect(full.index(slot), PARTS * weight_desc.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            tma.async_copy_global_to_shared(
+                weight_desc, [row + part * PART_ROWS, step * COLUMNS], full.index(slot), smem.index(slot * PARTS + part)
+            )
+        slot += 1
+        if slot == STAGES:
+            slot = 0
+            phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def _load_gate_up(
+    weight_desc,
+    indices_ptr,
+    smem,
+    full,
+    empty,
+    PAIRS: gl.constexpr,
+    ALWAYS: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    WIDTH: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    ROWS: gl.constexpr = weight_desc.block_type.shape[0]
+    TILES: gl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    programs = gl.num_programs(0)
+    slot = 0
+    phase = 1
+    item = gl.program_id(0)
+    while item < ALWAYS * TILES:
+        row = (EXPERTS - ALWAYS + item // TILES) * (2 * WIDTH) + item % TILES * ROWS
+        slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 2, WIDTH, STEPS, STAGES)
+        item += programs
+    gdc_wait()
+    while item < PAIRS * TILES:
+        expert = gl.load(indices_ptr + _place(item // TILES, PAIRS, ALWAYS)).to(gl.int32)
+        row = expert * (2 * WIDTH) + item % TILES * ROWS
+        slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 2, WIDTH, STEPS, STAGES)
+        item += programs
+
+
+@gluon.jit
+def _multiply_gate_up(
+    x_ptr,
+    hidden_ptr,
+    smem,
+    full,
+    empty,
+    PAIRS: gl.constexpr,
+    ALWAYS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    TILES: gl.constexpr = (WIDTH + ROWS - 1) // ROWS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    slot = 0
+    phase = 0
+    gdc_wait()
+    for item in range(gl.program_id(0), PAIRS * TILES, gl.num_programs(0)):
+        gate = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
+        up = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
+        for step in range(STEPS):
+            place = step * COLUMNS + column
+            x = gl.load(x_ptr + place, mask=place < DEPTH, other=0.0).to(gl.float32)
+            mbarrier.wait(full.index(slot), phase)
+            one = smem.index(slot * 2).load(layout)
+            other = smem.index(slot * 2 + 1).load(layout)
+            mbarrier.arrive(empty.index(slot))
+            gate += one.to(gl.float32) * x[None, :]
+            up += other.to(gl.float32) * x[None, :]
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        gated = gl.sum(gate, 1)
+        hidden = gated / (1.0 + gl.exp(-gated)) * gl.sum(up, 1)
+        output = item % TILES * ROWS + row
+        out_ptr = hidden_ptr + _place(item // TILES, PAIRS, ALWAYS) * WIDTH
+        gl.store(out_ptr + output, hidden.to(hidden_ptr.dtype.element_ty), mask=output < WIDTH)
+
+
+@gluon.jit
 def single_gate_up_kernel(
+    weight_desc,
     x_ptr,
     indices_ptr,
-    gate_up_ptr,
     hidden_ptr,
-    depth,
-    width,
-    TOP_K: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    PAIRS: gl.constexpr,
+    ALWAYS: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    pair = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    column = tl.arange(0, BLOCK_D)
-    if OVERLAPPED:
+    """Every program takes tiles of ROWS gate rows and their up rows, pair after pair."""
+    ROWS: gl.constexpr = weight_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
+    STEPS: gl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
+    smem = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * 2, ROWS, COLUMNS], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    gdc_launch_dependents()
+    gl.warp_specialize(
+        [
+            (_multiply_gate_up, (
+                x_ptr, hidden_ptr, smem, full, empty, PAIRS, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES,
+            )),
+            (_load_gate_up, (
+                weight_desc, indices_ptr, smem, full, empty, PAIRS, ALWAYS, EXPERTS, WIDTH, STEPS, STAGES,
+            )),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_down(
+    weight_desc,
+    indices_ptr,
+    smem,
+    full,
+    empty,
+    PAIRS: gl.constexpr,
+    ALWAYS: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    ROWS: gl.constexpr = weight_desc.block_type.shape[0]
+    TILES: gl.constexpr = (DEPTH + ROWS - 1) // ROWS
+    slot = 0
+    phase = 1
+    for item in range(gl.program_id(0), TILES, gl.num_programs(0)):
+        for order in range(ALWAYS):
+            row = (EXPERTS - ALWAYS + order) * DEPTH + item * ROWS
+            slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 1, 0, STEPS, STAGES)
         gdc_wait()
-        gdc_launch_dependents()
-    expert = tl.load(indices_ptr + pair).to(tl.int64)
-    gate_ptr = gate_up_ptr + (expert * 2 * width + row)[:, None] * depth + column[None, :]
-    up_ptr = gate_ptr + width.to(tl.int64) * depth
-    x_ptr += (pair // TOP_K).to(tl.int64) * depth
-    gate = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
-    up = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
-    for start in range(0, depth, BLOCK_D):
-        inside = start + column < depth
-        read = (row < width)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(gate_ptr + start, mask=read, other=0.0, eviction_policy="evict_first")
-        other = tl.load(up_ptr + start, mask=read, other=0.0, eviction_policy="evict_first")
-        gate += weight.to(tl.float32) * x[None, :]
-        up += other.to(tl.float32) * x[None, :]
-    gated = tl.sum(gate, 1)
-    hidden = gated / (1.0 + tl.exp(-gated)) * tl.sum(up, 1)
-    tl.store(hidden_ptr + pair * width + row, hidden.to(hidden_ptr.dtype.element_ty), mask=row < width)
+        for order in range(ALWAYS, PAIRS):
+            expert = gl.load(indices_ptr + _place(order, PAIRS, ALWAYS)).to(gl.int32)
+            row = expert * DEPTH + item * ROWS
+            slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 1, 0, STEPS, STAGES)
 
 
-@triton.jit
+@gluon.jit
+def _multiply_down(
+    hidden_ptr,
+    weights_ptr,
+    residual_ptr,
+    out_ptr,
+    smem,
+    full,
+    empty,
+    PAIRS: gl.constexpr,
+    ALWAYS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    ADD: gl.constexpr,
+):
+    TILES: gl.constexpr = (DEPTH + ROWS - 1) // ROWS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    slot = 0
+    phase = 0
+    gdc_wait()
+    for item in range(gl.program_id(0), TILES, gl.num_programs(0)):
+        total = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
+        for order in range(PAIRS):
+            pair = _place(order, PAIRS, ALWAYS)
+            pair_weight = gl.load(weights_ptr + pair)
+            for step in range(STEPS):
+                place = step * COLUMNS + column
+                hidden = gl.load(hidden_ptr + pair * WIDTH + place, mask=place < WIDTH, other=0.0).to(gl.float32)
+                mbarrier.wait(full.index(slot), phase)
+                weight = smem.index(slot).load(layout)
+                mbarrier.arrive(empty.index(slot))
+                total += weight.to(gl.float32) * (hidden * pair_weight)[None, :]
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    phase ^= 1
+        out = gl.sum(total, 1)
+        output = item * ROWS + row
+        if ADD:
+            out += gl.load(residual_ptr + output, mask=output < DEPTH, other=0.0).to(gl.float32)
+        gl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty), mask=output < DEPTH)
+
+
+@gluon.jit
 def single_down_kernel(
+    weight_desc,
     hidden_ptr,
     indices_ptr,
     weights_ptr,
-    down_ptr,
     residual_ptr,
     out_ptr,
-    depth,
-    width,
-    TOP_K: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    ADD: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
+    PAIRS: gl.constexpr,
+    ALWAYS: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
+    STAGES: gl.constexpr,
+    ADD: gl.constexpr,
 ):
-    """The weighted sum over the experts of a token is part of the reduction: nothing is left to combine."""
-    token = tl.program_id(1)
-    row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    column = tl.arange(0, BLOCK_I)
-    if OVERLAPPED:
-        gdc_wait()
-        gdc_launch_dependents()
-    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for pair in range(token * TOP_K, token * TOP_K + TOP_K):
-        expert = tl.load(indices_ptr + pair).to(tl.int64)
-        pair_weight = tl.load(weights_ptr + pair).to(tl.float32)
-        row_ptr = down_ptr + (expert * depth + row)[:, None] * width + column[None, :]
-        for start in range(0, width, BLOCK_I):
-            inside = start + column < width
-            read = (row < depth)[:, None] & inside[None, :]
-            hidden = tl.load(hidden_ptr + pair * width + start + column, mask=inside, other=0.0).to(tl.float32)
-            weight = tl.load(row_ptr + start, mask=read, other=0.0, eviction_policy="evict_first")
-            total += weight.to(tl.float32) * (hidden * pair_weight)[None, :]
-    out = tl.sum(total, 1)
-    place = token.to(tl.int64) * depth + row
-    if ADD:
-        out += tl.load(residual_ptr + place, mask=row < depth, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=row < depth)
+    """The weighted sum over the experts is part of the reduction: nothing is left to combine."""
+    ROWS: gl.constexpr = weight_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
+    STEPS: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    smem = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, ROWS, COLUMNS], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    gdc_launch_dependents()
+    gl.warp_specialize(
+        [
+            (_multiply_down, (
+                hidden_ptr, weights_ptr, residual_ptr, out_ptr, smem, full, empty,
+                PAIRS, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES, ADD,
+            )),
+            (_load_down, (
+                weight_desc, indices_ptr, smem, full, empty, PAIRS, ALWAYS, EXPERTS, DEPTH, STEPS, STAGES,
+            )),
+        ],
+        [1],
+        [40],
+    )  # fmt: skip
 
 
-def swiglu_of_pairs(x: Tensor, indices: Tensor, gate_up: Tensor, block: tuple[int, int], warps: int) -> Tensor:
-    """x [N, D], indices [N, K], gate_up [E, 2I, D] → swiglu of every pair's product [N·K, I]."""
-    tokens, top_k = indices.shape
-    width, depth = gate_up.shape[1] // 2, gate_up.shape[2]
-    hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
-    single_gate_up_kernel[(triton.cdiv(width, block[0]), tokens * top_k)](
-        x,
-        indices,
-        gate_up,
-        hidden,
-        depth,
-        width,
-        TOP_K=top_k,
-        BLOCK_I=block[0],
-        BLOCK_D=block[1],
-        num_warps=warps,
-        OVERLAPPED=x.is_cuda,
-        launch_pdl=x.is_cuda,
+def _row_tiles(weight: Tensor) -> TensorDescriptor:
+    """The stacked weights [E, O, D] as one matrix, in tiles of rows."""
+    box, dtype = [ROWS, COLUMNS], getattr(gl, str(weight.dtype).removeprefix("torch."))
+    return TensorDescriptor.from_tensor(
+        weight.view(-1, weight.shape[2]), box, gl.NVMMASharedLayout.get_default_for(box, dtype)
     )
-    return hidden
 
 
-def weighted_down(
-    hidden: Tensor,
+def single_token_swiglu(
+    x: Tensor,
     indices: Tensor,
     weights: Tensor,
+    gate_up: Tensor,
     down: Tensor,
-    block: tuple[int, int],
-    warps: int,
     residual: Tensor | None = None,
+    always: int = 0,
 ) -> Tensor:
-    """hidden [N·K, I], indices and weights [N, K], down [E, D, I] → the weighted sum over K, plus residual, [N, D]."""
-    tokens, top_k = indices.shape
+    """x [1, D], indices and weights [1, K], gate_up [E, 2I, D], down [E, D, I] → [1, D], plus residual [1, D].
+
+    The last `always` indices are the last experts of the stacks.
+    """
+    pairs, experts = indices.shape[1], gate_up.shape[0]
     depth, width = down.shape[1:]
-    out = torch.empty((tokens, depth), dtype=hidden.dtype, device=hidden.device)
-    single_down_kernel[(triton.cdiv(depth, block[0]), tokens)](
+    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, depth), dtype=x.dtype, device=x.device)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    step_bytes = ROWS * COLUMNS * x.element_size()
+    single_gate_up_kernel[(min(PROGRAMS * processors, pairs * triton.cdiv(width, ROWS)),)](
+        _row_tiles(gate_up),
+        x,
+        indices,
+        hidden,
+        PAIRS=pairs,
+        ALWAYS=always,
+        EXPERTS=experts,
+        DEPTH=depth,
+        WIDTH=width,
+        STAGES=RING_BYTES // (2 * step_bytes),
+        num_warps=4,
+        maxnreg=96,
+        launch_pdl=True,
+    )
+    single_down_kernel[(min(PROGRAMS * processors, triton.cdiv(depth, ROWS)),)](
+        _row_tiles(down),
         hidden,
         indices,
         weights,
-        down,
-        residual,
+        out if residual is None else residual,
         out,
-        depth,
-        width,
-        TOP_K=top_k,
-        BLOCK_O=block[0],
-        BLOCK_I=block[1],
+        PAIRS=pairs,
+        ALWAYS=always,
+        EXPERTS=experts,
+        DEPTH=depth,
+        WIDTH=width,
+        STAGES=RING_BYTES // step_bytes,
         ADD=residual is not None,
-        num_warps=warps,
-        OVERLAPPED=hidden.is_cuda,
-        launch_pdl=hidden.is_cuda,
+        num_warps=4,
+        maxnreg=96,
+        launch_pdl=True,
     )
     return out

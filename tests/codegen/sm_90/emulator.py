@@ -143,10 +143,10 @@ def _finished(pending, deps):
 
 
 def _specialise(partitions, warps, registers):
-    errors, number = [], _PROGRAM.number
+    errors, number, grid = [], _PROGRAM.number, _PROGRAM.grid
 
     def run(function, arguments):
-        _PROGRAM.number = number
+        _PROGRAM.number, _PROGRAM.grid = number, grid
         try:
             function(*arguments)
         except BaseException as error:
@@ -217,6 +217,7 @@ gl = SimpleNamespace(
     where=_where,
     maximum=_pair(torch.maximum),
     minimum=_pair(torch.minimum),
+    exp=torch.exp,
     exp2=lambda x: _scalar(torch.exp2(torch.as_tensor(x, dtype=torch.float32))),
     sum=lambda x, axis: _scalar(x.sum(axis)),
     max=lambda x, axis: _scalar(x.amax(axis)),
