@@ -4,11 +4,11 @@
     python benchmarks/gpu_prefill.py --model toy --target cpu --lengths 32   # the same path without a GPU
 
 The model is compiled without weights, which are then drawn at random on the device. Prefill is embedding and every
-layer over one prompt, and the head on its last position, as a CUDA graph and `called` kernel by kernel. `cold compile` is everything from the config to an artifact,
-with empty caches; `load to first token` is a process of its own with empty caches that opens the artifact, loads its
-graphs, and runs one prefill and one decode step on weights that are there already. Floor: the FLOPs of the active
-weights and of causal attention over those of a matrix product measured in the same run. The peer is transformers under
-torch.compile.
+layer over one prompt, and the head on its last position, as a CUDA graph and `called` kernel by kernel. `cold compile`
+is everything from the config to an artifact, with empty caches; `load to first token` is a process of its own with
+empty caches that opens the artifact, loads its graphs, and runs one prefill and one decode step on weights that are
+there already. Floor: the FLOPs of the active weights and of causal attention over those of a matrix product measured in
+the same run. The peer is transformers under torch.compile.
 """
 
 from __future__ import annotations
