@@ -138,6 +138,8 @@ def _watched(target: Target) -> Iterator[list[Launch]]:
         seen.append(_launch(kernel, args, kwargs))
 
     device = SimpleNamespace(multi_processor_count=target.processors)
+    if torch.cuda.is_available():
+        torch.cuda.init()  # asks the device that is there, and must not be told of another
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(JITFunction, "run", note),

@@ -60,7 +60,7 @@ class NodeError(Exception):
 
 
 class Float64Interpreter(fx.Interpreter):
-    """Runs a graph with every floating-point dtype, stated or default, read as float64."""
+    """Runs a graph with every floating-point dtype, stated or default, read as float64, and every device as the CPU."""
 
     def __init__(self, module: fx.GraphModule, record: bool = False, graph: fx.Graph | None = None) -> None:
         super().__init__(module, garbage_collect_values=not record, graph=graph)
@@ -91,8 +91,10 @@ class Float64Interpreter(fx.Interpreter):
 def _widen(value: Any) -> Any:
     if isinstance(value, torch.dtype) and value.is_floating_point:
         return torch.float64
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(torch.float64)
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if isinstance(value, Tensor):
+        return value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
     return value
 
 

@@ -175,3 +175,12 @@ def test_a_clone_shares_no_nodes(graph):
     assert all(
         n.meta.get("role") == m.meta.get("role") for n, m in zip(copy.graph.nodes, graph.graph.nodes, strict=True)
     )
+
+
+def test_every_device_is_read_as_the_cpu():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    row = graph.call_function(torch.ops.aten.arange.default, (3,), {"device": torch.device("meta")})
+    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, row)),))
+    (found,), _ = run_float64(fx.GraphModule({}, graph), {"x": torch.ones(3)})
+    assert found.tolist() == [1.0, 2.0, 3.0]
