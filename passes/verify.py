@@ -82,6 +82,8 @@ class Float64Interpreter(fx.Interpreter):
             args, kwargs = args[:4], {**kwargs, "sorted": True}
         if target is torch.ops.aten._grouped_mm.default:  # has no kernel for float64
             target = grouped_product
+        if target is torch.ops.aten.histc.default and not args[0].is_floating_point():  # counts integers on a GPU only
+            return super().call_function(target, (args[0].to(torch.float64), *args[1:]), kwargs).to(args[0].dtype)
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

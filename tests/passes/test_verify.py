@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
@@ -177,10 +177,20 @@ def test_a_clone_shares_no_nodes(graph):
     )
 
 
-def test_every_device_is_read_as_the_cpu():
+def calls(target, *args, **kwargs):
+    """A graph of one call on one input."""
     graph = fx.Graph()
     x = graph.placeholder("x")
-    row = graph.call_function(torch.ops.aten.arange.default, (3,), {"device": torch.device("meta")})
-    graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, row)),))
-    (found,), _ = run_float64(fx.GraphModule({}, graph), {"x": torch.ones(3)})
-    assert found.tolist() == [1.0, 2.0, 3.0]
+    graph.output((graph.call_function(target, (x, *args), kwargs),))
+    return fx.GraphModule({}, graph)
+
+
+def test_every_device_is_read_as_the_cpu():
+    graph = calls(aten.new_full.default, (2,), 7.0, device=torch.device("meta"))
+    (found,), _ = run_float64(graph, {"x": torch.ones(3)})
+    assert found.tolist() == [7.0, 7.0]
+
+
+def test_integers_are_counted_as_on_a_gpu():
+    (found,), _ = run_float64(calls(aten.histc.default, 3, 0, 2), {"x": torch.tensor([2, 0, 2], dtype=torch.int32)})
+    assert found.tolist() == [1, 0, 2] and found.dtype is torch.int32
