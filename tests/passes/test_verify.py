@@ -181,6 +181,7 @@ def calls(target, *args, **kwargs):
     """A graph of one call on one input."""
     graph = fx.Graph()
     x = graph.placeholder("x")
+    x.meta["role"] = Role.ACTIVATION
     graph.output((graph.call_function(target, (x, *args), kwargs),))
     return fx.GraphModule({}, graph)
 
