@@ -24,7 +24,7 @@ from dsv3_compile.functional import Functional, NotFunctional, callable_again, f
 from dsv3_compile.inspection import block_document, header, print_graph
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
-from passes.pipeline import FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
+from passes.pipeline import FOREIGN_GPU_PIPELINE, FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
 
 LOGGER = logging.getLogger(__name__)
 
@@ -89,7 +89,8 @@ def improve(
     if target.backend != "cpu":
         dispatch.register(target)
     context = Context("any", target, Workload(0, 0, 0))
-    pipeline = Pipeline(FOREIGN_PIPELINE).configured(settings.set, settings.disable)
+    passes = FOREIGN_PIPELINE if target.backend == "cpu" else FOREIGN_GPU_PIPELINE
+    pipeline = Pipeline(passes).configured(settings.set, settings.disable)
     specimen = RegionalSpecimen(found.module, given) if settings.verify else None
     # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
     with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, call, is_call, source_line
-from passes.launches import FuseLaunches
+from passes.base import Context, call, is_call, source_line
+from passes.launches import FuseLaunches, why_not_few
 from passes.nodes import erase_dead, weights_only
 from passes.products import product_of
 
@@ -29,19 +29,19 @@ class HeadProduct:
 class FuseHeadProducts(FuseLaunches):
     """einsum("bshc,hvc->bshv", x, W)    →    head_linear(x, W)
 
-    In decode only, where reading the weights is all there is to do: a batched product of many rows is the library's.
+    For few rows, where reading the weights is all there is to do: a batched product of many rows is the library's.
     """
 
     op: ClassVar[str] = "head_linear"
-
-    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
-        return super().run(graph_module, context) if context.phase == "decode" else Outcome()
 
     def when(self, node: fx.Node) -> str | None:
         if not is_call(node, aten.einsum) or not any(map(weights_only, node.args[1])):
             return ""
         product = head_product(node)
         return "its axes are not those of one product per head" if product is None else None
+
+    def outside(self, node: fx.Node, context: Context) -> str | None:
+        return why_not_few(node.args[1][0], context)
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         product = head_product(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from passes.nodes import CASTS, settled, users
 
 aten = torch.ops.aten
 
+FEW_ROWS = 64  # of a product that is bound by reading its weight
 REGROUPINGS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)
 
 
@@ -38,6 +40,8 @@ class FuseLaunches(Pass):
             if reason is None:
                 reason = missing
             if reason is None:
+                reason = self.outside(node, context)
+            if reason is None:
                 outcome.matches.append(self.rewrite(graph, node))
             elif reason:
                 outcome.refuse(node, reason)
@@ -52,9 +56,23 @@ class FuseLaunches(Pass):
         """The reason for leaving a node alone, '' if it is none worth telling, or None."""
         raise NotImplementedError
 
+    def outside(self, node: fx.Node, context: Context) -> str | None:
+        """Why a node is left alone in the work that the graph is for: as `when`."""
+        return None
+
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         """Put the fused call in the node's place; returns a line of prose."""
         raise NotImplementedError
+
+
+def why_not_few(product: fx.Node, context: Context) -> str | None:
+    """The reason why a product has not few rows, '' in prefill, where that goes without saying, or None."""
+    if context.phase != "any":
+        return None if context.phase == "decode" else ""
+    rows = math.prod(shape_of(product)[:-1])
+    if not isinstance(rows, int):
+        return f"nothing says that {product.name} has few rows"
+    return None if rows <= FEW_ROWS else f"{product.name} has {rows} rows; up to {FEW_ROWS} are few"
 
 
 def regrouped_from(value: Any) -> tuple[Any, list[fx.Node]]:

@@ -37,7 +37,9 @@ from passes.merge_projections import MergeProjections
 from passes.merge_shared_experts import MergeSharedExperts
 from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
+from passes.real_arithmetic import RealArithmetic
 from passes.sparsify_experts import SparsifyExperts
+from passes.stream_products import StreamProducts
 from passes.verify import Certificate, CertificateError, Specimen
 
 DEFAULT_PIPELINE: tuple[Pass, ...] = (
@@ -79,6 +81,16 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
 
 Norms and rotations stay as they are: Inductor fuses them itself.
 """
+
+FOREIGN_GPU_PIPELINE: tuple[Pass, ...] = (
+    *FOREIGN_PIPELINE,
+    RealArithmetic(),
+    FuseResidual(),
+    FuseHeadProducts(),
+    StreamProducts(),
+)
+"""On a GPU, where a step of decode is as long as its launches: Inductor fuses nothing that is complex, and leaves the
+products of a single row to a library."""
 
 IMPORTED_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
