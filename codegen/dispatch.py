@@ -6,7 +6,10 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from codegen.ops.registry import OPAQUE, serve
+import torch
+from torch import fx
+
+from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
 from codegen.targets import Target
 from codegen.tuning import KERNELS, available, own_form
 
@@ -16,6 +19,18 @@ def register(target: Target) -> None:
     for op in OPAQUE:
         if available(op, target):
             serve(op, "CUDA", launcher(op, target))
+    for op in COMPOSITE:
+        if own_form(op, target):
+            one_call(op)
+            serve(f"{op}_call", "CUDA", launcher(op, target))
+
+
+def call_kernels(graph: fx.Graph, target: Target) -> None:
+    """Keep compilers from tracing through the ops for which the target has a kernel of its own."""
+    calls = {getattr(torch.ops.dsv3, op).default: op for op in COMPOSITE if own_form(op, target)}
+    for node in graph.nodes:
+        if node.target in calls:
+            node.target = one_call(calls[node.target])
 
 
 def launcher(op: str, target: Target) -> Callable[..., Any]:

@@ -69,6 +69,9 @@ def dsv3(
         _publish([], examples, settings, reason)
         return inductor(traced, examples, mode, others)
     changed, _ = improve(found, examples, settings, given_integers(found.module, examples))
+    if changed:
+        dispatch.call_kernels(found.module.graph, target_of(examples))
+        found.module.recompile()
     return inductor(callable_again(found) if changed else traced, examples, mode, others)
 
 

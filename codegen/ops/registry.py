@@ -14,7 +14,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
-COMPOSITE: list[str] = []  # ops that compilers trace through
+COMPOSITE: dict[str, tuple[str, Callable[..., Any]]] = {}  # ops that compilers trace through: schema and reference
 OPAQUE: list[str] = []  # ops that compilers call
 
 
@@ -24,7 +24,7 @@ def composite(schema: str) -> Callable[[Implementation], Implementation]:
     def register(reference: Implementation) -> Implementation:
         name = _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
-        COMPOSITE.append(schema.split("(")[0])
+        COMPOSITE[schema.split("(")[0]] = schema, reference
         return reference
 
     return register
@@ -55,6 +55,19 @@ def opaque(
     return register
 
 
+def one_call(op: str) -> Any:
+    """The twin of a composite op that stays one call, for graphs in which a kernel stands behind it."""
+    schema, reference = COMPOSITE[op]
+    name = f"{op}_call"
+    if name not in _TWINS:
+        _TWINS.add(name)
+        _LIBRARY.define(schema.replace(op, name, 1), tags=_TAGS)
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", reference, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+_TWINS: set[str] = set()
 _SERVED: set[tuple[str, str]] = set()  # (op, dispatch key): torch refuses to be told twice
 
 

@@ -129,6 +129,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
     columns = triton.cdiv(width, block_d)
     # One launch while counting is cheap; with many pairs, counting once per block of columns costs more.
     together = pairs <= MANY_PAIRS
+    block = min(8192, max(128, triton.next_power_of_2(pairs)))
     plan_kernel[(experts, columns if together else 1)](
         indices,
         x,
@@ -143,10 +144,10 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
         ROWS=rows,
         GATHER=together,
         BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=min(4096, max(128, triton.next_power_of_2(pairs))),
+        BLOCK_M=block,
         BLOCK_D=block_d,
         BLOCK_R=8,
-        num_warps=8,
+        num_warps=16 if block > 4096 else 8,
         OVERLAPPED=x.is_cuda,
         launch_pdl=x.is_cuda,
     )

@@ -79,7 +79,7 @@ def exported():
 
 def test_export_keeps_every_op_whole_and_all_sizes_free(exported):
     called = {str(n.target).split(".")[1] for n in exported.graph.nodes if str(n.target).startswith("dsv3.")}
-    assert called == set(ops.COMPOSITE + ops.OPAQUE) - {"write_cache_", "attention_inputs_"}  # these are functionalised
+    assert called == {*ops.COMPOSITE, *ops.OPAQUE} - {"write_cache_", "attention_inputs_"}  # these are functionalised
     same_results(exported.module(), (1, 3, 7))
 
 
