@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from codegen.targets import Target
 
@@ -164,12 +165,14 @@ def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder" and role in (None, n.meta["role"])]
 
 
+_NO_PACKET = object()
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Is it a call of one of these ops? Overload packets match any of their overloads."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    packet = getattr(node.target, "overloadpacket", None)
-    return any(node.target is t or (packet is not None and packet is t) for t in targets)
+    return node.target in targets or getattr(node.target, "overloadpacket", _NO_PACKET) in targets
 
 
 def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
@@ -193,11 +196,17 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def module_of(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a module with the constants of `root`. Its Python is generated when it is first called, as most
+    graphs between two passes never are."""
+    return _LazyGraphModule(root, graph)
+
+
 SWEPT = "swept"
 
 
 def sweep(graph_module: fx.GraphModule) -> None:
-    """Remove dead code, check the graph, regenerate its Python; nothing if all that was done already."""
+    """Remove dead code, check the graph, let its Python follow; nothing if all that was done already."""
     if graph_module.meta.get(SWEPT) == state(graph_module.graph):
         return
     graph_module.graph.eliminate_dead_code()
