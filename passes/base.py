@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from codegen.ops import LAYOUTS
 from codegen.targets import Target
 
 
@@ -123,13 +124,20 @@ def call(
     """
     node = graph.call_function(target, args, kwargs)
     with fake_mode_of(graph):
-        compute = fake_einsum if target is torch.ops.aten.einsum.default and is_sum_of_products(*args) else target
-        node.meta["val"] = compute(*value_of(args), **value_of(kwargs))
+        node.meta["val"] = fake_result(target, value_of(args), value_of(kwargs))
     if like is not None:
         for key in ("stack_trace", "nn_module_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     return node
+
+
+def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives on fake tensors. For products and for the vocabulary by hand: torch's own way is to compute
+    them step by step."""
+    if target is torch.ops.aten.einsum.default and is_sum_of_products(*args):
+        return fake_einsum(*args)
+    return LAYOUTS.get(target, target)(*args, **kwargs)
 
 
 def is_sum_of_products(equation: str, operands: Sequence[Any]) -> bool:

@@ -15,16 +15,23 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 COMPOSITE: list[str] = []  # ops that compilers trace through
+LAYOUTS: dict[Any, Callable[..., Any]] = {}  # of composite ops: what they give, without computing it
 OPAQUE: list[str] = []  # ops that compilers call
 
 
-def composite(schema: str) -> Callable[[Implementation], Implementation]:
-    """Define an op whose reference is traced through, by Inductor and by autograd."""
+def composite(schema: str, layout: Callable[..., Any]) -> Callable[[Implementation], Implementation]:
+    """Define an op whose reference is traced through, by Inductor and by autograd.
+
+    `layout` makes empty outputs of the reference's shapes, strides and dtypes: on symbolic sizes, where every step of
+    the reference would take milliseconds.
+    """
 
     def register(reference: Implementation) -> Implementation:
         name = _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
-        COMPOSITE.append(schema.split("(")[0])
+        short = schema.split("(")[0]
+        COMPOSITE.append(short)
+        LAYOUTS[getattr(getattr(torch.ops, NAMESPACE), short).default] = layout
         return reference
 
     return register
