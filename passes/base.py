@@ -17,6 +17,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from codegen.ops import LAYOUTS
 from codegen.targets import Target
 
+aten = torch.ops.aten
+
 
 class Role(StrEnum):
     """What an input of a block's graph is; the driver tells, no pass guesses it from a name."""
@@ -133,11 +135,19 @@ def call(
 
 
 def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call gives on fake tensors. For products and for the vocabulary by hand: torch's own way is to compute
+    """What a call gives on fake tensors. For products, norms and the vocabulary by hand: torch's own way is to compute
     them step by step."""
-    if target is torch.ops.aten.einsum.default and is_sum_of_products(*args):
+    if target is aten.einsum.default and is_sum_of_products(*args):
         return fake_einsum(*args)
+    if target is aten.linear.default:
+        return fake_linear(*args)
+    if target is aten.rms_norm.default and len(args) > 2 and args[0].dtype == getattr(args[2], "dtype", args[0].dtype):
+        return args[0].new_empty(args[0].shape)
     return LAYOUTS.get(target, target)(*args, **kwargs)
+
+
+def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def is_sum_of_products(equation: str, operands: Sequence[Any]) -> bool:
@@ -236,5 +246,5 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
         current = stack.pop()
         if current not in seen:
             seen.add(current)
-            stack.extend(n for n in current.all_input_nodes if not is_call(n, torch.ops.aten.sym_size))
+            stack.extend(n for n in current.all_input_nodes if not is_call(n, aten.sym_size))
     return seen
