@@ -19,7 +19,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from dsv3_compile.tracing import tidy
-from passes.base import Role
+from passes.base import Role, module_of
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
             copies[node].meta = tidy(node.meta)
             if node.op == "get_attr" and "val" not in copies[node].meta:
                 copies[node].meta["val"] = _fake(exported, node)
-    return fx.GraphModule(exported, graph)
+    return module_of(exported, graph)
 
 
 def _fake(exported: fx.GraphModule, node: fx.Node) -> Any:

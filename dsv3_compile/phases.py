@@ -10,7 +10,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from dsv3_compile.program import BlockGraph
-from passes.base import fake_mode_of, sweep
+from passes.base import fake_mode_of, fake_result, module_of, sweep
 from passes.inputs import expression_of
 
 QUERIES = "S"
@@ -43,7 +43,7 @@ def fix_sizes(module: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModul
                 graph.output(fx.node.map_arg(node.args[0], new.__getitem__))
             else:
                 raise ValueError(f"{node.name}: {node.op} in a captured graph")
-    fixed = fx.GraphModule(torch.nn.Module(), graph)
+    fixed = module_of(torch.nn.Module(), graph)
     fixed.meta["dims"] = {letter: symbol for letter, symbol in dims.items() if letter not in sizes}
     sweep(fixed)
     return fixed
@@ -52,7 +52,7 @@ def fix_sizes(module: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModul
 def _recompute(graph: fx.Graph, node: fx.Node, new: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), new.__getitem__)
     fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-    value = node.target(*fakes[0], **fakes[1])
+    value = fake_result(node.target, *fakes)
     if isinstance(value, (int, torch.SymInt)):
         if isinstance(expression_of(value), int) or expression_of(value).is_Integer:
             return int(value)

@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from passes.base import Role, is_mutable, sweep
+from passes.base import Role, is_mutable, module_of, sweep
 
 aten = torch.ops.aten
 
@@ -172,7 +172,7 @@ def _functional(traced: fx.GraphModule) -> fx.GraphModule:
 def _block_graph(
     traced: fx.GraphModule, weights: Sequence[str], inputs: Sequence[Input], sizes: Mapping[str, torch.SymInt]
 ) -> fx.GraphModule:
-    block = fx.GraphModule(nn.Module(), fx.Graph())
+    block = module_of(nn.Module(), fx.Graph())
     graph = block.graph
     given = [(name.replace(".", "_"), Role.WEIGHT) for name in weights] + [(one.name, one.role) for one in inputs]
     copies: dict[fx.Node, fx.Node] = {}

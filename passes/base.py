@@ -12,8 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from codegen.ops import LAYOUTS
 from codegen.targets import Target
+
+aten = torch.ops.aten
 
 
 class Role(StrEnum):
@@ -122,13 +126,28 @@ def call(
     """
     node = graph.call_function(target, args, kwargs)
     with fake_mode_of(graph):
-        compute = fake_einsum if target is torch.ops.aten.einsum.default and is_sum_of_products(*args) else target
-        node.meta["val"] = compute(*value_of(args), **value_of(kwargs))
+        node.meta["val"] = fake_result(target, value_of(args), value_of(kwargs))
     if like is not None:
         for key in ("stack_trace", "nn_module_stack"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
     return node
+
+
+def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives on fake tensors. For products, norms and the vocabulary by hand: torch's own way is to compute
+    them step by step."""
+    if target is aten.einsum.default and is_sum_of_products(*args):
+        return fake_einsum(*args)
+    if target is aten.linear.default:
+        return fake_linear(*args)
+    if target is aten.rms_norm.default and len(args) > 2 and args[0].dtype == getattr(args[2], "dtype", args[0].dtype):
+        return args[0].new_empty(args[0].shape)
+    return LAYOUTS.get(target, target)(*args, **kwargs)
+
+
+def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def is_sum_of_products(equation: str, operands: Sequence[Any]) -> bool:
@@ -164,12 +183,14 @@ def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:
     return [n for n in graph.nodes if n.op == "placeholder" and role in (None, n.meta["role"])]
 
 
+_NO_PACKET = object()
+
+
 def is_call(node: Any, *targets: Any) -> bool:
     """Is it a call of one of these ops? Overload packets match any of their overloads."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    packet = getattr(node.target, "overloadpacket", None)
-    return any(node.target is t or (packet is not None and packet is t) for t in targets)
+    return node.target in targets or getattr(node.target, "overloadpacket", _NO_PACKET) in targets
 
 
 def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:
@@ -193,11 +214,17 @@ def same_size(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def module_of(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a module with the constants of `root`. Its Python is generated when it is first called, as most
+    graphs between two passes never are."""
+    return _LazyGraphModule(root, graph)
+
+
 SWEPT = "swept"
 
 
 def sweep(graph_module: fx.GraphModule) -> None:
-    """Remove dead code, check the graph, regenerate its Python; nothing if all that was done already."""
+    """Remove dead code, check the graph, let its Python follow; nothing if all that was done already."""
     if graph_module.meta.get(SWEPT) == state(graph_module.graph):
         return
     graph_module.graph.eliminate_dead_code()
@@ -219,5 +246,5 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
         current = stack.pop()
         if current not in seen:
             seen.add(current)
-            stack.extend(n for n in current.all_input_nodes if not is_call(n, torch.ops.aten.sym_size))
+            stack.extend(n for n in current.all_input_nodes if not is_call(n, aten.sym_size))
     return seen

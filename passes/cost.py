@@ -115,7 +115,7 @@ def symbolic_sizes(graph: fx.Graph) -> SizeOf:
     def named(expression: Any) -> Any:
         return sympy.sympify(expression).subs(names)
 
-    return lambda dim: named(_expr(dim))
+    return lambda dim: dim if isinstance(dim, int) else named(_expr(dim))
 
 
 def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
@@ -139,16 +139,29 @@ def node_costs(graph: fx.Graph, size: SizeOf) -> dict[fx.Node, NodeCost]:
 
 
 def is_view(node: fx.Node) -> bool:
-    return is_call(node, *VIEWS) or not isinstance(node.meta.get("val"), (FakeTensor, tuple, list))
+    called = node.op == "call_function" and _is_among_views(node.target)
+    return called or not isinstance(node.meta.get("val"), (FakeTensor, tuple, list))
 
 
 def is_elementwise(node: Any) -> bool:
     """Would a code generator fuse this node with its elementwise neighbours?"""
     if not isinstance(node, fx.Node) or node.op != "call_function" or is_view(node):
         return False
-    if is_call(node, *NOT_ELEMENTWISE) or _packet(node) in flop_registry:
-        return False
-    return not _op_name(node).startswith(f"{NAMESPACE}.")
+    return _may_be_elementwise(node.target) and _packet(node) not in flop_registry
+
+
+# A graph asks these of the same few operators thousands of times.
+
+
+@functools.cache
+def _is_among_views(target: Any) -> bool:
+    return target in VIEWS or getattr(target, "overloadpacket", None) in VIEWS
+
+
+@functools.cache
+def _may_be_elementwise(target: Any) -> bool:
+    packet = getattr(target, "overloadpacket", target)
+    return packet not in NOT_ELEMENTWISE and not str(packet).startswith(f"{NAMESPACE}.")
 
 
 def node_cost(node: fx.Node, size: SizeOf) -> NodeCost:

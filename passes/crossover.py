@@ -17,7 +17,7 @@ from passes.cost import B, NodeCost, S, T, cost, node_costs, symbolic_sizes
 from passes.fuse_attention import FuseAttention
 from passes.hoist_weights import HoistWeights
 from passes.order_contractions import OrderContractions
-from passes.pipeline import Pipeline
+from passes.pipeline import apply
 from passes.verify import clone
 
 
@@ -52,8 +52,8 @@ def price_forms(module: fx.GraphModule, context: Context) -> list[FormCost]:
     totals, nodes = {}, {}
     for form in FORMS:
         graph_module = clone(module)
-        passes = (OrderContractions(prefill=form, decode=form), FuseAttention(), HoistWeights())
-        Pipeline(passes).run(graph_module, context)
+        for one in (OrderContractions(prefill=form, decode=form), FuseAttention(), HoistWeights()):
+            apply(one, graph_module, context)
         totals[form] = cost(graph_module.graph)
         found = node_costs(graph_module.graph, symbolic_sizes(graph_module.graph))
         nodes[form] = {node.name: priced for node, priced in found.items()}

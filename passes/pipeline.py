@@ -223,7 +223,7 @@ def _run_one(
 ) -> tuple[Outcome, float, Certificate | None]:
     before = specimen.snapshot() if specimen is not None and specimen.module is module else None
     started = time.perf_counter()
-    outcome = _apply(one, module, context)
+    outcome = apply(one, module, context)
     seconds = time.perf_counter() - started
     if specimen is None:
         return outcome, seconds, None
@@ -231,7 +231,8 @@ def _run_one(
     return outcome, seconds, specimen.certify(before, label)
 
 
-def _apply(one: Pass, module: fx.GraphModule, context: Context) -> Outcome:
+def apply(one: Pass, module: fx.GraphModule, context: Context) -> Outcome:
+    """Run one pass, in place, without record or certificate."""
     before = state(module.graph)
     # Without the Python dispatcher some fake kernels would take a symbolic size for its example value.
     with enable_python_dispatcher():
@@ -271,7 +272,7 @@ def _follow(
     """Send the small block through the pass as the real one went; returns what it was before."""
     before = specimen.snapshot()
     # Sizes decide what is cheapest, and the small block has others.
-    small = _apply(one.decided(outcome), specimen.module, context)
+    small = apply(one.decided(outcome), specimen.module, context)
     if len(small.matches) != len(outcome.matches):
         found = "; ".join(f"{r.node}: {r.reason}" for r in small.refusals) or "no refusals"
         raise CertificateError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from passes.base import placeholders, source_line
+from passes.base import module_of, placeholders, source_line
 from passes.bisection import Departure, first_departure, relative_error
 from passes.grouped_calls import grouped_product
 from passes.inputs import Recipe, draw, recipes, size_values
@@ -211,6 +211,6 @@ def clone(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     result = graph.graph_copy(module.graph, {})
     graph.output(result)
-    copy = fx.GraphModule(module, graph)
+    copy = module_of(module, graph)
     copy.meta.update(module.meta)
     return copy

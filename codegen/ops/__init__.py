@@ -5,10 +5,11 @@ float64 stays float64, and returns the dtype of its first argument unless its do
 """
 
 from codegen.ops import attention, attention_inputs, cache, experts, linear, norm, rotary, routing
-from codegen.ops.registry import COMPOSITE, NAMESPACE, OPAQUE
+from codegen.ops.registry import COMPOSITE, LAYOUTS, NAMESPACE, OPAQUE
 
 __all__ = [
     "COMPOSITE",
+    "LAYOUTS",
     "NAMESPACE",
     "OPAQUE",
     "attention",

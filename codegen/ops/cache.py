@@ -22,10 +22,25 @@ def cache_rows(
     return latent, rope_key
 
 
+def _like_caches(
+    kv: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(latent), torch.empty_like(rope_key)
+
+
 @composite(
     "write_cache("
     + _ARGUMENTS.format(latent="Tensor latent", rope_key="Tensor rope_key")
-    + "bool interleaved) -> (Tensor latent, Tensor rope_key)"
+    + "bool interleaved) -> (Tensor latent, Tensor rope_key)",
+    _like_caches,
 )
 def write_cache(
     kv: Tensor,

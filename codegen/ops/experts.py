@@ -47,7 +47,11 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-@composite("combine_pairs(Tensor y, Tensor order, Tensor weights) -> Tensor")
+def _row_per_token(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    return y.new_empty((weights.shape[0], y.shape[1]))
+
+
+@composite("combine_pairs(Tensor y, Tensor order, Tensor weights) -> Tensor", _row_per_token)
 def combine_pairs(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """y [M, O] in sorted order, order [M], weights [N, K] → [N, O]: Σ_k weights[n, k] · y of pair n·K + k."""
     pairs = torch.empty_like(y).index_copy(0, order, y).unflatten(0, weights.shape)

@@ -10,7 +10,11 @@ from codegen.ops.norm import rms_norm
 from codegen.ops.registry import composite, compute_dtype
 
 
-@composite("linear(Tensor x, Tensor weight, float? eps=None, Tensor? residual=None) -> Tensor")
+def _product(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@composite("linear(Tensor x, Tensor weight, float? eps=None, Tensor? residual=None) -> Tensor", _product)
 def linear(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None) -> Tensor:
     """x [.., D], weight [O, D], residual [.., O] → x · weightᵀ, with eps over sqrt(mean(x²) + eps), plus residual,
     [.., O], rounded once.
@@ -26,7 +30,14 @@ def linear(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor
     return product.to(x.dtype)
 
 
-@composite("norm_router(Tensor x, Tensor norm_weight, float eps, Tensor weight) -> (Tensor normed, Tensor logits)")
+def _norm_and_logits(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype(x))
+
+
+@composite(
+    "norm_router(Tensor x, Tensor norm_weight, float eps, Tensor weight) -> (Tensor normed, Tensor logits)",
+    _norm_and_logits,
+)
 def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
     """x [.., D], norm_weight [D], weight [E, D] → (rms_norm(x) [.., D], its product with weight [.., E]).
 
@@ -37,7 +48,12 @@ def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> t
     return normed, F.linear(wide, weight.to(wide.dtype))
 
 
-@composite("head_linear(Tensor x, Tensor weight) -> Tensor")
+def _head_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    *rows, heads, _ = x.shape
+    return x.new_empty((heads, *rows, weight.shape[1])).movedim(0, -2)
+
+
+@composite("head_linear(Tensor x, Tensor weight) -> Tensor", _head_by_head)
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [.., H, D], weight [H, O, D] → [.., H, O]: weight[h] · x[.., h]."""
     return torch.einsum("...hd,hod->...ho", x, weight)

@@ -9,7 +9,11 @@ from torch import Tensor
 from codegen.ops.registry import composite, compute_dtype
 
 
-@composite("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+def _like_x(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@composite("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _like_x)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [.., D], weight [D] → [.., D]: weight · x / sqrt(mean(x²) + eps), rounded once."""
     wide = x.to(compute_dtype(x))
@@ -17,7 +21,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * inverse * weight.to(wide.dtype)).to(x.dtype)
 
 
-@composite("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)")
+def _like_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return torch.empty_like(total), total
+
+
+@composite(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)", _like_sum
+)
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [.., D], weight [D] → (rms_norm(sum), sum), both [.., D]; sum = x + residual,
     in the dtype of x."""
@@ -25,7 +36,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-@composite("swiglu(Tensor gate_up) -> Tensor")
+def _like_half(gate_up: Tensor) -> Tensor:
+    return torch.empty_like(gate_up[..., : gate_up.shape[-1] // 2])
+
+
+@composite("swiglu(Tensor gate_up) -> Tensor", _like_half)
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [.., 2I] → [.., I]: silu(first half) · second half, rounded once."""
     gate, up = gate_up.to(compute_dtype(gate_up)).chunk(2, -1)

@@ -15,16 +15,23 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 COMPOSITE: dict[str, tuple[str, Callable[..., Any]]] = {}  # ops that compilers trace through: schema and reference
+LAYOUTS: dict[Any, Callable[..., Any]] = {}  # of composite ops: what they give, without computing it
 OPAQUE: list[str] = []  # ops that compilers call
 
 
-def composite(schema: str) -> Callable[[Implementation], Implementation]:
-    """Define an op whose reference is traced through, by Inductor and by autograd."""
+def composite(schema: str, layout: Callable[..., Any]) -> Callable[[Implementation], Implementation]:
+    """Define an op whose reference is traced through, by Inductor and by autograd.
+
+    `layout` makes empty outputs of the reference's shapes, strides and dtypes: on symbolic sizes, where every step of
+    the reference would take milliseconds.
+    """
 
     def register(reference: Implementation) -> Implementation:
         name = _LIBRARY.define(schema, tags=_TAGS)
         _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
-        COMPOSITE[schema.split("(")[0]] = schema, reference
+        short = schema.split("(")[0]
+        COMPOSITE[short] = schema, reference
+        LAYOUTS[getattr(getattr(torch.ops, NAMESPACE), short).default] = layout
         return reference
 
     return register
@@ -63,7 +70,8 @@ def one_call(op: str) -> Any:
         _TWINS.add(name)
         _LIBRARY.define(schema.replace(op, name, 1), tags=_TAGS)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", reference, lib=_LIBRARY)
+        layout = LAYOUTS[getattr(getattr(torch.ops, NAMESPACE), op).default]
+        torch.library.register_fake(f"{NAMESPACE}::{name}", layout, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

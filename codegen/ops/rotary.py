@@ -8,7 +8,11 @@ from torch import Tensor
 from codegen.ops.registry import composite, compute_dtype
 
 
-@composite("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+def _layout(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@composite("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor", _layout)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [B, S, H, R], cos and sin [B, S, F], F = R/2 → [B, S, H, R].
 

@@ -13,9 +13,30 @@ def _first_k(values: Tensor, k: int) -> Tensor:
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def _chosen(
+    logits: Tensor,
+    bias: Tensor | None,
+    scoring: str,
+    top_k: int,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    masked: float,
+    normalise: bool,
+    epsilon: float,
+    scale: float,
+    always: int = 0,
+) -> tuple[Tensor, Tensor]:
+    tokens, experts = logits.shape
+    columns = top_k + always
+    indices = logits.new_empty((tokens, columns if always else experts), dtype=torch.int64)
+    return indices[:, :columns], logits.new_empty((tokens, columns), dtype=compute_dtype(logits))
+
+
 @composite(
     "route(Tensor logits, Tensor? bias, str scoring, int top_k, int groups, int top_groups, str group_score, "
-    "float masked, bool normalise, float epsilon, float scale, int always=0) -> (Tensor indices, Tensor weights)"
+    "float masked, bool normalise, float epsilon, float scale, int always=0) -> (Tensor indices, Tensor weights)",
+    _chosen,
 )
 def route(
     logits: Tensor,

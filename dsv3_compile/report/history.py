@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from dsv3_compile.inspection import print_graph
 from dsv3_compile.source import axes_of, axis_letters
-from passes.base import Workload, source_line
+from passes.base import Workload, source_line, state
 from passes.cost import NodeCost, concrete_sizes, is_view, node_costs
 
 
@@ -22,13 +22,16 @@ class History:
         self.workload = workload
         self.snapshots: list[dict[str, Any]] = []
         self.states: list[int] = []
+        self.printed: list[Any] | None = None
 
     def __call__(self, module: fx.GraphModule) -> str:
-        text = print_graph(module)
-        if not self.snapshots or self.snapshots[-1]["text"] != text:
-            self.snapshots.append({"text": text, "nodes": nodes_of(module, self.workload)})
+        now = state(module.graph)
+        if now != self.printed:
+            self.printed, text = now, print_graph(module)
+            if not self.snapshots or self.snapshots[-1]["text"] != text:
+                self.snapshots.append({"text": text, "nodes": nodes_of(module, self.workload)})
         self.states.append(len(self.snapshots) - 1)
-        return text
+        return self.snapshots[-1]["text"]
 
     def document(self) -> dict[str, Any]:
         return {"snapshots": self.snapshots, "states": self.states}

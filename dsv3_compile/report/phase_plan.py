@@ -16,7 +16,7 @@ from model_def.config import ModelConfig
 from passes.base import Context, Workload
 from passes.canonicalise import Canonicalise
 from passes.crossover import FormCost, changes, even_queries, even_queries_far, fastest, overtakes, price_forms
-from passes.pipeline import Pipeline
+from passes.pipeline import apply
 from passes.verify import clone
 
 QUERIES = tuple(sorted({round(2 ** (k / 2)) for k in range(27)}))  # 1 to 8192
@@ -52,7 +52,7 @@ def phase_plan(module: fx.GraphModule, context: Context, batches: Sequence[int],
     FLOPs and seconds over QUERIES, one row per batch.
     """
     canonical = clone(module)
-    Pipeline((Canonicalise(),)).run(canonical, context)
+    apply(Canonicalise(), canonical, context)
     prices = price_forms(canonical, context)
     if not prices:
         return None

@@ -139,7 +139,8 @@ def test_an_unknown_dialect_is_refused(tmp_path: Path) -> None:
 
 def test_an_operator_that_a_dialect_lacks_is_refused_with_node_and_model_line(tmp_path: Path) -> None:
     refusal = MlirError("torch-mlir has no linalg form of aten.softmax", "aten._softmax")
-    with patch("dsv3_compile.export_mlir.to_mlir", side_effect=refusal):
+    module = "dsv3_compile.export_mlir"
+    with patch(f"{module}.whole_program"), patch(f"{module}.to_mlir", side_effect=refusal):
         with pytest.raises(
             MlirError, match=r"aten\.softmax: node (mla_)?attention\S* of model\.layers\.0\.self_attn \(attention"
         ):

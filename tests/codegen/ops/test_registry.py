@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from codegen import ops
@@ -91,7 +92,10 @@ def test_torch_compile_with_dynamic_shapes():
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="loading a package crashes CUDA builds of torch 2.11")
 def test_ahead_of_time_inductor_writes_the_cache_in_place(exported, tmp_path):
-    package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "every.pt2"))
+    options = {"aot_inductor.precompile_headers": False}  # they take longer to make than one package saves by them
+    package = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "every.pt2"), inductor_configs=options
+    )
     same_results(torch._inductor.aoti_load_package(package), (1, 4, 6))
 
 
@@ -149,3 +153,38 @@ def same_flops(reference, arguments):
     with FlopCounterMode(display=False) as counted:
         op(*arguments)
     assert counted.get_total_flops() == inside.get_total_flops() > 0
+
+
+def layout_cases():
+    """(op, arguments) for every composite op, over rows that lie apart, transposed, and in 16 bits."""
+    x, residual, cos = torch.randn(3, 5, 2, 16), torch.randn(3, 5, 2, 16), torch.randn(3, 5, 8)
+    wide, moved = torch.randn(3, 5, 2, 20)[..., 2:18], torch.randn(5, 3, 2, 16).transpose(0, 1)
+    logits, order = torch.randn(6, 8), torch.randperm(18)
+    for rows in (x, wide, moved, x.half(), wide.half()):
+        weight, square = torch.randn(16, dtype=rows.dtype), torch.randn(7, 16, dtype=rows.dtype)
+        yield "rms_norm", (rows, weight, 1e-6)
+        yield "add_rms_norm", (rows, residual.to(rows.dtype), weight, 1e-6)
+        yield "swiglu", (rows,)
+        yield "head_linear", (rows, torch.randn(2, 7, 16, dtype=rows.dtype))
+        yield "norm_router", (rows.flatten(0, 2), weight, 1e-6, square)
+        for eps, added in ((None, None), (1e-6, torch.randn(3, 5, 2, 7, dtype=rows.dtype))):
+            yield "linear", (rows, square, eps, added)
+        for interleaved in (True, False):
+            yield "rotary", (rows, cos, cos, interleaved)
+            caches = (torch.randn(3, 9, 12, dtype=rows.dtype), torch.randn(3, 9, 4, dtype=rows.dtype))
+            angles, positions = (cos[..., :2], cos[..., 2:4]), torch.arange(5).repeat(3, 1)
+            yield "write_cache", (rows[:, :, 0], weight[:12], *angles, positions, *caches, 1e-6, interleaved)
+    for scores, groups, always in ((logits, 1, 0), (logits, 4, 2), (logits.half(), 4, 0)):
+        yield "route", (scores, None, "sigmoid", 3, groups, 2, "top2", -math.inf, True, 1e-20, 2.5, always)
+        yield "combine_pairs", (torch.randn(18, 7, dtype=scores.dtype), order, torch.rand(6, 3))
+
+
+def test_a_layout_is_that_of_what_the_reference_computes():
+    def form(tensor):
+        return tensor.dtype, tensor.shape, tensor.stride()
+
+    for name, arguments in layout_cases():
+        op = getattr(dsv3, name).default
+        real, empty = (pytree.tree_leaves(compute(*arguments)) for compute in (op, ops.LAYOUTS[op]))
+        assert [form(one) for one in empty] == [form(one) for one in real], name
+    assert {name for name, _ in layout_cases()} == set(ops.COMPOSITE) == {str(op)[5:-8] for op in ops.LAYOUTS}
