@@ -32,6 +32,7 @@ from passes.fuse_routing import FuseRouting
 from passes.fuse_swiglu import FuseSwiglu
 from passes.group_experts import GroupExperts
 from passes.hoist_weights import HoistWeights
+from passes.join_heads import JoinHeads
 from passes.lower import Lower
 from passes.merge_projections import MergeProjections
 from passes.merge_shared_experts import MergeSharedExperts
@@ -59,6 +60,7 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
     FuseRouter(),
     FoldNormWeights(),
     HoistWeights(),
+    JoinHeads(),
     Lower(),
     FuseAttentionInputs(),
     FuseHeadProducts(),

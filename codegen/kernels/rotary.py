@@ -11,6 +11,39 @@ from codegen.kernels.layout import packed
 
 
 @triton.jit
+def turn_rows(
+    source,
+    target,
+    cos,
+    sin,
+    wanted,
+    INTERLEAVED: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Rotate the 2F columns at each `source` by the F angles at `cos` and `sin` into `target`; both [ROWS, 1]."""
+    dtype: tl.constexpr = target.dtype.element_ty
+    pair = tl.arange(0, BLOCK_F)[None, :]
+    c = tl.load(cos + pair, mask=pair < F, other=0.0).to(tl.float32)
+    s = tl.load(sin + pair, mask=pair < F, other=0.0).to(tl.float32)
+    if INTERLEAVED:
+        # Pairs are parted in registers: a load of every other column would move one number at a time.
+        column = tl.arange(0, 2 * BLOCK_F)[None, :]
+        inside = wanted & (column < 2 * F)
+        both = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (ROWS, BLOCK_F, 2)))
+        turned = tl.join(first * c - second * s, first * s + second * c)
+        tl.store(target + column, tl.reshape(turned, (ROWS, 2 * BLOCK_F)).to(dtype), mask=inside)
+    else:
+        inside = wanted & (pair < F)
+        first = tl.load(source + pair, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + F + pair, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target + pair, (first * c - second * s).to(dtype), mask=inside)
+        tl.store(target + F + pair, (first * s + second * c).to(dtype), mask=inside)
+
+
+@triton.jit
 def rotary_kernel(
     x,
     cos,
@@ -28,20 +61,9 @@ def rotary_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK_H)[:, None]
-    pair = tl.arange(0, BLOCK_F)[None, :]
-    inside = (head < H) & (pair < F)
-    c = tl.load(cos + token * F + pair, mask=pair < F, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * F + pair, mask=pair < F, other=0.0).to(tl.float32)
-    if INTERLEAVED:
-        left, right = 2 * pair, 2 * pair + 1
-    else:
-        left, right = pair, pair + F
     source = x + token // queries * x_batch_stride + token % queries * x_query_stride + head * x_head_stride
-    first = tl.load(source + left, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + right, mask=inside, other=0.0).to(tl.float32)
-    row = out + (token * H + head) * (2 * F)
-    tl.store(row + left, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(row + right, (first * s + second * c).to(out.dtype.element_ty), mask=inside)
+    target = out + (token * H + head) * (2 * F)
+    turn_rows(source, target, cos + token * F, sin + token * F, head < H, INTERLEAVED, F, BLOCK_H, BLOCK_F)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

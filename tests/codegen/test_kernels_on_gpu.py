@@ -46,6 +46,16 @@ def test_swiglu_and_rotary():
     assert_near(*both("rotary", normal(2, 9, 128, 192)[..., 128:], angle.cos(), angle.sin(), True))
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_joined_heads(interleaved):
+    angle = normal(2, 9, 32, dtype=torch.float32)
+    queries = normal(2, 9, 128, 192)
+    first, second = queries.split([128, 64], -1)
+    assert_near(*both("join_heads", first, second, angle.cos(), angle.sin(), interleaved))
+    keys, row = normal(2, 9, 16, 256)[..., :128], normal(2, 9, 64)
+    assert_near(*both("join_heads", keys, row.unsqueeze(2).expand(-1, -1, 16, -1)))
+
+
 def test_cache_write():
     angle = normal(3, 1, 32, dtype=torch.float32)
     positions = torch.tensor([[5], [0], [63]], device="cuda")

@@ -24,6 +24,7 @@ class EveryOp(nn.Module):
         dsv3.write_cache_(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
         q = normed.unflatten(-1, (4, -1))
         q_rope = dsv3.rotary(q[..., :8], cos, sin, True)
+        joined = dsv3.join_heads(q, q[..., :8], cos, sin, False)
         absorbed = dsv3.mla_attention(q[..., :16], q_rope, latent, rope_key, positions, 0.2)
         keys = normed.unflatten(-1, (2, -1))
         expanded = dsv3.attention(q[..., :12], keys[..., :12], keys, positions, 0.3)
@@ -40,7 +41,7 @@ class EveryOp(nn.Module):
         inputs = dsv3.attention_inputs_(
             normed, kv, gate_up[:4, :8, :16], weight[:16], cos, sin, positions, latent, rope_key, 1e-6, False
         )
-        return pure_latent, absorbed, expanded, fused, steps, product, scores, per_head, *inputs
+        return pure_latent, joined, absorbed, expanded, fused, steps, product, scores, per_head, *inputs
 
 
 def draw(batch, queries, context, dtype=torch.float32):
