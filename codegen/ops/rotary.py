@@ -29,8 +29,19 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return rotated.to(x.dtype)
 
 
+def _joined(
+    first: Tensor,
+    second: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    return first.new_empty((*first.shape[:-1], first.shape[-1] + second.shape[-1]))
+
+
 @composite(
-    "join_heads(Tensor first, Tensor second, Tensor? cos=None, Tensor? sin=None, bool interleaved=False) -> Tensor"
+    "join_heads(Tensor first, Tensor second, Tensor? cos=None, Tensor? sin=None, bool interleaved=False) -> Tensor",
+    _joined,
 )
 def join_heads(
     first: Tensor,
@@ -45,4 +56,4 @@ def join_heads(
     """
     if cos is not None and sin is not None:
         second = rotary(second, cos, sin, interleaved)
-    return torch.cat((first, second), -1)
+    return torch.cat((first, second), -1).contiguous()

@@ -172,6 +172,7 @@ def layout_cases():
             yield "linear", (rows, square, eps, added)
         for interleaved in (True, False):
             yield "rotary", (rows, cos, cos, interleaved)
+            yield "join_heads", (x.to(rows.dtype)[..., :6], rows, cos, cos, interleaved)
             caches = (torch.randn(3, 9, 12, dtype=rows.dtype), torch.randn(3, 9, 4, dtype=rows.dtype))
             angles, positions = (cos[..., :2], cos[..., 2:4]), torch.arange(5).repeat(3, 1)
             yield "write_cache", (rows[:, :, 0], weight[:12], *angles, positions, *caches, 1e-6, interleaved)

@@ -204,9 +204,18 @@ def combine_kernel(
 
 
 def routed_swiglu(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None = None
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: Tensor | None = None,
+    always: int = 0,
 ) -> Tensor:
-    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D]."""
+    """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D].
+
+    `always` experts that every token gets are treated like the others.
+    """
     x = as_rows(x)
     residual = None if residual is None else as_rows(residual)
     tokens, top_k = indices.shape
