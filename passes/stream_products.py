@@ -1,4 +1,4 @@
-"""Products of few rows with a weight, in the kernel that streams weights."""
+"""Products of few rows with weights, in the kernel that streams weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, source_line
+from passes.base import Context, call, is_call, shape_of, source_line
 from passes.launches import FuseLaunches, why_not_few
-from passes.nodes import dtype_of, erase_dead, weights_only
+from passes.nodes import CASTS, bring_before, dtype_of, erase_dead, users, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class StreamProducts(FuseLaunches):
-    """linear(x, W)    →    dsv3.linear(x, W)
+    """linear(x, W)                     →    dsv3.linear(x, W)
+       linear(x, W), linear(x, V)       →    both halves of linear_pair(x, W, V)
+       linear(float(x), float(W))       →    dsv3.linear(x, W, exact)
 
     For rows so few that reading the weight is all there is to do: the kernel begins to read it while the one before
     still runs. Products of many rows are the library's.
-    """
+    """  # fmt: skip
 
     op: ClassVar[str] = "linear"
 
@@ -32,7 +35,8 @@ class StreamProducts(FuseLaunches):
             return f"{node.name} has a bias"
         if not weights_only(node.args[1]):
             return f"{node.name} is no product with a weight"
-        if any(dtype_of(one) not in (torch.bfloat16, torch.float16) for one in node.args[:2]):
+        dtypes = {dtype_of(factor) for factor in factors(node)}
+        if len(dtypes) > 1 or not dtypes.issubset(SIXTEEN_BITS):
             return f"{node.name} is not one of 16-bit floats"
         return None
 
@@ -40,9 +44,44 @@ class StreamProducts(FuseLaunches):
         return why_not_few(node, context)
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
-        with graph.inserting_before(node):
-            new = call(graph, dsv3.linear.default, *node.args[:2], like=node)
-        node.replace_all_uses_with(new)
-        erase_dead(graph, node)
+        x, weight = factors(node)
+        sibling = next((user for user in users(x) if self.joins(user, node)), None)
+        new = streamed(graph, node) if sibling is None else None
+        if sibling is not None:
+            first, second = sorted((node, sibling))
+            bring_before(first, second.args[1])
+            width = shape_of(first)[-1]
+            with graph.inserting_before(first):
+                new = call(graph, dsv3.linear_pair.default, x, first.args[1], second.args[1], like=first)
+                for old, begin, end in ((first, 0, width), (second, width, shape_of(new)[-1])):
+                    part = call(graph, aten.slice.Tensor, new, len(shape_of(new)) - 1, begin, end, like=old)
+                    old.replace_all_uses_with(part)
+            erase_dead(graph, second)
+            erase_dead(graph, first)
+        assert new is not None
         where = source_line(new)
-        return f"{node.name} → {new.name}" + (f" ({where})" if where else "")
+        names = node.name if sibling is None else f"{node.name}, {sibling.name}"
+        return f"{names} → {new.name}" + (f" ({where})" if where else "")
+
+    def joins(self, other: fx.Node, node: fx.Node) -> bool:
+        """Is this another product of the same rows, rounded like them?"""
+        same = other is not node and is_call(other, aten.linear) and other.args[0] is node.args[0]
+        return same and self.when(other) is None and all(dtype_of(one) in SIXTEEN_BITS for one in (other, node))
+
+
+def streamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A single product's replacement."""
+    exact = (None, None, True) if dtype_of(node) == torch.float32 else ()
+    with graph.inserting_before(node):
+        new = call(graph, dsv3.linear.default, *factors(node), *exact, like=node)
+    node.replace_all_uses_with(new)
+    erase_dead(graph, node)
+    return new
+
+
+def factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Both factors of a product, of a float32 product behind the casts that widen them."""
+    both = node.args[:2]
+    if dtype_of(node) == torch.float32 and all(is_call(factor, *CASTS) for factor in both):
+        both = tuple(factor.args[0] for factor in both)
+    return both

@@ -10,14 +10,20 @@ from codegen.ops.norm import rms_norm
 from codegen.ops.registry import composite, compute_dtype
 
 
-def _product(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _product(
+    x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None, exact: bool = False
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=compute_dtype(x) if exact else x.dtype)
 
 
-@composite("linear(Tensor x, Tensor weight, float? eps=None, Tensor? residual=None) -> Tensor", _product)
-def linear(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None) -> Tensor:
+@composite(
+    "linear(Tensor x, Tensor weight, float? eps=None, Tensor? residual=None, bool exact=False) -> Tensor", _product
+)
+def linear(
+    x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None, exact: bool = False
+) -> Tensor:
     """x [.., D], weight [O, D], residual [.., O] → x · weightᵀ, with eps over sqrt(mean(x²) + eps), plus residual,
-    [.., O], rounded once.
+    [.., O], rounded once, or where `exact` not at all: then it is fp32 (fp64 of fp64 x).
 
     With eps it is the product of an RMSNorm whose own weight has been multiplied into `weight`.
     """
@@ -27,7 +33,17 @@ def linear(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor
         product = product * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if residual is not None:
         product = product + residual.to(wide.dtype)
-    return product.to(x.dtype)
+    return product if exact else product.to(x.dtype)
+
+
+def _both_products(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], first.shape[0] + second.shape[0]))
+
+
+@composite("linear_pair(Tensor x, Tensor first, Tensor second) -> Tensor", _both_products)
+def linear_pair(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """x [.., D], first [O, D], second [P, D] → [.., O+P]: the products with both weights, side by side."""
+    return torch.cat([linear(x, weight) for weight in (first, second)], -1)
 
 
 def _norm_and_logits(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:

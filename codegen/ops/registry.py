@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "dsv3"
@@ -69,10 +70,19 @@ def one_call(op: str) -> Any:
     if name not in _TWINS:
         _TWINS.add(name)
         _LIBRARY.define(schema.replace(op, name, 1), tags=_TAGS)
-        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         layout = LAYOUTS[getattr(getattr(torch.ops, NAMESPACE), op).default]
-        torch.library.register_fake(f"{NAMESPACE}::{name}", layout, lib=_LIBRARY)
+        _LIBRARY.impl(name, _packed(reference), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _packed(layout), lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _packed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with contiguous results, as kernels write them."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        return tree_map(torch.Tensor.contiguous, function(*arguments, **named))
+
+    return run
 
 
 _TWINS: set[str] = set()

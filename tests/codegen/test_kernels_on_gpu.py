@@ -64,6 +64,21 @@ def test_cache_write():
     assert_near(*both("write_cache_", *arguments))
 
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rows", [1, 3, 16, 33])
+def test_products_stream_on_hopper(rows):
+    x, first, second = normal(rows, 2048), normal(2816, 2048), normal(576, 2048)
+    for op, arguments in (("linear_pair", (x, first, second)), ("linear", (x, second, None, None, True))):
+        launcher = getattr(importlib.import_module(f"codegen.kernels.sm_90.{op}"), op)
+        wide = [one.double() if isinstance(one, torch.Tensor) else one for one in arguments]
+        found = launcher(*arguments)
+        assert found.dtype == (BF16 if op == "linear_pair" else torch.float32)
+        assert_near(found, getattr(torch.ops.dsv3, op)(*wide), 1e-2 if op == "linear_pair" else 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (3, 24, 12), (20, 384, 32)])
 @pytest.mark.parametrize("queries, batch", [(1, 1), (1, 5), (4, 2)])

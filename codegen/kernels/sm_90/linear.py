@@ -56,14 +56,19 @@ def aligned(rows: Tensor) -> Tensor:
     return rows.contiguous() if rows.storage_offset() % unit or rows.stride(0) % unit else rows
 
 
-def linear(x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None, exact: bool = False
+) -> Tensor:
     """Kernel of the op `linear`: x [.., D], weight [O, D], residual [.., O] → x · weightᵀ, with eps over
-    sqrt(mean(x²) + eps), plus residual, [.., O]."""
+    sqrt(mean(x²) + eps), plus residual, [.., O]; where `exact` in float32."""
     rows, shape = as_rows(x), (*x.shape[:-1], weight.shape[0])
     added = None if residual is None else residual.reshape(-1, weight.shape[0]).contiguous()
     if rows.shape[0] <= SKINNY_ROWS and weight.is_contiguous() and why_not_skinny(rows, weight) is None:
-        return skinny_linear(aligned(rows), weight, eps, added).view(shape)
+        return skinny_linear(aligned(rows), weight, eps, added, exact=exact).view(shape)
     if eps is not None:
         rows = unit_norm(rows, eps)
+    if exact:
+        rows, weight = rows.to(torch.float32), weight.to(torch.float32)
+        added = None if added is None else added.to(torch.float32)
     out = F.linear(rows, weight) if added is None else torch.addmm(added, rows, weight.T)
     return out.view(shape)

@@ -28,10 +28,31 @@ PROGRAMS = 2  # per multiprocessor
 
 
 @gluon.jit
+def _load_tile(weight_desc, second_desc, first_items, item, step, full, slot, smem, fresh, OUTPUTS: gl.constexpr,
+               BLOCK_D: gl.constexpr, PAIR: gl.constexpr):  # fmt: skip
+    """A step of a tile of rows: of the first weight, or of the second one behind it."""
+    if PAIR:
+        own = item < first_items
+        tma.async_copy_global_to_shared(
+            weight_desc, [item * OUTPUTS, 0, step * BLOCK_D], full.index(slot), smem.index(slot), pred=fresh & own
+        )
+        tma.async_copy_global_to_shared(
+            second_desc, [(item - first_items) * OUTPUTS, 0, step * BLOCK_D], full.index(slot), smem.index(slot),
+            pred=fresh & (item >= first_items),
+        )  # fmt: skip
+    else:
+        tma.async_copy_global_to_shared(
+            weight_desc, [item * OUTPUTS, 0, step * BLOCK_D], full.index(slot), smem.index(slot), pred=fresh
+        )
+
+
+@gluon.jit
 def _load_slices(
     weight_desc,
+    second_desc,
     x_desc,
     items,
+    first_items,
     steps,
     weight_smem,
     x_smem,
@@ -41,15 +62,15 @@ def _load_slices(
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
     STEP_BYTES: gl.constexpr,
+    PAIR: gl.constexpr,
 ):
     first = gl.program_id(0)
     # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
     ahead = gl.where(first < items, gl.minimum(steps, STAGES), 0)
     for slot in range(ahead):
         mbarrier.expect(full.index(slot), STEP_BYTES)
-        tma.async_copy_global_to_shared(
-            weight_desc, [first * OUTPUTS, 0, slot * BLOCK_D], full.index(slot), weight_smem.index(slot)
-        )
+        _load_tile(weight_desc, second_desc, first_items, first, slot, full, slot, weight_smem, True, OUTPUTS,
+                   BLOCK_D, PAIR)  # fmt: skip
     gdc_wait()
     count = 0
     slot = 0
@@ -59,9 +80,8 @@ def _load_slices(
             mbarrier.wait(empty.index(slot), phase)
             fresh = count >= ahead
             mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh)
-            tma.async_copy_global_to_shared(
-                weight_desc, [item * OUTPUTS, 0, step * BLOCK_D], full.index(slot), weight_smem.index(slot), pred=fresh
-            )
+            _load_tile(weight_desc, second_desc, first_items, item, step, full, slot, weight_smem, fresh, OUTPUTS,
+                       BLOCK_D, PAIR)  # fmt: skip
             tma.async_copy_global_to_shared(x_desc, [0, 0, step * BLOCK_D], full.index(slot), x_smem.index(slot))
             count += 1
             slot += 1
@@ -146,6 +166,7 @@ def _multiply_slices(
 @gluon.jit
 def skinny_linear_kernel(
     weight_desc,
+    second_desc,
     x_desc,
     out_ptr,
     residual_ptr,
@@ -153,6 +174,7 @@ def skinny_linear_kernel(
     depth,
     width,
     items,
+    first_items,
     steps,
     SLICES: gl.constexpr,
     ROWS: gl.constexpr,
@@ -161,6 +183,7 @@ def skinny_linear_kernel(
     NORM: gl.constexpr,
     EPS: gl.constexpr,
     ADD: gl.constexpr,
+    PAIR: gl.constexpr,
 ):
     dtype: gl.constexpr = weight_desc.dtype
     OUTPUTS: gl.constexpr = 64 // SLICES
@@ -180,8 +203,8 @@ def skinny_linear_kernel(
                 SLICES, ROWS, BLOCK_D, STAGES, NORM, EPS, ADD,
             )),
             (_load_slices, (
-                weight_desc, x_desc, items, steps, weight_smem, x_smem, full, empty,
-                OUTPUTS, BLOCK_D, STAGES, STEP_BYTES,
+                weight_desc, second_desc, x_desc, items, first_items, steps, weight_smem, x_smem, full, empty,
+                OUTPUTS, BLOCK_D, STAGES, STEP_BYTES, PAIR,
             )),
         ],
         [1],
@@ -204,6 +227,15 @@ def slices_for(width: int, rows: int) -> int:
     return 2 if width >= 100 * 32 else 4 if width >= 50 * 16 else 8
 
 
+def balanced_slices(width: int, depth: int, processors: int) -> int:
+    """The slices with which the busiest multiprocessor has the fewest rows; the fewest of those."""
+
+    def most_rows(slices: int) -> int:
+        return triton.cdiv(triton.cdiv(width * slices, 64), processors) * (64 // slices)
+
+    return min((slices for slices in (1, 2, 4, 8) if depth % (8 * slices) == 0), key=most_rows)
+
+
 def why_not_skinny(x: Tensor, weight: Tensor) -> str | None:
     """None, or the reason why another product must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
@@ -216,22 +248,30 @@ def why_not_skinny(x: Tensor, weight: Tensor) -> str | None:
 
 
 def skinny_linear(
-    x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None, slices: int | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    slices: int | None = None,
+    second: Tensor | None = None,
+    exact: bool = False,
 ) -> Tensor:
-    """x [N, D], weight [O, D] → x · weightᵀ, [N, O] in the dtype of x, for N up to 64; accumulates in fp32.
+    """x [N, D], weight [O, D] → x · weightᵀ, [N, O] in the dtype of x, for N up to 64; accumulates in fp32, and stays
+    there where `exact`. With a second weight [P, D] → [N, O+P], for O a multiple of 64.
 
     With eps the product is divided by sqrt(mean(x²) + eps): the product of an RMSNorm whose weight has been multiplied
     into `weight`. residual [N, O] is added last.
     """
     rows, depth = x.shape
-    width = weight.shape[0]
+    width = weight.shape[0] + (0 if second is None else second.shape[0])
     slices = slices or slices_for(width, rows)
     tile = max(8, triton.next_power_of_2(rows))
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((rows, width), dtype=torch.float32 if exact else x.dtype, device=x.device)
     items = triton.cdiv(width, 64 // slices)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     skinny_linear_kernel[(min(items, PROGRAMS * processors),)](
         _boxes(weight, slices, [64 // slices, slices, BLOCK_D]),
+        _boxes(weight if second is None else second, slices, [64 // slices, slices, BLOCK_D]),
         _boxes(x, slices, [tile, slices, BLOCK_D]),
         out,
         out if residual is None else residual,
@@ -239,6 +279,7 @@ def skinny_linear(
         depth,
         width,
         items,
+        weight.shape[0] // (64 // slices),
         triton.cdiv(depth // slices, BLOCK_D),
         SLICES=slices,
         ROWS=tile,
@@ -247,6 +288,7 @@ def skinny_linear(
         NORM=eps is not None,
         EPS=eps or 0.0,
         ADD=residual is not None,
+        PAIR=second is not None,
         num_warps=4,
         maxnreg=128,
         launch_pdl=True,

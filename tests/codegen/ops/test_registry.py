@@ -37,11 +37,12 @@ class EveryOp(nn.Module):
         steps = dsv3.combine_pairs(dsv3.grouped_linear(hidden, down, offsets), order, weights)
         product = dsv3.linear(normed, weight.unsqueeze(0), 1e-6, normed[..., :1])
         _, scores = dsv3.norm_router(tokens, weight, 1e-6, w_router.T)
+        pair = dsv3.linear_pair(normed, weight.unsqueeze(0), weight.unsqueeze(0))
         per_head = dsv3.head_linear(q, gate_up[:4, :, :16])
         inputs = dsv3.attention_inputs_(
             normed, kv, gate_up[:4, :8, :16], weight[:16], cos, sin, positions, latent, rope_key, 1e-6, False
         )
-        return pure_latent, joined, absorbed, expanded, fused, steps, product, scores, per_head, *inputs
+        return pure_latent, joined, absorbed, expanded, fused, steps, product, pair, scores, per_head, *inputs
 
 
 def draw(batch, queries, context, dtype=torch.float32):
@@ -170,6 +171,8 @@ def layout_cases():
         yield "norm_router", (rows.flatten(0, 2), weight, 1e-6, square)
         for eps, added in ((None, None), (1e-6, torch.randn(3, 5, 2, 7, dtype=rows.dtype))):
             yield "linear", (rows, square, eps, added)
+            yield "linear", (rows, square, eps, added, True)
+        yield "linear_pair", (rows, square, square[:3])
         for interleaved in (True, False):
             yield "rotary", (rows, cos, cos, interleaved)
             yield "join_heads", (x.to(rows.dtype)[..., :6], rows, cos, cos, interleaved)
