@@ -4,11 +4,16 @@ import importlib
 
 import pytest
 import torch
+from torch import fx
+from torch.library import opcheck
 
 from codegen import dispatch
 from codegen.dispatch import launcher
-from codegen.ops.registry import OPAQUE, serve
+from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
 from codegen.targets import target
+from codegen.tuning import available, own_form
+
+dsv3 = torch.ops.dsv3
 
 
 @pytest.mark.parametrize("name", ["sm_80", "gfx942"])
@@ -28,11 +33,34 @@ def test_the_own_form_runs_what_it_serves(dtype, own, monkeypatch):
     assert calls == ["codegen.kernels.sm_90" if own else "codegen.kernels"]
 
 
-def test_every_op_that_stays_one_call_is_offered_once(monkeypatch):
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+def test_every_op_that_stays_one_call_is_offered_once(name, monkeypatch):
     offered = []
     monkeypatch.setattr(dispatch, "serve", lambda op, key, implementation: offered.append((op, key)))
-    dispatch.register(target("sm_90"))
-    assert sorted(offered) == sorted((op, "CUDA") for op in OPAQUE)
+    dispatch.register(target(name))
+    twins = [f"{op}_call" for op in COMPOSITE if own_form(op, target(name))]
+    assert ("linear_call" in twins) == (name == "sm_90")
+    served = [op for op in OPAQUE if available(op, target(name))]
+    assert sorted(offered) == sorted((op, "CUDA") for op in (*served, *twins))
+
+
+def test_ops_with_a_kernel_of_the_target_stay_one_call():
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    per_head = graph.call_function(dsv3.head_linear.default, (x, weight))
+    graph.output(graph.call_function(dsv3.rotary.default, (per_head, x, x, True)))
+    dispatch.call_kernels(graph, target("sm_90"))
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == [
+        "dsv3.head_linear_call.default",
+        "dsv3.rotary.default",  # which Inductor fuses better
+    ]
+
+
+def test_a_twin_computes_the_same_and_gives_it_as_a_kernel_does():
+    x, weight = torch.randn(3, 5, 2, 16), torch.randn(2, 7, 16)
+    found = one_call("head_linear")(x, weight)
+    assert torch.equal(found, dsv3.head_linear(x, weight)) and found.is_contiguous()
+    opcheck(one_call("head_linear"), (x, weight), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_an_implementation_serves_its_dispatch_key_only():

@@ -17,7 +17,7 @@ from passes.base import Context, Outcome, Pass, Workload, is_call, sweep
 from passes.verify import Specimen, clone
 from tests.passes.mla import Mla, inputs
 
-LONG = {"prefill": Workload(1, 4096, 4096), "decode": Workload(1, 1, 4096)}
+LONG = {"prefill": Workload(1, 4096, 4096), "decode": Workload(1, 1, 4096), "any": Workload(0, 0, 0)}
 
 
 def layer_graph(config: ModelConfig, layer: int, dtype: torch.dtype) -> fx.GraphModule:

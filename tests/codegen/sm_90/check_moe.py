@@ -9,7 +9,6 @@ from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.kernels.sm_90.plan_experts import plan_experts
 from codegen.kernels.sm_90.route import route
 from codegen.kernels.sm_90.routed_swiglu import combine
-from codegen.kernels.sm_90.single_token import swiglu_of_pairs, weighted_down
 
 SIGMOID = ("sigmoid", "top2", -math.inf, True)
 SOFTMAX = ("softmax", "max", 0.0, False)
@@ -91,15 +90,6 @@ def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, expert
     assert [tuple(tile) for tile in plan.tiles[:3, :used].T.tolist()] == expected
 
 
-@pytest.mark.parametrize("tokens, hidden, width", [(1, 72, 40), (3, 33, 17)])
-def test_single_tokens_agree(tokens, hidden, width):
-    x, indices, weights = torch.randn(tokens, hidden), draw_pairs(tokens, 3, 5), torch.rand(tokens, 3)
-    gate_up, down = torch.randn(5, 2 * width, hidden), torch.randn(5, hidden, width)
-    expected = torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down)
-    found = weighted_down(swiglu_of_pairs(x, indices, gate_up, (4, 64), 4), indices, weights, down, (4, 32), 4)
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
-
-
 def test_shared_experts_are_listed_last_with_weight_one():
     logits = torch.randn(3, 12)
     indices, weights = route(logits, None, "softmax", 4, 1, 1, "max", 0.0, False, 0.0, 1.0, always=2)
@@ -107,13 +97,6 @@ def test_shared_experts_are_listed_last_with_weight_one():
     torch.testing.assert_close((indices[:, :4], weights[:, :4]), expected)
     assert indices[:, 4:].tolist() == [[12, 13]] * 3
     assert weights[:, 4:].tolist() == [[1.0, 1.0]] * 3
-
-
-def test_the_residual_is_added_to_a_single_token():
-    hidden, indices, weights, down = torch.randn(3, 17), draw_pairs(1, 3, 5), torch.rand(1, 3), torch.randn(5, 33, 17)
-    residual = torch.randn(1, 33)
-    without = weighted_down(hidden, indices, weights, down, (4, 32), 4)
-    torch.testing.assert_close(weighted_down(hidden, indices, weights, down, (4, 32), 4, residual), without + residual)
 
 
 def test_combine_sums_the_pairs_of_a_token():
