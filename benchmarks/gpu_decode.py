@@ -258,7 +258,10 @@ def peer_model(config: ModelConfig) -> tuple[Any, Any]:
         model = getattr(transformers, f"{family}ForCausalLM")(hf).to(torch.bfloat16)
     model.to_empty(device="cuda").eval()
     for tensor in model.parameters():
-        tensor.data.normal_(0, 0.02)
+        tensor.data.normal_(0.0 if tensor.dim() > 1 else 1.0, 0.02)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.02)
     for module in model.modules():
         if hasattr(module, "original_inv_freq"):
             fresh = type(module)(hf)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import dsv3_compile
+from codegen import dispatch
+from codegen.targets import TARGETS
 from dsv3_compile import backend
 from dsv3_compile.inspection import table
 from passes.pipeline import PassError, RequirementError
@@ -106,6 +108,23 @@ def test_inductor_compiles_what_the_passes_made() -> None:
     expected = conversation(model, model, True)
     found = conversation(model, torch.compile(model, backend="dsv3"), True)
     assert (found - expected).abs().max() <= TOLERANCE
+
+
+def test_a_gpu_gets_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: compiled.append(module) or module.forward)
+    monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])
+    monkeypatch.setattr(dispatch, "register", lambda _: None)
+    model = deepseek_v2(num_hidden_layers=2).bfloat16()
+    expected = conversation(model, model, True)
+    found = conversation(model, torch.compile(model, backend="dsv3"), True)
+    assert (found - expected).norm() <= 2e-2 * expected.norm()
+    prompt, *steps = map(matches, dsv3_compile.reports())
+    assert steps and all(step["fuse-head-products"] == prompt["real-arithmetic"] == 4 for step in steps)
+    called = [str(node.target) for node in compiled[-1].graph.nodes]
+    assert not any("complex" in name for name in called)
+    for op in ("linear_call", "linear_pair_call", "head_linear_call", "route_call", "routed_swiglu", "mla_attention"):
+        assert f"dsv3.{op}.default" in called
 
 
 # ---- models without MLA or experts

@@ -99,6 +99,7 @@ def test_fused_steps_are_written_and_fit_whatever_the_batch():
     caches = tensor("B", "T", 512), tensor("B", "T", 64)
     calls = {
         "linear": (tensor("B", 1, 2048), tensor(2048, 2048), None, tensor("B", 1, 2048)),
+        "linear_pair": (tensor("B", 1, 2048), tensor(2816, 2048), tensor(2816, 2048)),
         "norm_router": (tensor("B", 2048), tensor(2048), 1e-6, tensor(64, 2048, dtype=float32)),
         "head_linear": (tensor("B", 1, 16, 512), up),
         "attention_inputs_": (*rows, up, tensor(512), angle, angle, positions, *caches, 1e-6, True),
@@ -117,5 +118,5 @@ def test_fused_steps_are_written_and_fit_whatever_the_batch():
 
 
 def test_ops_that_only_hopper_has_are_nobody_elses():
-    for op in ("linear", "norm_router", "head_linear", "attention_inputs_"):
+    for op in ("linear", "linear_pair", "norm_router", "head_linear", "attention_inputs_"):
         assert available(op, SM_90) and not available(op, target("sm_80")) and not available(op, target("cpu"))
