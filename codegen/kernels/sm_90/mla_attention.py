@@ -24,8 +24,9 @@ TILE = 64  # cached positions, and the page size
 # outweighs reading the cache more often.
 SHORT = 8192
 SHORT_ROWS = 256
-# Contexts on both sides of SHORT: a single long request takes another form than a short one.
-TRIED_SIZES = {"T": (1, 4099, 40009)}
+# One request, a warp of them, and four; contexts on both sides of SHORT: a single long request takes another form than
+# a short one. Other batches are compiled when they come.
+TRIED_SIZES = {"B": (1, 23, 100), "T": (1, 4099, 40009)}
 
 
 @dataclass(frozen=True)
