@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--target", default="sm_90")
     parser.add_argument(
-        "--peer", nargs="*", default=None, help="run transformers beside it, compiled by these backends: inductor, dsv3"
+        "--peer", nargs="*", choices=("inductor", "dsv3"), help="run transformers beside it, compiled by these backends"
     )
     forms = ("batched_mm", "grouped_mm")
     parser.add_argument("--experts", nargs="+", choices=forms, default=forms, help="forms of transformers' experts")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, source_line
+from passes.base import Context, call, is_call, shape_of, source_line
 from passes.launches import FuseLaunches, why_not_few
 from passes.nodes import erase_dead, weights_only
 from passes.products import product_of
@@ -41,7 +41,9 @@ class FuseHeadProducts(FuseLaunches):
         return "its axes are not those of one product per head" if product is None else None
 
     def outside(self, node: fx.Node, context: Context) -> str | None:
-        return why_not_few(node.args[1][0], context)
+        product = head_product(node)
+        assert product is not None
+        return why_not_few(node, shape_of(product.x)[:-2], context)
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         product = head_product(node)

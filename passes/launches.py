@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,11 +66,12 @@ class FuseLaunches(Pass):
         raise NotImplementedError
 
 
-def why_not_few(product: fx.Node, context: Context) -> str | None:
-    """The reason why a product has not few rows, '' in prefill, where that goes without saying, or None."""
+def why_not_few(product: fx.Node, sizes: Sequence[Any], context: Context) -> str | None:
+    """The reason why a product of so many tokens, by axis, has not few rows; '' in prefill, where that goes without
+    saying; or None."""
     if context.phase != "any":
         return None if context.phase == "decode" else ""
-    rows = math.prod(shape_of(product)[:-1])
+    rows = math.prod(sizes)
     if not isinstance(rows, int):
         return f"nothing says that {product.name} has few rows"
     return None if rows <= FEW_ROWS else f"{product.name} has {rows} rows; up to {FEW_ROWS} are few"

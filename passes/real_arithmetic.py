@@ -8,12 +8,10 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, source_line, sweep
+from passes.nodes import COPIES, VIEWS
 
 aten = torch.ops.aten
-VIEWS = (
-    aten.unsqueeze, aten.squeeze, aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.transpose,
-    aten.permute, aten.slice, aten.clone, aten.contiguous, aten.alias, aten.detach,
-)  # fmt: skip
+MOVES = (*VIEWS, *COPIES, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def why_not(number: fx.Node) -> str | None:
         return None
     if is_call(number, aten.mul) and all(isinstance(factor, fx.Node) for factor in number.args):
         return next((reason for factor in number.args if (reason := why_not(factor))), None)
-    if is_call(number, *VIEWS):
+    if is_call(number, *MOVES):
         return why_not(number.args[0])
     if not number.meta["val"].is_complex():
         return f"{number.name} is a real factor"
@@ -62,7 +60,7 @@ def real_parts(
         return known[number]
     if is_call(number, aten.mul):
         (a, b), (c, d) = (real_parts(graph, factor, known) for factor in number.args)
-    elif is_call(number, *VIEWS):
+    elif is_call(number, *MOVES):
         a, b = real_parts(graph, number.args[0], known)
     with graph.inserting_before(number):
         if is_call(number, aten.view_as_complex):

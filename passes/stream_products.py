@@ -41,27 +41,14 @@ class StreamProducts(FuseLaunches):
         return None
 
     def outside(self, node: fx.Node, context: Context) -> str | None:
-        return why_not_few(node, context)
+        return why_not_few(node, shape_of(node)[:-1], context)
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
-        x, weight = factors(node)
-        sibling = next((user for user in users(x) if self.joins(user, node)), None)
-        new = streamed(graph, node) if sibling is None else None
-        if sibling is not None:
-            first, second = sorted((node, sibling))
-            bring_before(first, second.args[1])
-            width = shape_of(first)[-1]
-            with graph.inserting_before(first):
-                new = call(graph, dsv3.linear_pair.default, x, first.args[1], second.args[1], like=first)
-                for old, begin, end in ((first, 0, width), (second, width, shape_of(new)[-1])):
-                    part = call(graph, aten.slice.Tensor, new, len(shape_of(new)) - 1, begin, end, like=old)
-                    old.replace_all_uses_with(part)
-            erase_dead(graph, second)
-            erase_dead(graph, first)
-        assert new is not None
+        sibling = next((user for user in users(node.args[0]) if self.joins(user, node)), None)
+        products = [node] if sibling is None else sorted((node, sibling))
+        new = streamed(graph, node) if sibling is None else streamed_together(graph, *products)
         where = source_line(new)
-        names = node.name if sibling is None else f"{node.name}, {sibling.name}"
-        return f"{names} → {new.name}" + (f" ({where})" if where else "")
+        return f"{', '.join(one.name for one in products)} → {new.name}" + (f" ({where})" if where else "")
 
     def joins(self, other: fx.Node, node: fx.Node) -> bool:
         """Is this another product of the same rows, rounded like them?"""
@@ -77,6 +64,20 @@ def streamed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     node.replace_all_uses_with(new)
     erase_dead(graph, node)
     return new
+
+
+def streamed_together(graph: fx.Graph, first: fx.Node, second: fx.Node) -> fx.Node:
+    """What two products of the same rows are halves of; `first` comes first in the graph."""
+    bring_before(first, second.args[1])
+    width = shape_of(first)[-1]
+    with graph.inserting_before(first):
+        both = call(graph, dsv3.linear_pair.default, *first.args[:2], second.args[1], like=first)
+        axis, end = len(shape_of(both)) - 1, shape_of(both)[-1]
+        for old, part in ((first, (0, width)), (second, (width, end))):
+            old.replace_all_uses_with(call(graph, aten.slice.Tensor, both, axis, *part, like=old))
+    erase_dead(graph, second)
+    erase_dead(graph, first)
+    return both
 
 
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from passes.fuse_head_products import FuseHeadProducts
+from passes.launches import FEW_ROWS
 from tests.passes.capture import tensor
 from tests.passes.harness import apply, count, module_graph, reasons
 from tests.passes.launches import LAYERS, layer_before
@@ -46,6 +47,15 @@ def test_a_target_without_the_kernel_keeps_the_einsum():
         FuseHeadProducts(), module_graph(Heads("bshd,hod->bsho", H, O, D), tensor("x", "B", 1, H, D)), on="sm_80"
     )
     assert not outcome.matches and reasons(outcome) == "sm_80 has no kernel of its own for head_linear"
+
+
+def test_rows_are_counted_without_the_heads():
+    heads = FEW_ROWS + 1
+    graph = module_graph(Heads("bshd,hod->bsho", heads, O, D), tensor("x", 1, 1, heads, D))
+    assert len(apply(FuseHeadProducts(), graph, phase="any").matches) == 1
+    graph = module_graph(Heads("bshd,hod->bsho", H, O, D), tensor("x", 1, FEW_ROWS + 1, H, D))
+    outcome = apply(FuseHeadProducts(), graph, phase="any")
+    assert not outcome.matches and f"has {FEW_ROWS + 1} rows" in reasons(outcome)
 
 
 def test_prefill_is_the_library_s():
