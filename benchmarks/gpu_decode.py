@@ -250,7 +250,9 @@ def peer_model(config: ModelConfig) -> tuple[Any, Any]:
     import transformers
 
     family = "DeepseekV2" if config.model_type == "deepseek_v2" else "DeepseekV3"
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    # Its default would be a rank: a config without one has to say so.
+    absent = {"q_lora_rank": config.q_lora_rank}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None} | absent
     for name in ("model_type", "attention", "rope_theta", "rope_scaling", "quantization", "torch_dtype"):
         fields.pop(name, None)
     hf = getattr(transformers, f"{family}Config")(**fields, attn_implementation="sdpa")

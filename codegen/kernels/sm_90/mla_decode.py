@@ -20,7 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, request_reach
-from codegen.kernels.sm_90.mla_stream import advance, clear_hidden, load_cache, load_query, make_query, make_ring
+from codegen.kernels.sm_90.mla_stream import (
+    advance,
+    clear_hidden,
+    fetch_descriptions,
+    load_cache,
+    load_first_tile,
+    load_query,
+    make_buffers,
+    make_query,
+    make_ring,
+)
 
 
 @gluon.jit
@@ -41,6 +51,15 @@ def _consume(
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
     RANK: gl.constexpr = UNITS * WIDTH
+    # Four neighbours of a row per thread, 16 in a row, where the products leave one and 8. Exchanging one bit of the
+    # lane's number at a time keeps this within registers.
+    MORE: gl.constexpr = ([[0, 8]] if ROWS == 16 else []) + [[64, 0], [128, 0]][: 2 if WIDTH == 256 else WIDTH // 128]
+    halfway: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [0, 1]] + MORE, [[0, 2], [0, 4], [8, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [WIDTH, ROWS]
+    )
+    stored: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0]] + MORE, [[0, 2], [0, 4], [8, 0], [0, 1], [4, 0]], [[16, 0], [32, 0]], [], [WIDTH, ROWS]
+    )
     LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
     slot = gl.to_tensor(0)
@@ -125,20 +144,23 @@ def _consume(
         request += 1
         if begin < end:
             load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
-        row = first_row + gl.arange(0, ROWS, layout=across)
-        inside = row < total
-        line = gl.where(whole, out_line, piece * total) + row
         inverse = 1.0 / gl.where(weight > 0, weight, 1.0)  # a part may hold nothing that a row sees
+        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, stored))
+        line = gl.where(whole, out_line, piece * total) + row
+        inside = (row < total)[None, :]
         for unit in gl.static_range(UNITS):
-            at = line[None, :] * RANK + unit * WIDTH + gl.arange(0, WIDTH, layout=down)[:, None]
-            values = acc[unit] * inverse[None, :]
+            values = gl.convert_layout(gl.convert_layout(acc[unit] * inverse[None, :], halfway), stored)
+            column = unit * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, stored))
+            at = line[None, :] * RANK + column[:, None]
             if whole:
-                gl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside[None, :])
+                gl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
             else:
-                gl.store(part_ptr + at, values.to(part_ptr.dtype.element_ty), mask=inside[None, :])
+                gl.store(part_ptr + at, values.to(part_ptr.dtype.element_ty), mask=inside)
         if not whole:
-            gl.store(stat_ptr + line * 2, highest, mask=inside)
-            gl.store(stat_ptr + line * 2 + 1, weight, mask=inside)
+            part_row = first_row + gl.arange(0, ROWS, layout=across)
+            stat = stat_ptr + (piece * total + part_row) * 2
+            gl.store(stat, highest, mask=part_row < total)
+            gl.store(stat + 1, weight, mask=part_row < total)
 
 
 @gluon.jit
@@ -150,34 +172,41 @@ def mla_decode_narrow(
     SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles of GROUPS · ROWS, programs). Split requests leave parts for mla_merge; whole ones go to out."""
-    latents = make_ring(latent_desc, SLOTS, GROUPS)
-    ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
-    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
-    p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
+    latent_buffers = make_buffers(latent_desc, SLOTS)
+    rope_buffers = make_buffers(rope_desc, ROPE_SLOTS)
+    fetched = fetch_descriptions(latent_desc, rope_desc, latent_buffers, rope_buffers, SLOTS, ROPE_SLOTS)
     gdc_launch_dependents()
     gdc_wait()
     first = gl.program_id(0) * (GROUPS * ROWS) // HEADS
     reaches = load_reaches(positions_ptr, requests, queries, first, SPAN, REQUESTS)
+    # While positions are on their way:
+    latents = make_ring(latent_buffers, SLOTS, GROUPS)
+    ropes = make_ring(rope_buffers, ROPE_SLOTS, GROUPS)
+    p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
+    query = make_query(q_latent_desc, q_rope_desc, UNITS)
+    second = query
+    if GROUPS == 2:
+        second = make_query(q_latent_desc, q_rope_desc, UNITS)
+    fence_async_shared()
     schedule = program_range(reaches, requests, gl.program_id(1), gl.num_programs(1))
     queries = gl.to_tensor(queries)
-    query = make_query(q_latent_desc, q_rope_desc, UNITS)
-    fence_async_shared()
+    request_stride = gl.to_tensor(request_stride)
+    load_first_tile(latents, ropes, latent_desc, rope_desc, table_ptr, schedule, request_stride, PAGED, UNITS, WIDTH)
     if GROUPS == 1:
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
                             part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
-                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
-                              gl.to_tensor(request_stride), GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
+                (load_cache, (latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
+                              queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
                               ROPE_SLOTS)),
             ],
             [1],
             [40],
         )  # fmt: skip
     else:
-        second = make_query(q_latent_desc, q_rope_desc, UNITS)
-        fence_async_shared()
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
@@ -186,8 +215,8 @@ def mla_decode_narrow(
                 (_consume, (latents, ropes, second, p_smem.index(1), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
                             part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN, HEADS, ROWS, UNITS,
                             WIDTH, SLOTS, ROPE_SLOTS)),
-                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
-                              gl.to_tensor(request_stride), GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
+                (load_cache, (latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
+                              queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
                               ROPE_SLOTS)),
             ],
             [4, 1],

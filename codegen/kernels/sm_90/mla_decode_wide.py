@@ -24,9 +24,12 @@ from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, requ
 from codegen.kernels.sm_90.mla_stream import (
     advance,
     clear_hidden,
+    fetch_descriptions,
     load_cache,
+    load_first_tile,
     load_query,
     make_barriers,
+    make_buffers,
     make_query,
     make_ring,
 )
@@ -150,9 +153,19 @@ def _value(
     FIRST: gl.constexpr = LEFT * SIDE
     OWN: gl.constexpr = UNITS - LEFT if SIDE else LEFT
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
     RANK: gl.constexpr = UNITS * WIDTH
+    # 16 bytes of a row per thread, 64 in a row, where the products leave 4 and 16. Exchanging one bit of the lane's
+    # number at a time keeps this within registers.
+    MORE: gl.constexpr = [[0, 32], [0, 64]] if WIDTH == 128 else [[0, 32]]
+    halfway: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [8, 0], [0, 16]] + MORE, [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [64, WIDTH],
+    )  # fmt: skip
+    stored: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0]] + MORE, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [64, WIDTH],
+    )  # fmt: skip
 
     base = gl.to_tensor(0)  # ring slot of the tile's first box
     p_phase = gl.to_tensor(0)
@@ -197,11 +210,12 @@ def _value(
         done_phase ^= 1
         inverse = inverse_smem.load(down)
         mbarrier.arrive(done_empty)
-        row = first_row + gl.arange(0, 64, layout=down)
+        row = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, stored))
         for unit in gl.static_range(OWN):
-            column = (FIRST + unit) * WIDTH + gl.arange(0, WIDTH, layout=across)
+            column = (FIRST + unit) * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, stored))
             at = (line + row)[:, None] * RANK + column[None, :]
             values = (acc[unit] * inverse[:, None]).to(target_ptr.dtype.element_ty)
+            values = gl.convert_layout(gl.convert_layout(values, halfway), stored)
             gl.store(target_ptr + at, values, mask=(row < total)[:, None])
 
 
@@ -213,8 +227,15 @@ def mla_decode_wide(
     UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles of 64, programs). Split requests leave parts for mla_merge; whole ones go to out."""
-    latents = make_ring(latent_desc, SLOTS, 1)
-    ropes = make_ring(rope_desc, ROPE_SLOTS, 1)
+    latent_buffers = make_buffers(latent_desc, SLOTS)
+    rope_buffers = make_buffers(rope_desc, ROPE_SLOTS)
+    fetched = fetch_descriptions(latent_desc, rope_desc, latent_buffers, rope_buffers, SLOTS, ROPE_SLOTS)
+    gdc_launch_dependents()
+    gdc_wait()
+    reaches = load_reaches(positions_ptr, requests, queries, gl.program_id(0) * 64 // HEADS, SPAN, REQUESTS)
+    # While positions are on their way:
+    latents = make_ring(latent_buffers, SLOTS, 1)
+    ropes = make_ring(rope_buffers, ROPE_SLOTS, 1)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
@@ -224,12 +245,10 @@ def mla_decode_wide(
     inverse_smem = gl.allocate_shared_memory(gl.float32, [64], flat)
     done = (inverse_smem, make_barriers(1, 1).index(0), make_barriers(1, 2).index(0))
     fence_async_shared()
-
-    gdc_launch_dependents()
-    gdc_wait()
-    reaches = load_reaches(positions_ptr, requests, queries, gl.program_id(0) * 64 // HEADS, SPAN, REQUESTS)
     schedule = program_range(reaches, requests, gl.program_id(1), gl.num_programs(1))
     queries = gl.to_tensor(queries)
+    request_stride = gl.to_tensor(request_stride)
+    load_first_tile(latents, ropes, latent_desc, rope_desc, table_ptr, schedule, request_stride, PAGED, UNITS, WIDTH)
     gl.warp_specialize(
         [
             (_score, (latents, ropes, query, exchange, done, q_latent_desc, q_rope_desc, positions_ptr, stat_ptr,
@@ -238,8 +257,8 @@ def mla_decode_wide(
                       0, SPAN, HEADS, UNITS, WIDTH, SLOTS)),
             (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, queries,
                       1, SPAN, HEADS, UNITS, WIDTH, SLOTS)),
-            (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
-                          gl.to_tensor(request_stride), 64, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
+            (load_cache, (latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
+                          request_stride, 64, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
         ],
         [4, 4, 1],
         [176, 176, 24],

@@ -23,9 +23,14 @@ def make_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(desc, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr):
-    """(buffers, full, empty) for boxes of a descriptor; a slot is empty again once CONSUMERS have released it."""
-    buffers = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
+def make_buffers(desc, SLOTS: gl.constexpr):
+    """Shared memory for so many boxes of a descriptor."""
+    return gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
+def make_ring(buffers, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(buffers, full, empty); a slot is empty again once CONSUMERS have released it."""
     return buffers, make_barriers(SLOTS, 1), make_barriers(SLOTS, CONSUMERS)
 
 
@@ -38,44 +43,86 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _fill(ring, desc, row, column, slot, phase):
-    buffers, full, empty = ring
-    mbarrier.wait(empty.index(slot), phase ^ 1)
+def fetch_descriptions(
+    latent_desc, rope_desc, latent_buffers, rope_buffers, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr
+):
+    """Has the copy engine fetch what describes the cache, which takes longer than a box of it: copies boxes behind its
+    end, so that nothing is read. The barrier completes when they, zeros, are in the last slot of each ring."""
+    fetched = make_barriers(1, 1).index(0)
+    fence_async_shared()
+    mbarrier.expect(fetched, latent_desc.block_type.nbytes + rope_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(latent_desc, [latent_desc.shape[0], 0], fetched, latent_buffers.index(SLOTS - 1))
+    tma.async_copy_global_to_shared(rope_desc, [rope_desc.shape[0], 0], fetched, rope_buffers.index(ROPE_SLOTS - 1))
+    return fetched
+
+
+@gluon.jit
+def _first_row(table_ptr, request, request_stride, tile, PAGED: gl.constexpr):
+    if PAGED:
+        return gl.load(table_ptr + request * request_stride + tile) * 64
+    else:
+        return request * request_stride + tile * 64
+
+
+@gluon.jit
+def _copy(ring, desc, row, column, slot):
+    buffers, full, _ = ring
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
     tma.async_copy_global_to_shared(desc, [row, column], full.index(slot), buffers.index(slot))
 
 
 @gluon.jit
+def _fill(ring, desc, row, column, slot, phase):
+    mbarrier.wait(ring[2].index(slot), phase ^ 1)
+    _copy(ring, desc, row, column, slot)
+
+
+@gluon.jit
+def load_first_tile(
+    latents, ropes, latent_desc, rope_desc, table_ptr, schedule, request_stride, PAGED: gl.constexpr,
+    UNITS: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """Asks for the first tile of the program's range, before the warps part."""
+    begin, end, request, origin = schedule
+    if begin < end:
+        row = _first_row(table_ptr, request, request_stride, begin - origin, PAGED)
+        for unit in gl.static_range(UNITS):
+            _copy(latents, latent_desc, row, unit * WIDTH, unit)
+        _copy(ropes, rope_desc, row, 0, 0)
+
+
+@gluon.jit
 def load_cache(
-    latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries, request_stride,
+    latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries, request_stride,
     TILE_ROWS: gl.constexpr, HEADS: gl.constexpr, SPAN: gl.constexpr, PAGED: gl.constexpr, UNITS: gl.constexpr,
     WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: streams every tile of the program's range, without a pause where a request ends.
+    """The loading warp: streams all tiles of the program's range but the first, without a pause where a request ends.
 
     request_stride is the distance between requests in cache rows, or in table entries where the cache is paged.
     """
     begin, end, request, origin = schedule
     first = gl.program_id(0) * TILE_ROWS // HEADS
-    slot = gl.to_tensor(0)
+    slot = gl.to_tensor(UNITS)
     phase = gl.to_tensor(0)
-    rope_slot = gl.to_tensor(0)
+    rope_slot = gl.to_tensor(1)
     rope_phase = gl.to_tensor(0)
+    next = begin + 1
     while begin < end:
         nearest, furthest = request_reach(positions_ptr, request, queries, first, SPAN)
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
-        for tile in range(begin - origin, stop - origin):
-            if PAGED:
-                row = gl.load(table_ptr + request * request_stride + tile) * 64
-            else:
-                row = request * request_stride + tile * 64
+        for tile in range(next - origin, stop - origin):
+            row = _first_row(table_ptr, request, request_stride, tile, PAGED)
             for unit in gl.static_range(UNITS):
+                if unit == UNITS - 1:
+                    mbarrier.wait(fetched, 0)  # the last slot is not used before
                 _fill(latents, latent_desc, row, unit * WIDTH, slot, phase)
                 slot, phase = advance(slot, phase, SLOTS)
             _fill(ropes, rope_desc, row, 0, rope_slot, rope_phase)
             rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
         begin = stop
+        next = stop
         origin += tiles
         request += 1
 

@@ -114,6 +114,7 @@ class Descriptor:
 
     def __init__(self, descriptor):
         self.rows, self.layout, self.dtype = descriptor.base, None, descriptor.base.dtype
+        self.shape = descriptor.base.shape
         height, width = descriptor.block_shape
         nbytes = height * width * self.dtype.itemsize
         self.block_type = SimpleNamespace(shape=[height, width], nbytes=nbytes)
@@ -168,7 +169,7 @@ def _allocate(dtype, shape, layout):
     return Shared(torch.full(shape, torch.nan, dtype=dtype))
 
 
-def _load(pointer, mask=None, other=None):
+def _load(pointer, mask=None, other=None, cache_modifier="", volatile=False):
     offset = torch.as_tensor(pointer.offset)
     if mask is None:
         return _scalar(pointer.flat[offset])
@@ -179,6 +180,8 @@ def _load(pointer, mask=None, other=None):
 
 
 def _store(pointer, value, mask=True):
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=pointer.flat.dtype)
     offset, mask, value = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask), value)
     pointer.flat[offset[mask]] = value[mask]
 
@@ -221,16 +224,20 @@ gl = SimpleNamespace(
     exp2=lambda x: _scalar(torch.exp2(torch.as_tensor(x, dtype=torch.float32))),
     sum=lambda x, axis: _scalar(x.sum(axis)),
     max=lambda x, axis: _scalar(x.amax(axis)),
+    min=lambda x, axis: _scalar(x.amin(axis)),
     associative_scan=_scan,
     static_range=range,
     load=_load,
     store=_store,
+    convert_layout=lambda x, layout: x,
+    inline_asm_elementwise=_anything,
     num_warps=lambda: 4,
     program_id=lambda axis: _PROGRAM.number[axis],
     num_programs=lambda axis: _PROGRAM.grid[axis],
     allocate_shared_memory=_allocate,
     warp_specialize=_specialise,
     BlockedLayout=_anything,
+    DistributedLinearLayout=_anything,
     SliceLayout=_anything,
     SwizzledSharedLayout=_anything,
     NVMMADistributedLayout=_anything,
@@ -249,6 +256,7 @@ STAND_INS = {
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _finished,
     "fence_async_shared": _anything,
+    "debug_barrier": _anything,
     "gdc_wait": _anything,
     "gdc_launch_dependents": _anything,
 }

@@ -25,7 +25,12 @@ TOLERANCE = 4e-3
 def poisoned(monkeypatch):
     """torch.empty gives NaN: what a kernel leaves unwritten shows."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+
+    def poison(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan if made.is_floating_point() else 7)
+
+    monkeypatch.setattr(torch, "empty", poison)
 
 
 def draw(lengths, capacity, queries, heads, rank, rope):
