@@ -39,6 +39,7 @@ def plan_kernel(
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     GATHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -67,7 +68,7 @@ def plan_kernel(
         if tl.program_id(1) == 0:
             # Equal tiles rather than full ones and a rest: a product's width is rounded up per tile.
             parts = (end - begin + ROWS - 1) // ROWS
-            size = (end - begin + parts - 1) // parts
+            size = tl.cdiv(end - begin, parts * UNIT) * UNIT
             for part in range(0, parts):
                 tile = tiles_ptr + first_tile + part
                 tl.store(tile, expert)
@@ -117,8 +118,9 @@ def gather_kernel(
     _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, pairs, column, WIDTH, TOP_K)
 
 
-def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
-    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows; all on the device."""
+def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1) -> ExpertPlan:
+    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, cut between units of rows;
+    all on the device."""
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
     max_tiles = min(pairs, experts + pairs // rows)
@@ -142,6 +144,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
         TOP_K=top_k,
         WIDTH=width,
         ROWS=rows,
+        UNIT=unit,
         GATHER=together,
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,

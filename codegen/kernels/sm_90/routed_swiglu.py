@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.grouped_products import Tile, grouped_product
 from codegen.kernels.sm_90.plan_experts import plan_experts
+from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_product
 from codegen.kernels.sm_90.single_token import single_token_swiglu
 
 
@@ -63,14 +64,14 @@ def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
 
 
 # Tiles of both products up to a mean number of pairs per expert: the fastest measured on one H200 at 256 experts of
-# 7168 x 2048. A tile must hold nearly every expert's pairs, since a second one reads the weights again.
+# 7168 x 2048. A tile must hold nearly every expert's pairs, since a second one reads the weights again. More pairs take
+# the products of prefill, which weights do not limit.
 TILINGS = (
     (2, Tile(8, 64, 128, 6, 4), Tile(8, 64, 128, 10, 4)),
     (6, Tile(16, 64, 128, 5, 4), Tile(16, 128, 64, 12, 4)),
     (20, Tile(32, 64, 128, 5, 4), Tile(32, 128, 64, 10, 4)),
     (45, Tile(64, 128, 64, 5, 8), Tile(64, 256, 64, 5, 8)),
     (70, Tile(64, 128, 64, 5, 8, 16), Tile(64, 256, 64, 4, 8, 16)),
-    (float("inf"), Tile(128, 128, 64, 4, 8, 32), Tile(128, 256, 64, 4, 8, 32)),
 )
 
 
@@ -117,7 +118,15 @@ def routed_swiglu(
     if tokens == 1:
         return single_token_swiglu(x.contiguous(), indices, weights, gate_up, down, residual, always)
     experts = gate_up.shape[0]
-    _, wide, narrow = next(tiling for tiling in TILINGS if tokens * top_k <= tiling[0] * experts)
-    plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)
-    hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
-    return combine(grouped_product(hidden, down, plan, narrow, weights), top_k, residual)
+    pairs = tokens * top_k
+    tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
+    if tiling is None:
+        plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS)
+        hidden = prefill_product(plan.gathered, gate_up, plan, None)
+        y = prefill_product(hidden, down, plan, weights)
+    else:
+        _, wide, narrow = tiling
+        plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)
+        hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
+        y = grouped_product(hidden, down, plan, narrow, weights)
+    return combine(y, top_k, residual)

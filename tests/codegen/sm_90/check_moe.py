@@ -77,13 +77,17 @@ def test_a_plan_holds_every_pair_once_in_sorted_order(tokens, top_k, experts, ro
     assert torch.equal(plan.gathered, x[order // top_k])
 
 
-@pytest.mark.parametrize("tokens, top_k, experts, rows", [(5, 3, 11, 2), (64, 8, 30, 16), (40, 2, 3, 20)])
-def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, experts, rows):
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, rows, unit",
+    [(5, 3, 11, 2, 1), (64, 8, 30, 16, 1), (40, 2, 3, 20, 1), (90, 3, 4, 12, 4), (700, 8, 20, 192, 64)],
+)
+def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, experts, rows, unit):
     indices = draw_pairs(tokens, top_k, experts)
-    plan = plan_experts(torch.randn(tokens, 8), indices, experts, rows)
+    plan = plan_experts(torch.randn(tokens, 8), indices, experts, rows, unit)
     expected, begin = [], 0
     for expert, count in enumerate(torch.bincount(indices.flatten(), minlength=experts).tolist()):
-        size = math.ceil(count / math.ceil(count / rows)) if count else 1
+        units = math.ceil(count / unit)
+        size = math.ceil(units / math.ceil(count / rows)) * unit if count else 1
         expected += [(expert, first, min(first + size, begin + count)) for first in range(begin, begin + count, size)]
         begin += count
     used = int(plan.tiles[3, 0])

@@ -126,9 +126,20 @@ class Descriptor:
         return box
 
 
-def _copy(descriptor, where, barrier, shared):
-    shared.store(descriptor.box(*where))
-    barrier.settle(expected=-descriptor.block_type.nbytes)
+def _copy(descriptor, where, barrier, shared, pred=True):
+    if pred:
+        shared.store(descriptor.box(*where))
+        barrier.settle(expected=-descriptor.block_type.nbytes)
+
+
+def _arrive(barrier, pred=True):
+    if pred:
+        barrier.settle(arrivals=1)
+
+
+def _expect(barrier, nbytes, pred=True):
+    if pred:
+        barrier.settle(arrivals=1, expected=nbytes)
 
 
 def _multiply(a, b, acc, use_acc=True, is_async=False):
@@ -225,12 +236,14 @@ gl = SimpleNamespace(
     static_range=range,
     load=_load,
     store=_store,
+    convert_layout=lambda x, layout: x,
     num_warps=lambda: 4,
     program_id=lambda axis: _PROGRAM.number[axis],
     num_programs=lambda axis: _PROGRAM.grid[axis],
     allocate_shared_memory=_allocate,
     warp_specialize=_specialise,
     BlockedLayout=_anything,
+    DistributedLinearLayout=_anything,
     SliceLayout=_anything,
     SwizzledSharedLayout=_anything,
     NVMMADistributedLayout=_anything,
@@ -242,8 +255,8 @@ STAND_INS = {
         MBarrierLayout=BarrierLayout,
         init=lambda barrier, count: barrier.begin(count),
         wait=lambda barrier, parity: barrier.wait(parity),
-        arrive=lambda barrier: barrier.settle(arrivals=1),
-        expect=lambda barrier, nbytes: barrier.settle(arrivals=1, expected=nbytes),
+        arrive=_arrive,
+        expect=_expect,
     ),
     "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
     "warpgroup_mma": _multiply,
