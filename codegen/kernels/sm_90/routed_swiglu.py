@@ -23,7 +23,7 @@ def combine_kernel(
     y_ptr,
     residual_ptr,
     out_ptr,
-    width,
+    WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ADD: tl.constexpr,
@@ -34,13 +34,14 @@ def combine_kernel(
     if OVERLAPPED:
         gdc_wait()
         gdc_launch_dependents()
+    # The width is compiled in, so that rows of any multiple of 16 bytes are read 16 bytes at a time.
     total = tl.zeros((BLOCK_D,), tl.float32)
     for pair in tl.static_range(TOP_K):
-        row = y_ptr + (token * TOP_K + pair) * width
-        total += tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
+        row = y_ptr + (token * TOP_K + pair) * WIDTH
+        total += tl.load(row + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     if ADD:
-        total += tl.load(residual_ptr + token * width + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
+        total += tl.load(residual_ptr + token * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * WIDTH + column, total.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
@@ -52,7 +53,7 @@ def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
         y,
         residual,
         out,
-        width,
+        WIDTH=width,
         TOP_K=top_k,
         BLOCK_D=block,
         ADD=residual is not None,
