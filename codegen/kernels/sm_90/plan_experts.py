@@ -19,6 +19,7 @@ PROGRAMS = 528  # that copy tokens: four per multiprocessor
 class ExpertPlan:
     """Row r of the sorted order is pair order[r]; tile t is rows begin[t] to end[t] of expert[t].
 
+    Tiles are in the order of their experts, or of many pairs in units the fullest first.
     order int32 [M]; tiles int32 [4, T]: expert, begin, end, and in the last row's first place the number of
     tiles in use; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
     """
@@ -119,13 +120,32 @@ def count_kernel(
 
 @triton.jit
 def _write_tiles(tiles_ptr, max_tiles, counts, begin, first, step, ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Of every expert's tiles each step-th, from the first on."""
+    """Of every expert's tiles each step-th, from the first on.
+
+    Where tiles consist of units, those of most units come first: programs that take turns then get the same work.
+    """
     experts = tl.arange(0, counts.shape[0])
     parts = (counts + ROWS - 1) // ROWS
-    tile = tl.cumsum(parts, 0) - parts
     size = tl.cdiv(counts, tl.maximum(parts, 1) * UNIT) * UNIT
+    if UNIT == 1:
+        tile = tl.cumsum(parts, 0) - parts
+        last = tile + parts - 1
+    else:
+        tile = tl.zeros_like(parts)
+        last = tl.zeros_like(parts)
+        rest = counts - (parts - 1) * size
+        before = 0
+        for larger in tl.static_range(ROWS // UNIT):
+            rows = ROWS - larger * UNIT
+            others = tl.where(size == rows, parts - 1, 0)
+            own = (rest > rows - UNIT) & (rest <= rows) & (parts > 0)
+            alike = others + own.to(tl.int32)
+            start = before + tl.cumsum(alike, 0) - alike
+            tile = tl.where(size == rows, start, tile)
+            last = tl.where(own, start + others, last)
+            before += tl.sum(alike)
     for part in range(first, tl.max(parts), step):
-        at = tiles_ptr + tile + part
+        at = tiles_ptr + tl.where(part == parts - 1, last, tile + part)
         tl.store(at, experts, mask=part < parts)
         tl.store(at + max_tiles, begin + part * size, mask=part < parts)
         tl.store(at + 2 * max_tiles, begin + tl.minimum((part + 1) * size, counts), mask=part < parts)
@@ -201,8 +221,8 @@ def place_kernel(
 
 
 def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1) -> ExpertPlan:
-    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, cut between units of rows;
-    all on the device."""
+    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, cut between units of rows
+    of which `rows` is a multiple; all on the device."""
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
     max_tiles = min(pairs, experts + pairs // rows)
