@@ -133,3 +133,20 @@ def test_experts(tokens):
     assert_near(*both("routed_swiglu", x, indices, weights, gate_up, down))
     order, offsets = expected
     assert_near(*both("grouped_linear", x[order // top_k], gate_up, offsets))
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("tokens, dtype", [(5, BF16), (700, BF16), (2100, BF16), (2100, torch.float16)])
+def test_experts_in_tiles_on_hopper(tokens, dtype):
+    experts, top_k, hidden, width = 64, 6, 2056, 1416  # multiples of 8, not of 16
+    launcher = importlib.import_module("codegen.kernels.sm_90.routed_swiglu").routed_swiglu
+    indices = torch.rand(tokens, experts, device="cuda").topk(top_k, -1).indices
+    x, residual, weights = normal(tokens, hidden), normal(tokens, hidden), torch.rand(tokens, top_k, device="cuda")
+    gate_up = normal(experts, 2 * width, hidden) / hidden**0.5
+    down = normal(experts, hidden, width) / width**0.5
+    x, gate_up, down, residual = (one.to(dtype) for one in (x, gate_up, down, residual))
+    wide = [one.float() for one in (gate_up, down, residual)]
+    assert_near(
+        launcher(x, indices, weights, gate_up, down, residual),
+        torch.ops.dsv3.routed_swiglu(x.float(), indices, weights, *wide),
+    )

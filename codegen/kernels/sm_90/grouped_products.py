@@ -1,7 +1,8 @@
 """The two grouped products of an expert layer on Hopper: TMA ring, one loading warp, wgmma on the others.
 
 Weights stand on the wide side of the product and tokens on the narrow one, so that a tile of eight tokens wastes
-nothing: a decode step is limited by reading weights, each of which passes through shared memory once.
+nothing: a decode step is limited by reading weights, each of which passes through shared memory once. For tokens beyond
+a few dozen per expert there is prefill_products.
 """
 
 from __future__ import annotations

@@ -11,12 +11,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MANY_PAIRS = 4096
+BLOCK_TOKENS = 32  # of many pairs, that one program sorts
+PROGRAMS = 528  # that copy tokens: four per multiprocessor
 
 
 @dataclass(frozen=True)
 class ExpertPlan:
     """Row r of the sorted order is pair order[r]; tile t is rows begin[t] to end[t] of expert[t].
 
+    Tiles are in the order of their experts, or of many pairs in units the fullest first.
     order int32 [M]; tiles int32 [4, T]: expert, begin, end, and in the last row's first place the number of
     tiles in use; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
     """
@@ -39,7 +42,7 @@ def plan_kernel(
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    GATHER: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -67,7 +70,7 @@ def plan_kernel(
         if tl.program_id(1) == 0:
             # Equal tiles rather than full ones and a rest: a product's width is rounded up per tile.
             parts = (end - begin + ROWS - 1) // ROWS
-            size = (end - begin + parts - 1) // parts
+            size = tl.cdiv(end - begin, parts * UNIT) * UNIT
             for part in range(0, parts):
                 tile = tiles_ptr + first_tile + part
                 tl.store(tile, expert)
@@ -81,59 +84,199 @@ def plan_kernel(
             # Every column program writes the same numbers: it reads them back without waiting for another.
             tl.store(order_ptr + rank, block + place, mask=mine != 0)
             row += tl.sum(mine)
-        if GATHER:
-            tl.debug_barrier()
-            column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-            for block in range(begin, end, BLOCK_R):
-                rows = block + tl.arange(0, BLOCK_R)
-                _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, WIDTH, TOP_K)
+        tl.debug_barrier()
+        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        for block in range(begin, end, BLOCK_R):
+            rows = block + tl.arange(0, BLOCK_R)
+            token = (tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K).to(tl.int64)
+            inside = (rows < end)[:, None] & (column < WIDTH)[None, :]
+            values = tl.load(x_ptr + token[:, None] * WIDTH + column[None, :], mask=inside)
+            tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * WIDTH + column[None, :], values, mask=inside)
 
 
 @triton.jit
-def _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, end, column, WIDTH: tl.constexpr, TOP_K: tl.constexpr):
-    token = (tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K).to(tl.int64)
-    inside = (rows < end)[:, None] & (column < WIDTH)[None, :]
-    values = tl.load(x_ptr + token[:, None] * WIDTH + column[None, :], mask=inside)
-    tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * WIDTH + column[None, :], values, mask=inside)
-
-
-@triton.jit
-def gather_kernel(
-    x_ptr,
-    order_ptr,
-    gathered_ptr,
+def count_kernel(
+    indices_ptr,
+    counts_ptr,
     pairs,
-    TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
+    """How many of each block of PAIRS pairs each expert has: counts [blocks, EXPERTS]."""
     if OVERLAPPED:
         gdc_wait()
         gdc_launch_dependents()
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    _copy_rows(x_ptr, order_ptr, gathered_ptr, rows, pairs, column, WIDTH, TOP_K)
+    experts = tl.arange(0, BLOCK_E)
+    place = tl.arange(0, BLOCK_M)
+    pair = tl.program_id(0) * PAIRS + place
+    inside = (place < PAIRS) & (pair < pairs)
+    chosen = tl.load(indices_ptr + pair, mask=inside, other=0).to(tl.int32)
+    counts = tl.histogram(chosen, BLOCK_E, mask=inside)
+    tl.store(counts_ptr + tl.program_id(0) * EXPERTS + experts, counts, mask=experts < EXPERTS)
 
 
-def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
-    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows; all on the device."""
+@triton.jit
+def _write_tiles(tiles_ptr, max_tiles, counts, begin, first, step, ROWS: tl.constexpr, UNIT: tl.constexpr):
+    """Of every expert's tiles each step-th, from the first on.
+
+    Where tiles consist of units, those of most units come first: programs that take turns then get the same work.
+    """
+    experts = tl.arange(0, counts.shape[0])
+    parts = (counts + ROWS - 1) // ROWS
+    size = tl.cdiv(counts, tl.maximum(parts, 1) * UNIT) * UNIT
+    if UNIT == 1:
+        tile = tl.cumsum(parts, 0) - parts
+        last = tile + parts - 1
+    else:
+        tile = tl.zeros_like(parts)
+        last = tl.zeros_like(parts)
+        rest = counts - (parts - 1) * size
+        before = 0
+        for larger in tl.static_range(ROWS // UNIT):
+            rows = ROWS - larger * UNIT
+            others = tl.where(size == rows, parts - 1, 0)
+            own = (rest > rows - UNIT) & (rest <= rows) & (parts > 0)
+            alike = others + own.to(tl.int32)
+            start = before + tl.cumsum(alike, 0) - alike
+            tile = tl.where(size == rows, start, tile)
+            last = tl.where(own, start + others, last)
+            before += tl.sum(alike)
+    for part in range(first, tl.max(parts), step):
+        at = tiles_ptr + tl.where(part == parts - 1, last, tile + part)
+        tl.store(at, experts, mask=part < parts)
+        tl.store(at + max_tiles, begin + part * size, mask=part < parts)
+        tl.store(at + 2 * max_tiles, begin + tl.minimum((part + 1) * size, counts), mask=part < parts)
+    if first == 0:
+        tl.store(tiles_ptr + 3 * max_tiles, tl.sum(parts))
+
+
+@triton.jit
+def place_kernel(
+    indices_ptr,
+    counts_ptr,
+    x_ptr,
+    order_ptr,
+    rows_ptr,
+    tiles_ptr,
+    gathered_ptr,
+    pairs,
+    max_tiles,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
+):
+    """A block of tokens: the rows that its pairs have in sorted order, and a copy of each token to its TOP_K rows."""
+    block = tl.program_id(0)
+    PAIRS: tl.constexpr = TOKENS * TOP_K
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    before = tl.zeros((BLOCK_E,), tl.int32)
+    for first in range(0, tl.num_programs(0), BLOCK_B):
+        other = first + tl.arange(0, BLOCK_B)
+        known = (other < tl.num_programs(0))[:, None] & (experts < EXPERTS)[None, :]
+        part = tl.load(counts_ptr + other[:, None] * EXPERTS + experts[None, :], mask=known, other=0)
+        counts += tl.sum(part, 0)
+        before += tl.sum(tl.where((other < block)[:, None], part, 0), 0)
+    begin = tl.cumsum(counts, 0) - counts
+    if tl.program_id(1) == 0:
+        _write_tiles(tiles_ptr, max_tiles, counts, begin, block, tl.num_programs(0), ROWS, UNIT)
+
+    place = tl.arange(0, BLOCK_M)
+    pair = block * PAIRS + place
+    inside = (place < PAIRS) & (pair < pairs)
+    chosen = tl.load(indices_ptr + pair, mask=inside, other=0).to(tl.int32)
+    row = tl.gather(begin + before, chosen, 0)
+    for first in range(0, PAIRS, TOKENS):
+        other = first + tl.arange(0, TOKENS)
+        theirs = tl.load(indices_ptr + block * PAIRS + other, mask=block * PAIRS + other < pairs, other=-1)
+        earlier = (other[None, :] < place[:, None]) & (theirs.to(tl.int32)[None, :] == chosen[:, None])
+        row += tl.sum(earlier.to(tl.int32), 1)
+    # Every column program writes the same numbers: it reads them back without waiting for another.
+    tl.store(order_ptr + row, pair, mask=inside)
+    tl.store(rows_ptr + pair, row, mask=inside)
+    tl.debug_barrier()
+
+    token = block * TOKENS + tl.arange(0, TOKENS)
+    for first in range(tl.program_id(1) * BLOCK_D, WIDTH, tl.num_programs(1) * BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        copied = (token * TOP_K < pairs)[:, None] & (column < WIDTH)[None, :]
+        values = tl.load(x_ptr + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=copied)
+        for choice in tl.static_range(TOP_K):
+            copy = tl.load(rows_ptr + token * TOP_K + choice, mask=token * TOP_K < pairs, other=0).to(tl.int64)
+            tl.store(gathered_ptr + copy[:, None] * WIDTH + column[None, :], values, mask=copied)
+
+
+def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1) -> ExpertPlan:
+    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, cut between units of rows
+    of which `rows` is a multiple; all on the device."""
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
     max_tiles = min(pairs, experts + pairs // rows)
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty((4, max_tiles), dtype=torch.int32, device=x.device)
     gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    block_d = min(1024, triton.next_power_of_2(width))
-    columns = triton.cdiv(width, block_d)
-    # One launch while counting is cheap; with many pairs, counting once per block of columns costs more.
-    together = pairs <= MANY_PAIRS
-    block = min(8192, max(128, triton.next_power_of_2(pairs)))
-    plan_kernel[(experts, columns if together else 1)](
+    block_e = triton.next_power_of_2(experts)
+    if pairs <= MANY_PAIRS:
+        block, block_d = max(128, triton.next_power_of_2(pairs)), min(1024, triton.next_power_of_2(width))
+        plan_kernel[(experts, triton.cdiv(width, block_d))](
+            indices,
+            x,
+            order,
+            tiles,
+            gathered,
+            pairs,
+            max_tiles,
+            EXPERTS=experts,
+            TOP_K=top_k,
+            WIDTH=width,
+            ROWS=rows,
+            UNIT=unit,
+            BLOCK_E=block_e,
+            BLOCK_M=block,
+            BLOCK_D=block_d,
+            BLOCK_R=8,
+            num_warps=8,
+            OVERLAPPED=x.is_cuda,
+            launch_pdl=x.is_cuda,
+        )
+        return ExpertPlan(order, tiles, gathered)
+    # Counting everything per expert costs more than a second launch.
+    blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
+    block = triton.next_power_of_2(BLOCK_TOKENS * top_k)
+    counts = torch.empty((blocks, experts), dtype=torch.int32, device=x.device)
+    rows_of_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    count_kernel[(blocks,)](
         indices,
+        counts,
+        pairs,
+        EXPERTS=experts,
+        PAIRS=BLOCK_TOKENS * top_k,
+        BLOCK_E=block_e,
+        BLOCK_M=block,
+        OVERLAPPED=x.is_cuda,
+        num_warps=4,
+        launch_pdl=x.is_cuda,
+    )
+    place_kernel[(blocks, min(triton.cdiv(width, block_d), triton.cdiv(PROGRAMS, blocks)))](
+        indices,
+        counts,
         x,
         order,
+        rows_of_pairs,
         tiles,
         gathered,
         pairs,
@@ -142,27 +285,14 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertP
         TOP_K=top_k,
         WIDTH=width,
         ROWS=rows,
-        GATHER=together,
-        BLOCK_E=triton.next_power_of_2(experts),
+        UNIT=unit,
+        TOKENS=BLOCK_TOKENS,
+        BLOCK_E=block_e,
         BLOCK_M=block,
+        BLOCK_B=32,
         BLOCK_D=block_d,
-        BLOCK_R=8,
-        num_warps=16 if block > 4096 else 8,
         OVERLAPPED=x.is_cuda,
+        num_warps=8,
         launch_pdl=x.is_cuda,
     )
-    if not together:
-        gather_kernel[(triton.cdiv(pairs, 4), columns)](
-            x,
-            order,
-            gathered,
-            pairs,
-            TOP_K=top_k,
-            WIDTH=width,
-            BLOCK_R=4,
-            BLOCK_D=block_d,
-            num_warps=4,
-            OVERLAPPED=x.is_cuda,
-            launch_pdl=x.is_cuda,
-        )
     return ExpertPlan(order, tiles, gathered)

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.grouped_products import Tile, grouped_product
 from codegen.kernels.sm_90.plan_experts import plan_experts
+from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_product
 from codegen.kernels.sm_90.single_token import single_token_swiglu
 
 
@@ -22,7 +23,7 @@ def combine_kernel(
     y_ptr,
     residual_ptr,
     out_ptr,
-    width,
+    WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ADD: tl.constexpr,
@@ -33,13 +34,14 @@ def combine_kernel(
     if OVERLAPPED:
         gdc_wait()
         gdc_launch_dependents()
+    # The width is compiled in, so that rows of any multiple of 16 bytes are read 16 bytes at a time.
     total = tl.zeros((BLOCK_D,), tl.float32)
     for pair in tl.static_range(TOP_K):
-        row = y_ptr + (token * TOP_K + pair) * width
-        total += tl.load(row + column, mask=column < width, other=0.0).to(tl.float32)
+        row = y_ptr + (token * TOP_K + pair) * WIDTH
+        total += tl.load(row + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     if ADD:
-        total += tl.load(residual_ptr + token * width + column, mask=column < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
+        total += tl.load(residual_ptr + token * WIDTH + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * WIDTH + column, total.to(out_ptr.dtype.element_ty), mask=column < WIDTH)
 
 
 def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
@@ -51,7 +53,7 @@ def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
         y,
         residual,
         out,
-        width,
+        WIDTH=width,
         TOP_K=top_k,
         BLOCK_D=block,
         ADD=residual is not None,
@@ -63,19 +65,20 @@ def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
 
 
 # Tiles of both products up to a mean number of pairs per expert: the fastest measured on one H200 at 256 experts of
-# 7168 x 2048. A tile must hold nearly every expert's pairs, since a second one reads the weights again.
+# 7168 x 2048. A tile must hold nearly every expert's pairs, since a second one reads the weights again. More pairs take
+# the products of prefill, which weights do not limit.
 TILINGS = (
     (2, Tile(8, 64, 128, 6, 4), Tile(8, 64, 128, 10, 4)),
     (6, Tile(16, 64, 128, 5, 4), Tile(16, 128, 64, 12, 4)),
     (20, Tile(32, 64, 128, 5, 4), Tile(32, 128, 64, 10, 4)),
     (45, Tile(64, 128, 64, 5, 8), Tile(64, 256, 64, 5, 8)),
     (70, Tile(64, 128, 64, 5, 8, 16), Tile(64, 256, 64, 4, 8, 16)),
-    (float("inf"), Tile(128, 128, 64, 4, 8, 32), Tile(128, 256, 64, 4, 8, 32)),
+    (150, Tile(128, 128, 64, 4, 8, 32), Tile(128, 256, 64, 4, 8, 32)),
 )
 
 
 # Batches that take each of the paths and most of the tilings, at 64 to 256 experts.
-TRIED_SIZES = (1, 13, 43, 131, 4099)
+TRIED_SIZES = (1, 13, 43, 131, 1031, 4099, 12289)
 
 
 def serves(
@@ -117,7 +120,15 @@ def routed_swiglu(
     if tokens == 1:
         return single_token_swiglu(x.contiguous(), indices, weights, gate_up, down, residual, always)
     experts = gate_up.shape[0]
-    _, wide, narrow = next(tiling for tiling in TILINGS if tokens * top_k <= tiling[0] * experts)
-    plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)
-    hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
-    return combine(grouped_product(hidden, down, plan, narrow, weights), top_k, residual)
+    pairs = tokens * top_k
+    tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
+    if tiling is None:
+        plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS)
+        hidden = prefill_product(plan.gathered, gate_up, plan, None)
+        y = prefill_product(hidden, down, plan, weights)
+    else:
+        _, wide, narrow = tiling
+        plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)
+        hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
+        y = grouped_product(hidden, down, plan, narrow, weights)
+    return combine(y, top_k, residual)

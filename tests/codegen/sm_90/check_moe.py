@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.kernels.sm_90.plan_experts import plan_experts
+from codegen.kernels.sm_90.plan_experts import MANY_PAIRS, plan_experts
 from codegen.kernels.sm_90.route import route
 from codegen.kernels.sm_90.routed_swiglu import combine
 
@@ -65,27 +65,42 @@ def draw_pairs(tokens, top_k, experts):
     return torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
 
 
-# The last has more pairs than the plan gathers in the launch that counts.
+# The last two have more pairs than the plan places in the launch that counts.
 @pytest.mark.parametrize(
-    "tokens, top_k, experts, rows", [(1, 4, 9, 8), (5, 3, 11, 2), (64, 8, 30, 16), (700, 8, 20, 64)]
+    "tokens, top_k, experts, rows, width",
+    [(1, 4, 9, 8, 40), (5, 3, 11, 2, 40), (64, 8, 30, 16, 40), (700, 8, 20, 64, 40), (1402, 3, 130, 64, 520)],
 )
-def test_a_plan_holds_every_pair_once_in_sorted_order(tokens, top_k, experts, rows):
-    x, indices = torch.randn(tokens, 40), draw_pairs(tokens, top_k, experts)
+def test_a_plan_holds_every_pair_once_in_sorted_order(tokens, top_k, experts, rows, width):
+    x, indices = torch.randn(tokens, width), draw_pairs(tokens, top_k, experts)
     plan = plan_experts(x, indices, experts, rows)
     order = indices.flatten().argsort(stable=True)
     assert torch.equal(plan.order.long(), order)
     assert torch.equal(plan.gathered, x[order // top_k])
 
 
-@pytest.mark.parametrize("tokens, top_k, experts, rows", [(5, 3, 11, 2), (64, 8, 30, 16), (40, 2, 3, 20)])
-def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, experts, rows):
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, rows, unit",
+    [
+        (5, 3, 11, 2, 1),
+        (64, 8, 30, 16, 1),
+        (40, 2, 3, 20, 1),
+        (90, 3, 4, 12, 4),
+        (700, 8, 30, 64, 1),
+        (700, 8, 20, 192, 64),
+        (1201, 4, 70, 36, 12),
+    ],
+)
+def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, experts, rows, unit):
     indices = draw_pairs(tokens, top_k, experts)
-    plan = plan_experts(torch.randn(tokens, 8), indices, experts, rows)
+    plan = plan_experts(torch.randn(tokens, 8), indices, experts, rows, unit)
     expected, begin = [], 0
     for expert, count in enumerate(torch.bincount(indices.flatten(), minlength=experts).tolist()):
-        size = math.ceil(count / math.ceil(count / rows)) if count else 1
+        units = math.ceil(count / unit)
+        size = math.ceil(units / math.ceil(count / rows)) * unit if count else 1
         expected += [(expert, first, min(first + size, begin + count)) for first in range(begin, begin + count, size)]
         begin += count
+    if unit > 1 and tokens * top_k > MANY_PAIRS:
+        expected.sort(key=lambda tile: -math.ceil((tile[2] - tile[1]) / unit))  # the fullest first
     used = int(plan.tiles[3, 0])
     assert [tuple(tile) for tile in plan.tiles[:3, :used].T.tolist()] == expected
 

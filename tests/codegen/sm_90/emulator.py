@@ -127,9 +127,20 @@ class Descriptor:
         return box
 
 
-def _copy(descriptor, where, barrier, shared):
-    shared.store(descriptor.box(*where))
-    barrier.settle(expected=-descriptor.block_type.nbytes)
+def _copy(descriptor, where, barrier, shared, pred=True):
+    if pred:
+        shared.store(descriptor.box(*where))
+        barrier.settle(expected=-descriptor.block_type.nbytes)
+
+
+def _arrive(barrier, pred=True):
+    if pred:
+        barrier.settle(arrivals=1)
+
+
+def _expect(barrier, nbytes, pred=True):
+    if pred:
+        barrier.settle(arrivals=1, expected=nbytes)
 
 
 def _multiply(a, b, acc, use_acc=True, is_async=False):
@@ -169,7 +180,7 @@ def _allocate(dtype, shape, layout):
     return Shared(torch.full(shape, torch.nan, dtype=dtype))
 
 
-def _load(pointer, mask=None, other=None, cache_modifier="", volatile=False):
+def _load(pointer, mask=None, other=None):
     offset = torch.as_tensor(pointer.offset)
     if mask is None:
         return _scalar(pointer.flat[offset])
@@ -180,8 +191,6 @@ def _load(pointer, mask=None, other=None, cache_modifier="", volatile=False):
 
 
 def _store(pointer, value, mask=True):
-    if not isinstance(value, torch.Tensor):
-        value = torch.tensor(value, dtype=pointer.flat.dtype)
     offset, mask, value = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask), value)
     pointer.flat[offset[mask]] = value[mask]
 
@@ -224,13 +233,11 @@ gl = SimpleNamespace(
     exp2=lambda x: _scalar(torch.exp2(torch.as_tensor(x, dtype=torch.float32))),
     sum=lambda x, axis: _scalar(x.sum(axis)),
     max=lambda x, axis: _scalar(x.amax(axis)),
-    min=lambda x, axis: _scalar(x.amin(axis)),
     associative_scan=_scan,
     static_range=range,
     load=_load,
     store=_store,
     convert_layout=lambda x, layout: x,
-    inline_asm_elementwise=_anything,
     num_warps=lambda: 4,
     program_id=lambda axis: _PROGRAM.number[axis],
     num_programs=lambda axis: _PROGRAM.grid[axis],
@@ -249,14 +256,13 @@ STAND_INS = {
         MBarrierLayout=BarrierLayout,
         init=lambda barrier, count: barrier.begin(count),
         wait=lambda barrier, parity: barrier.wait(parity),
-        arrive=lambda barrier: barrier.settle(arrivals=1),
-        expect=lambda barrier, nbytes: barrier.settle(arrivals=1, expected=nbytes),
+        arrive=_arrive,
+        expect=_expect,
     ),
     "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _finished,
     "fence_async_shared": _anything,
-    "debug_barrier": _anything,
     "gdc_wait": _anything,
     "gdc_launch_dependents": _anything,
 }
