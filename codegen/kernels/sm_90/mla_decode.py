@@ -23,11 +23,9 @@ from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, requ
 from codegen.kernels.sm_90.mla_stream import (
     advance,
     clear_hidden,
-    fetch_descriptions,
     load_cache,
     load_first_tile,
     load_query,
-    make_buffers,
     make_query,
     make_ring,
 )
@@ -172,16 +170,13 @@ def mla_decode_narrow(
     SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles of GROUPS · ROWS, programs). Split requests leave parts for mla_merge; whole ones go to out."""
-    latent_buffers = make_buffers(latent_desc, SLOTS)
-    rope_buffers = make_buffers(rope_desc, ROPE_SLOTS)
-    fetched = fetch_descriptions(latent_desc, rope_desc, latent_buffers, rope_buffers, SLOTS, ROPE_SLOTS)
     gdc_launch_dependents()
     gdc_wait()
     first = gl.program_id(0) * (GROUPS * ROWS) // HEADS
     reaches = load_reaches(positions_ptr, requests, queries, first, SPAN, REQUESTS)
     # While positions are on their way:
-    latents = make_ring(latent_buffers, SLOTS, GROUPS)
-    ropes = make_ring(rope_buffers, ROPE_SLOTS, GROUPS)
+    latents = make_ring(latent_desc, SLOTS, GROUPS)
+    ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
@@ -199,7 +194,7 @@ def mla_decode_narrow(
                 (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
                             part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
-                (load_cache, (latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
+                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
                               ROPE_SLOTS)),
             ],
@@ -215,7 +210,7 @@ def mla_decode_narrow(
                 (_consume, (latents, ropes, second, p_smem.index(1), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
                             part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN, HEADS, ROWS, UNITS,
                             WIDTH, SLOTS, ROPE_SLOTS)),
-                (load_cache, (latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
+                (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
                               ROPE_SLOTS)),
             ],

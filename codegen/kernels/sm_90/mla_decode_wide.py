@@ -24,12 +24,10 @@ from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, requ
 from codegen.kernels.sm_90.mla_stream import (
     advance,
     clear_hidden,
-    fetch_descriptions,
     load_cache,
     load_first_tile,
     load_query,
     make_barriers,
-    make_buffers,
     make_query,
     make_ring,
 )
@@ -227,15 +225,12 @@ def mla_decode_wide(
     UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles of 64, programs). Split requests leave parts for mla_merge; whole ones go to out."""
-    latent_buffers = make_buffers(latent_desc, SLOTS)
-    rope_buffers = make_buffers(rope_desc, ROPE_SLOTS)
-    fetched = fetch_descriptions(latent_desc, rope_desc, latent_buffers, rope_buffers, SLOTS, ROPE_SLOTS)
     gdc_launch_dependents()
     gdc_wait()
     reaches = load_reaches(positions_ptr, requests, queries, gl.program_id(0) * 64 // HEADS, SPAN, REQUESTS)
     # While positions are on their way:
-    latents = make_ring(latent_buffers, SLOTS, 1)
-    ropes = make_ring(rope_buffers, ROPE_SLOTS, 1)
+    latents = make_ring(latent_desc, SLOTS, 1)
+    ropes = make_ring(rope_desc, ROPE_SLOTS, 1)
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
@@ -257,7 +252,7 @@ def mla_decode_wide(
                       0, SPAN, HEADS, UNITS, WIDTH, SLOTS)),
             (_value, (latents, exchange, done, positions_ptr, out_ptr, part_ptr, schedule, queries,
                       1, SPAN, HEADS, UNITS, WIDTH, SLOTS)),
-            (load_cache, (latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
+            (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries,
                           request_stride, 64, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
         ],
         [4, 4, 1],

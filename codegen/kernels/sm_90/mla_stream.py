@@ -23,14 +23,9 @@ def make_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def make_buffers(desc, SLOTS: gl.constexpr):
-    """Shared memory for so many boxes of a descriptor."""
-    return gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
-
-
-@gluon.jit
-def make_ring(buffers, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr):
-    """(buffers, full, empty); a slot is empty again once CONSUMERS have released it."""
+def make_ring(desc, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr):
+    """(buffers, full, empty) for boxes of a descriptor; a slot is empty again once CONSUMERS have released it."""
+    buffers = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
     return buffers, make_barriers(SLOTS, 1), make_barriers(SLOTS, CONSUMERS)
 
 
@@ -40,20 +35,6 @@ def advance(slot, phase, SLOTS: gl.constexpr):
     slot += 1
     wrapped = slot == SLOTS
     return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
-
-
-@gluon.jit
-def fetch_descriptions(
-    latent_desc, rope_desc, latent_buffers, rope_buffers, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr
-):
-    """Has the copy engine fetch what describes the cache, which takes longer than a box of it: copies boxes behind its
-    end, so that nothing is read. The barrier completes when they, zeros, are in the last slot of each ring."""
-    fetched = make_barriers(1, 1).index(0)
-    fence_async_shared()
-    mbarrier.expect(fetched, latent_desc.block_type.nbytes + rope_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(latent_desc, [latent_desc.shape[0], 0], fetched, latent_buffers.index(SLOTS - 1))
-    tma.async_copy_global_to_shared(rope_desc, [rope_desc.shape[0], 0], fetched, rope_buffers.index(ROPE_SLOTS - 1))
-    return fetched
 
 
 @gluon.jit
@@ -93,7 +74,7 @@ def load_first_tile(
 
 @gluon.jit
 def load_cache(
-    latents, ropes, fetched, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries, request_stride,
+    latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule, queries, request_stride,
     TILE_ROWS: gl.constexpr, HEADS: gl.constexpr, SPAN: gl.constexpr, PAGED: gl.constexpr, UNITS: gl.constexpr,
     WIDTH: gl.constexpr, SLOTS: gl.constexpr, ROPE_SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -107,22 +88,20 @@ def load_cache(
     phase = gl.to_tensor(0)
     rope_slot = gl.to_tensor(1)
     rope_phase = gl.to_tensor(0)
-    next = begin + 1
+    unasked = begin + 1
     while begin < end:
         nearest, furthest = request_reach(positions_ptr, request, queries, first, SPAN)
         tiles = furthest // 64 + 1
         stop = gl.minimum(end, origin + tiles)
-        for tile in range(next - origin, stop - origin):
+        for tile in range(unasked - origin, stop - origin):
             row = _first_row(table_ptr, request, request_stride, tile, PAGED)
             for unit in gl.static_range(UNITS):
-                if unit == UNITS - 1:
-                    mbarrier.wait(fetched, 0)  # the last slot is not used before
                 _fill(latents, latent_desc, row, unit * WIDTH, slot, phase)
                 slot, phase = advance(slot, phase, SLOTS)
             _fill(ropes, rope_desc, row, 0, rope_slot, rope_phase)
             rope_slot, rope_phase = advance(rope_slot, rope_phase, ROPE_SLOTS)
         begin = stop
-        next = stop
+        unasked = stop
         origin += tiles
         request += 1
 

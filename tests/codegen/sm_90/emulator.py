@@ -114,7 +114,6 @@ class Descriptor:
 
     def __init__(self, descriptor):
         self.rows, self.layout, self.dtype = descriptor.base, None, descriptor.base.dtype
-        self.shape = descriptor.base.shape
         height, width = descriptor.block_shape
         nbytes = height * width * self.dtype.itemsize
         self.block_type = SimpleNamespace(shape=[height, width], nbytes=nbytes)
