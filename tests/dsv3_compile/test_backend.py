@@ -123,7 +123,15 @@ def test_a_gpu_gets_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert steps and all(step["fuse-head-products"] == prompt["real-arithmetic"] == 4 for step in steps)
     called = [str(node.target) for node in compiled[-1].graph.nodes]
     assert not any("complex" in name for name in called)
-    for op in ("linear_call", "linear_pair_call", "head_linear_call", "route_call", "routed_swiglu", "mla_attention"):
+    for op in (
+        "linear_call",
+        "linear_pair_call",
+        "head_linear_call",
+        "swiglu_call",
+        "route_call",
+        "routed_swiglu",
+        "mla_attention",
+    ):
         assert f"dsv3.{op}.default" in called
 
 
