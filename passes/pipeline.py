@@ -40,6 +40,7 @@ from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
 from passes.sparsify_experts import SparsifyExperts
+from passes.stream_norms import StreamNorms
 from passes.stream_products import StreamProducts
 from passes.verify import Certificate, CertificateError, Specimen
 
@@ -90,10 +91,13 @@ FOREIGN_GPU_PIPELINE: tuple[Pass, ...] = (
     FuseResidual(),
     FuseHeadProducts(),
     StreamProducts(),
+    StreamNorms(),
+    FuseRouter(),
     FuseSwiglu(),
 )
 """On a GPU, where a step of decode is as long as its launches: Inductor fuses nothing that is complex, and leaves the
-products of a single row to a library. Gate and up are parts of one product only when products share a launch."""
+products of a single row to a library. SwiGLU comes again: gate and up are parts of one product once they share a
+launch."""
 
 IMPORTED_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
