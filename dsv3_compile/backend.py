@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
+from dsv3_compile.in_place import write_in_place
 from dsv3_compile.inspection import block_document, header, print_graph
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
@@ -70,6 +71,7 @@ def dsv3(
         return inductor(traced, examples, mode, others)
     changed, _ = improve(found, examples, settings, given_integers(found.module, examples))
     if changed:
+        write_in_place(found)
         dispatch.call_kernels(found.module.graph, target_of(examples))
         found.module.recompile()
     return inductor(callable_again(found) if changed else traced, examples, mode, others)

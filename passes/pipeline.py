@@ -40,6 +40,7 @@ from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
 from passes.sparsify_experts import SparsifyExperts
+from passes.stream_attention_inputs import StreamAttentionInputs
 from passes.stream_norms import StreamNorms
 from passes.stream_products import StreamProducts
 from passes.verify import Certificate, CertificateError, Specimen
@@ -88,6 +89,8 @@ Norms and rotations stay as they are: Inductor fuses them itself.
 FOREIGN_GPU_PIPELINE: tuple[Pass, ...] = (
     *FOREIGN_PIPELINE,
     RealArithmetic(),
+    FuseRotary(),
+    StreamAttentionInputs(),
     FuseResidual(),
     FuseHeadProducts(),
     StreamProducts(),
