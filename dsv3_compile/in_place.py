@@ -1,4 +1,4 @@
-"""Caches that are written in place, where a graph gives new values of its inputs back.
+"""What a graph gives back as new values of its inputs: caches are written in place, counters counted together.
 
 The passes compare graphs by what they return, so they see new caches beside old ones. Behind them, an op that fills a
 cache writes into the input itself: otherwise every step would copy the cache.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -42,6 +43,31 @@ def write_in_place(found: Functional) -> None:
             given_back[memories[i]].replace_all_uses_with(memories[i])
             results[i].replace_all_uses_with(cache)
         erase_dead(graph, node)
+    graph.eliminate_dead_code()
+
+
+def count_together(found: Functional) -> None:
+    """p' = p + 1, q' = q + 1, …    →    p', q', … = _foreach_add([p, q, …], 1)
+
+    Where they are new values of inputs and nobody else reads them: every layer's cache counts its own rows, and nothing
+    else would put so many sums of nothing in common into one launch.
+    """
+    graph = found.module.graph
+    inputs, output = placeholders(graph), graph.output_node()
+    counted: dict[tuple[Any, ...], list[tuple[fx.Node, fx.Node]]] = {}
+    for k, position in enumerate(found.written):
+        value, one = output.args[0][k], inputs[position]
+        counts = is_call(value, aten.add) and value.args[0] is one and isinstance(value.args[1], int)
+        if counts and not value.kwargs and len(value.users) == 1 and output.args[0].count(value) == 1:
+            held = one.meta["val"]
+            counted.setdefault((value.args[1], held.dtype, held.device), []).append((one, value))
+    for (step, *_), pairs in counted.items():
+        if len(pairs) == 1:
+            continue
+        with graph.inserting_before(output):
+            sums = call(graph, aten._foreach_add.Scalar, [one for one, _ in pairs], step)
+            for i, (_, value) in enumerate(pairs):
+                value.replace_all_uses_with(call(graph, operator.getitem, sums, i, like=value))
     graph.eliminate_dead_code()
 
 

@@ -164,6 +164,7 @@ def test_a_step_of_one_request_is_kernels_from_the_first_product_on(monkeypatch:
     assert computed == [*attention, *dense, *(attention + moe) * 2, "linear_call"]
     # Apart from the first norm and the angles, which are computed once, nothing else is left.
     assert sum(name.startswith(("aten.mean", "aten.rsqrt", "aten.cos")) for name in names) == 3
+    assert names.count("aten._foreach_add.Scalar") == 1
     assert not any(name.startswith(("aten.index_copy", "aten.silu", "aten.linear", "aten.stack")) for name in names)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from codegen.targets import target
 from dsv3_compile.functional import callable_again
-from dsv3_compile.in_place import write_in_place
+from dsv3_compile.in_place import count_together, write_in_place
 from passes.base import Context, Workload, calls
 from passes.canonicalise import Canonicalise
 from passes.pipeline import apply
@@ -64,3 +64,31 @@ def test_what_is_written_in_place_is_what_was_given_back(twist):
         torch.testing.assert_close(out, step(*expected))
     torch.testing.assert_close(inputs, expected)
     assert not torch.equal(inputs[5], draw()[5])
+
+
+class Counters(nn.Module):
+    """Three counters of which two may be counted together."""
+
+    def forward(self, x, first, second, third):
+        total = x + first + second
+        first.add_(1)
+        second.copy_(second + 1)
+        third.add_(2)
+        return total + third
+
+
+def test_counters_of_equal_steps_are_one_call():
+    def values():
+        return [torch.randn(3, generator=torch.Generator().manual_seed(0)), *(torch.tensor(n) for n in (3, 5, 7))]
+
+    (found,) = graphs_of(Counters(), lambda run: run(*values()))
+    apply(Canonicalise(), found.module, Context("any", target("sm_90"), Workload(0, 0, 0)))
+    count_together(found)
+    graph = callable_again(found)
+    (together,) = calls(graph.graph, aten._foreach_add)
+    assert len(together.args[0]) == 2 and together.args[1] == 1
+    expected, inputs = values(), values()
+    names = [node.target for node in graph.graph.find_nodes(op="placeholder")]
+    given = dict(zip(("x", "first", "second", "third"), inputs, strict=True))
+    (out,) = graph(*(given[name] for name in names))
+    assert torch.equal(out, Counters()(*expected)) and inputs[1:] == expected[1:]
