@@ -78,8 +78,7 @@ class StreamAttentionInputs(FuseLaunches):
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         found = inputs_of(node)
         heads, out, depth = found.absorbed.order
-        place = min((node, *(user for put in found.puts for user in put.users)))
-        with graph.inserting_before(place):
+        with graph.inserting_before(node):
             weight = found.absorbed.weight
             if (heads, depth, out) != (0, 1, 2):
                 weight = call(graph, aten.permute.default, weight, [heads, depth, out], like=node)
@@ -97,11 +96,11 @@ class StreamAttentionInputs(FuseLaunches):
             ]
         old = node.args[:4]
         node.args = (*results, *node.args[4:])
+        for dead in old:
+            erase_dead(graph, dead)
         for put, value in zip(found.puts, written, strict=True):
             put.replace_all_uses_with(value)
-        for dead in (*old, *found.puts):
-            if not dead._erased:
-                erase_dead(graph, dead)
+            erase_dead(graph, put)
         where = source_line(new)
         return f"{', '.join(put.name for put in found.puts)} → {new.name}" + (f" ({where})" if where else "")
 
@@ -175,9 +174,19 @@ def put_of(cache: fx.Node, attention: fx.Node) -> fx.Node:
         raise Refused(attention, f"{put.args[0].name} is no cache that was handed in and that {put.name} alone reads")
     if not any(user.op == "output" for user in users(put)):
         raise Refused(attention, f"{put.name} is not given back")
+    early = next((user for user in users(put) if user < attention and not leads_to(user, attention)), None)
+    if early is not None:
+        raise Refused(attention, f"{early.name} reads {put.name} before {attention.name}")
     if users(put.args[3]) != [put]:
         raise Refused(attention, f"{put.args[3].name} is not read by {put.name} alone")
     return put
+
+
+def leads_to(node: fx.Node, reader: fx.Node) -> bool:
+    """Is it the reader, or a view that is read by nobody else?"""
+    if node is reader:
+        return True
+    return sources_of_dims(node) is not None and all(leads_to(user, reader) for user in users(node))
 
 
 def new_rows(put: fx.Node, batch: int, row: int, column: int) -> tuple[int | None, ...]:

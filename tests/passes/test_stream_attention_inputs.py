@@ -39,13 +39,14 @@ class Attention(nn.Module):
         key = dsv3.rotary(k.unsqueeze(2), sin if twist == "angles" else cos, sin, True).transpose(1, 2)
         old = latent.relu() if twist == "computed cache" else latent
         new = old.index_copy(2, at, row), rope_key.index_copy(2, at + 1 if twist == "positions" else at, key)
+        early = new[0].squeeze(1).sum() if twist == "early" else q.sum()
         q_rope = dsv3.rotary(rope.transpose(1, 2), cos, sin, True)
         q_rope = rope.transpose(1, 2) * 1.5 if twist == "unrotated" else q_rope
         q_latent = torch.einsum("bshp,hpc->bshc", nope, self.up)
         q_latent = q_latent + 1.0 if twist == "added" else q_latent
         caches = [one.squeeze(1) for one in ((old, new[1]) if twist == "old rows" else new)]
         out = dsv3.mla_attention(q_latent, q_rope, *caches, at.expand(batch, queries), 0.3)
-        results = (*new, out, q_rope if twist == "leak" else q.relu())
+        results = (*new, out, q_rope if twist == "leak" else q.relu(), early)
         results = (*results, row.sum()) if twist == "row" else results
         return results[1:] if twist == "kept" else results
 
@@ -96,6 +97,7 @@ def test_many_queries_keep_the_steps(monkeypatch):
         ("unrotated", "is no rotation"),
         ("added", "is no product of every head with a weight"),
         ("old rows", "is not a cache with new rows at positions"),
+        ("early", "squeeze reads index_copy before mla_attention"),
         ("leak", "alone"),
         ("row", "alone"),
         ("kept", "is not given back"),
