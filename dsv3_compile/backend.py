@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
+from dsv3_compile.held import hold_shared
 from dsv3_compile.in_place import count_together, write_in_place
 from dsv3_compile.inspection import block_document, header, print_graph
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
@@ -75,6 +76,7 @@ def dsv3(
         if target.backend != "cpu":
             write_in_place(found)
             count_together(found)
+            hold_shared(found.module.graph, target)
         dispatch.call_kernels(found.module.graph, target)
         found.module.recompile()
     return inductor(callable_again(found) if changed else traced, examples, mode, others)

@@ -97,10 +97,11 @@ FOREIGN_GPU_PIPELINE: tuple[Pass, ...] = (
     StreamNorms(),
     FuseRouter(),
     FuseSwiglu(),
+    Canonicalise(),
 )
 """On a GPU, where a step of decode is as long as its launches: Inductor fuses nothing that is complex, and leaves the
 products of a single row to a library. SwiGLU comes again: gate and up are parts of one product once they share a
-launch."""
+launch. At the end, what every layer computes alike is computed once: it would be a launch between kernels."""
 
 IMPORTED_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),

@@ -161,6 +161,9 @@ def test_a_step_of_one_request_is_kernels_from_the_first_product_on(monkeypatch:
     dense = ["rms_norm_call", "linear_pair_call", "swiglu_call", "linear_call", "rms_norm_call"]
     shared = ["linear_pair_call", "swiglu_call", "linear_call", "add_rms_norm_call"]
     moe = ["norm_router_call", "route_call", "routed_swiglu", *shared]
+    # Angles and positions, once for all layers.
+    assert computed.count("hold") == 3
+    computed = [name for name in computed if name != "hold"]
     assert computed == [*attention, *dense, *(attention + moe) * 2, "linear_call"]
     # Apart from the first norm and the angles, which are computed once, nothing else is left.
     assert sum(name.startswith(("aten.mean", "aten.rsqrt", "aten.cos")) for name in names) == 3

@@ -22,7 +22,7 @@ class EveryOp(nn.Module):
         kv = dsv3.rms_norm(total, weight, 1e-6) @ w_kv
         pure_latent, _ = dsv3.write_cache(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
         dsv3.write_cache_(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
-        q = normed.unflatten(-1, (4, -1))
+        q = dsv3.hold(normed).unflatten(-1, (4, -1))
         q_rope = dsv3.rotary(q[..., :8], cos, sin, True)
         joined = dsv3.join_heads(q, q[..., :8], cos, sin, False)
         absorbed = dsv3.mla_attention(q[..., :16], q_rope, latent, rope_key, positions, 0.2)
@@ -118,6 +118,7 @@ def test_opaque_ops_pass_torch_checks(name):
         "write_cache_": (x @ w_kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True),
         "mla_attention": (q, q[..., :8], latent, rope_key, positions, 0.2),
         "attention": (q, keys, keys[..., :12], positions, 0.3),
+        "hold": (x.mT,),
         "sort_pairs": (indices, 8),
         "grouped_linear": (tokens, gate_up, offsets),
         "routed_swiglu": (tokens, indices, torch.rand(6, 3), gate_up, down),
