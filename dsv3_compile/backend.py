@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
+from dsv3_compile.held import hold_shared
+from dsv3_compile.in_place import count_together, write_in_place
 from dsv3_compile.inspection import block_document, header, print_graph
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
@@ -70,7 +72,12 @@ def dsv3(
         return inductor(traced, examples, mode, others)
     changed, _ = improve(found, examples, settings, given_integers(found.module, examples))
     if changed:
-        dispatch.call_kernels(found.module.graph, target_of(examples))
+        target = target_of(examples)
+        if target.backend != "cpu":
+            write_in_place(found)
+            count_together(found)
+            hold_shared(found.module.graph, target)
+        dispatch.call_kernels(found.module.graph, target)
         found.module.recompile()
     return inductor(callable_again(found) if changed else traced, examples, mode, others)
 

@@ -120,6 +120,8 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     written = {values[k]: inputs[position] for k, position in enumerate(rewritten.written)}
     for value, target in written.items():
+        if value is target:  # written in place
+            continue
         copy = graph.call_function(aten.copy_.default, (target, value))
         copy.meta["val"] = target.meta["val"]
     # An output that is the new value of an input is that input: the caller may rely on sharing its memory.

@@ -19,6 +19,7 @@ aten = torch.ops.aten
 class Canonicalise(Pass):
     """clone(x), x.to(same dtype), x.view(same shape), expand(same shape), x + 0, dropout(eval)  →  x
     _unsafe_view, view of a permuted tensor                                                     →  reshape
+    x.type_as(y)                                                                                →  x.to(dtype of y)
     mm(x, Wᵀ), matmul(x, Wᵀ), addmm(bias, x, Wᵀ)                                                →  linear(x, W[, bias])
     cat([empty, x]), copy(x, y), slice(cat) at its seams                                        →  the part
     two equal nodes                                                                             →  one
@@ -38,6 +39,11 @@ class Canonicalise(Pass):
                 outcome.matches.append(f"{node.name} is {source.name}")
         for node in calls(graph, aten._unsafe_view, aten.view):
             node.target = aten.reshape.default
+        for node in calls(graph, aten.type_as):
+            if node.meta["val"].device == node.args[0].meta["val"].device:
+                with graph.inserting_before(node):
+                    new = call(graph, aten._to_copy.default, node.args[0], dtype=node.meta["val"].dtype, like=node)
+                node.replace_all_uses_with(new)
         for node in calls(graph, aten.mm, aten.matmul, aten.addmm):
             if as_linear(graph, node):
                 outcome.matches.append(f"{node.name} is linear")

@@ -279,9 +279,9 @@ def _embedding(node: fx.Node, size: SizeOf, moved: Any) -> Any:
 
 
 def _attention_inputs(node: fx.Node, size: SizeOf, moved: Any) -> Any:
-    """Of the caches only the new rows move."""
+    """Of the caches only the new rows move, also where they are results."""
     caches = sum(_bytes(cache.meta["val"], size) for cache in node.args[7:9])
-    return moved - caches + _bytes(node.args[1].meta["val"], size)
+    return moved - caches * (len(node.meta["val"]) // 2) + _bytes(node.args[1].meta["val"], size)
 
 
 def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
@@ -307,6 +307,7 @@ def _active(experts: Any, selected: Any, tokens: Any) -> Any:
 TRAFFIC: dict[str, Callable[[fx.Node, SizeOf, Any], Any]] = {
     "dsv3.write_cache": _write_cache,
     "dsv3.write_cache_": _write_cache,
+    "dsv3.attention_inputs": _attention_inputs,
     "dsv3.attention_inputs_": _attention_inputs,
     "dsv3.routed_swiglu": _routed_swiglu,
     "dsv3.grouped_linear": _grouped_linear,

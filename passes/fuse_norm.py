@@ -57,19 +57,27 @@ class FuseNorm(Rewrite):
         return why_no_norm(match) or match.leak()
 
     def after(self, graph: fx.Graph, match: Match) -> fx.Node:
-        total, weight, eps = match["x"], match["weight"], float(match["eps"])
-        if not is_residual_sum(total) or not (weights_only(weight) or weight < total):
-            return call(graph, dsv3.rms_norm.default, total, weight, eps, like=match.root)
-        bring_before(total, weight)
-        with graph.inserting_before(total):
-            both = call(graph, dsv3.add_rms_norm.default, *total.args[:2], weight, eps, like=match.root)
-            normed, summed = (call(graph, operator.getitem, both, i, like=match.root) for i in (0, 1))
-        total.replace_all_uses_with(summed)
-        return normed
+        return normalised(graph, match)
 
 
-def why_no_norm(match: Match) -> str | None:
-    """What keeps a matched norm from being the op, apart from readers of its intermediate values."""
+def normalised(graph: fx.Graph, match: Match) -> fx.Node:
+    """The op in place of a norm, at the graph's insertion point; with the residual sum in front of it, in its place."""
+    total, weight, eps = match["x"], match["weight"], float(match["eps"])
+    if not is_residual_sum(total) or not (weights_only(weight) or weight < total):
+        return call(graph, dsv3.rms_norm.default, total, weight, eps, like=match.root)
+    bring_before(total, weight)
+    with graph.inserting_before(total):
+        both = call(graph, dsv3.add_rms_norm.default, *total.args[:2], weight, eps, like=match.root)
+        normed, summed = (call(graph, operator.getitem, both, i, like=match.root) for i in (0, 1))
+    total.replace_all_uses_with(summed)
+    return normed
+
+
+def why_no_norm(match: Match, rounded: bool = False) -> str | None:
+    """What keeps a matched norm from being the op, apart from readers of its intermediate values.
+
+    rounded: a value that is rounded to the dtype of x before it is multiplied by the weight is none of that.
+    """
     if "weight" not in match.bound:
         if not one_axis(match.root):
             return f"{match.root.name} normalises {len(match.root.args[1])} axes"
@@ -79,7 +87,9 @@ def why_no_norm(match: Match) -> str | None:
     if tuple(shape_of(weight)) != tuple(shape_of(x)[-1:]):
         return f"the weight {weight.name} is not one number per element of the last axis"
     for node in match.inner:
-        if is_call(node, *CASTS) and not widens(dtype_of(node.args[0]), dtype_of(node)):
+        if not is_call(node, *CASTS) or widens(dtype_of(node.args[0]), dtype_of(node)):
+            continue
+        if not (rounded and widens(dtype_of(x), dtype_of(node))):
             return f"{node.name} rounds to {dtype_of(node)} before the weight is applied"
     if keeps(match.root, dtype_of(x)):
         return f"{match.root.name} is not rounded to {dtype_of(x)}, in which its input is"
@@ -101,3 +111,15 @@ def read_norm(node: fx.Node) -> Match | None:
         if why_no_norm(match) is None:
             return match
     return None
+
+
+def nearest_norm(node: fx.Node, rounded: bool = False) -> Match | str:
+    """The node as an RMSNorm of which nobody reads a part, or why it is none; '' if it does not look like one."""
+    misses = [(0, "")]
+    for found in RMS_NORM.search(node, Found()):
+        match = Match(node, found.bound, found.inner)
+        reason = why_no_norm(match, rounded) or match.leak()
+        if reason is None:
+            return match
+        misses.append((len(match.inner), reason))
+    return max(misses, key=lambda miss: miss[0])[1]

@@ -11,7 +11,7 @@ from torch import fx
 
 from codegen.ops.registry import compute_dtype
 from passes.base import call, is_call, source_line
-from passes.launches import FuseLaunches, regroup, regrouped_from
+from passes.launches import FuseLaunches, regroup_like, regrouped_from
 from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -22,42 +22,42 @@ class FuseRouter(FuseLaunches):
     """n = rms_norm(x, w, ε)                        n, z = norm_router(x, w, ε, W)
        z = float(n) · Wᵀ                      →
 
-    Where others read the norm as well: a norm that only products read is better folded into their weights.
+    Where others read the norm as well: a norm that only products read is better folded into their weights, or left to
+    a launch of its own.
     """  # fmt: skip
 
     op: ClassVar[str] = "norm_router"
 
     def when(self, node: fx.Node) -> str | None:
-        if not is_call(node, aten.linear):
+        if not is_call(node, aten.linear, dsv3.linear):
             return ""
         norm, views = regrouped_from(uncast(node.args[0]))
         if not is_call(norm, dsv3.rms_norm):
             return ""
-        if all(is_call(reader, aten.linear) for reader in readers(norm, views)):
+        if all(is_call(reader, aten.linear, dsv3.linear, dsv3.linear_pair) for reader in readers(norm, views)):
             return ""
         if dtype_of(node) != compute_dtype(norm.meta["val"]):
             return f"{node.name} is rounded to {dtype_of(node)}"
-        if len(node.args) > 2 and node.args[2] is not None:
+        if is_call(node, aten.linear) and len(node.args) > 2 and node.args[2] is not None:
             return f"{node.name} has a bias"
+        if is_call(node, dsv3.linear) and any(one is not None for one in node.args[2:4]):
+            return f"{node.name} is more than a product"
         if not all(map(weights_only, (norm.args[1], node.args[1]))):
             return f"{node.name} is no product with a weight"
-        if views and len(users(norm)) > 1:
-            return f"{norm.name} is read in more than one shape"
         return None
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         norm, views = regrouped_from(uncast(node.args[0]))
-        x, norm_weight, eps = norm.args
-        old = views[-1] if views else norm
-        bring_before(old, node.args[1])
-        bring_before(old, norm_weight)
-        with graph.inserting_before(old):
-            rows = regroup(graph, x, views)
-            both = call(graph, dsv3.norm_router.default, rows, norm_weight, eps, node.args[1], like=node)
+        bring_before(norm, node.args[1])
+        bring_before(norm, norm.args[1])
+        with graph.inserting_before(norm):
+            both = call(graph, dsv3.norm_router.default, *norm.args, node.args[1], like=node)
             normed, logits = (call(graph, operator.getitem, both, i, like=node) for i in (0, 1))
-        old.replace_all_uses_with(normed)
-        node.replace_all_uses_with(logits)
-        for dead in (node, old):
+        with graph.inserting_before(node):
+            regrouped = regroup_like(graph, logits, views)
+        norm.replace_all_uses_with(normed)
+        node.replace_all_uses_with(regrouped)
+        for dead in (node, norm):
             if not dead._erased:
                 erase_dead(graph, dead)
         where = source_line(both)

@@ -19,7 +19,8 @@ from passes.nodes import CASTS, settled, users
 aten = torch.ops.aten
 
 FEW_ROWS = 64  # of a product that is bound by reading its weight
-REGROUPINGS = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)
+SIZED = (aten.view, aten.reshape, aten._unsafe_view)  # which are told every size
+REGROUPINGS = (*SIZED, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class FuseLaunches(Pass):
         raise NotImplementedError
 
 
+def runs_kernel(node: Any, target: Target) -> bool:
+    """Is the node a call for which the target has a kernel of its own?"""
+    op = node.target if isinstance(node, fx.Node) else None
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "dsv3":
+        return False
+    return own_form(op._schema.name.removeprefix("dsv3::"), target) is not None
+
+
 def why_not_few(product: fx.Node, sizes: Sequence[Any], context: Context) -> str | None:
     """The reason why a product of so many tokens, by axis, has not few rows; '' in prefill, where that goes without
     saying; or None."""
@@ -97,6 +106,16 @@ def regroup(graph: fx.Graph, value: fx.Node, views: list[fx.Node]) -> fx.Node:
     """The same views of another value."""
     for view in views:
         value = call(graph, view.target, value, *view.args[1:], like=view, **view.kwargs)
+    return value
+
+
+def regroup_like(graph: fx.Graph, value: fx.Node, views: list[fx.Node]) -> fx.Node:
+    """The same grouping of rows of another width and dtype."""
+    for view in views:
+        if is_call(view, *SIZED):
+            value = call(graph, view.target, value, [*view.args[1][:-1], shape_of(value)[-1]], like=view)
+        elif not is_call(view, *CASTS):
+            value = call(graph, view.target, value, *view.args[1:], like=view, **view.kwargs)
     return value
 
 

@@ -40,6 +40,8 @@ from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
 from passes.sparsify_experts import SparsifyExperts
+from passes.stream_attention_inputs import StreamAttentionInputs
+from passes.stream_norms import StreamNorms
 from passes.stream_products import StreamProducts
 from passes.verify import Certificate, CertificateError, Specimen
 
@@ -87,12 +89,19 @@ Norms and rotations stay as they are: Inductor fuses them itself.
 FOREIGN_GPU_PIPELINE: tuple[Pass, ...] = (
     *FOREIGN_PIPELINE,
     RealArithmetic(),
+    FuseRotary(),
+    StreamAttentionInputs(),
     FuseResidual(),
     FuseHeadProducts(),
     StreamProducts(),
+    StreamNorms(),
+    FuseRouter(),
+    FuseSwiglu(),
+    Canonicalise(),
 )
 """On a GPU, where a step of decode is as long as its launches: Inductor fuses nothing that is complex, and leaves the
-products of a single row to a library."""
+products of a single row to a library. SwiGLU comes again: gate and up are parts of one product once they share a
+launch. At the end, what every layer computes alike is computed once: it would be a launch between kernels."""
 
 IMPORTED_PIPELINE: tuple[Pass, ...] = (
     Canonicalise(),
@@ -182,16 +191,19 @@ class Pipeline:
     ) -> Pipeline:
         """The pipeline with options set by 'pass.field=value'; with passes left out, ended after one, or run twice.
 
+        A pass that stands in it more than once is set, left out or repeated wherever it stands, and ended after last.
         Raises PassError for an unknown pass, an unknown field or a value that the field does not take.
         """
-        passes = {one.name(): one for one in self.passes}
+        passes = self.passes
         for setting in settings:
             name, option, text = split_setting(setting)
-            passes[name] = set_option(Pipeline(tuple(passes.values())).find(name), option, text)
+            self.find(name)
+            passes = tuple(set_option(one, option, text) if one.name() == name else one for one in passes)
         left_out = {self.find(name).name() for name in disable}
-        last = len(passes) if until is None else self.passes.index(self.find(until)) + 1
+        end = passes[-1].name() if until is None else self.find(until).name()
+        last = max(number for number, one in enumerate(passes, 1) if one.name() == end)
         twice = {self.find(name).name() for name in repeat}
-        kept = [one for name, one in list(passes.items())[:last] if name not in left_out]
+        kept = [one for one in passes[:last] if one.name() not in left_out]
         return Pipeline(tuple(copy for one in kept for copy in [one] * (2 if one.name() in twice else 1)))
 
 

@@ -4,7 +4,7 @@ Axis letters in shapes follow docs/architecture.md. Every op computes in `promot
 float64 stays float64, and returns the dtype of its first argument unless its docstring says otherwise.
 """
 
-from codegen.ops import attention, attention_inputs, cache, experts, linear, norm, rotary, routing
+from codegen.ops import attention, attention_inputs, cache, experts, hold, linear, norm, rotary, routing
 from codegen.ops.registry import COMPOSITE, LAYOUTS, NAMESPACE, OPAQUE
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "attention_inputs",
     "cache",
     "experts",
+    "hold",
     "linear",
     "norm",
     "rotary",

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from codegen.ops.cache import write_cache_
+from codegen.ops.cache import write_cache, write_cache_
 from codegen.ops.linear import head_linear
-from codegen.ops.registry import opaque
+from codegen.ops.registry import composite, opaque
 from codegen.ops.rotary import rotary
 
 
@@ -30,6 +31,49 @@ def _queries(
     heads, _, rank = weight.shape
     lead = q.shape[:2]
     return q.new_empty((*lead, heads, rank)), q.new_empty((*lead, heads, 2 * cos.shape[-1]))
+
+
+def _queries_and_caches(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    queries = _queries(q, kv, weight, norm_weight, cos, sin, positions, latent, rope_key, eps, interleaved)
+    return (*queries, torch.empty_like(latent), torch.empty_like(rope_key))
+
+
+@composite(
+    "attention_inputs(Tensor q, Tensor kv, Tensor weight, Tensor norm_weight, Tensor cos, Tensor sin, "
+    "Tensor positions, Tensor latent, Tensor rope_key, float eps, bool interleaved) "
+    "-> (Tensor q_latent, Tensor q_rope, Tensor latent, Tensor rope_key)",
+    _queries_and_caches,
+)
+def attention_inputs(
+    q: Tensor,
+    kv: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    latent: Tensor,
+    rope_key: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`attention_inputs_` that leaves the caches alone and returns copies, as `write_cache` does."""
+    heads, nope, _ = weight.shape
+    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([nope, 2 * cos.shape[-1]], -1)
+    caches = write_cache(kv, norm_weight, cos, sin, positions, latent, rope_key, eps, interleaved)
+    return (head_linear(q_nope, weight.mT).contiguous(), rotary(q_rope, cos, sin, interleaved), *caches)
 
 
 def _absorbed_flops(q: Sequence[Any], kv: Any, weight: Sequence[Any], *_: Any, **__: Any) -> Any:

@@ -74,6 +74,9 @@ def real_operands(op):
 
     pairs = tensor("B", 6, dtype=INT64), tensor("B", 6, dtype=FLOAT32)
     return {
+        "rms_norm": (tensor("B", 1, 2048), tensor(2048), 1e-6),
+        "add_rms_norm": (tensor("B", 1, 2048), tensor("B", 1, 2048), tensor(2048), 1e-6),
+        "swiglu": (tensor("B", 1, 5632),),
         "mla_attention": (
             tensor("B", 1, 16, 512),
             tensor("B", 1, 16, 64),

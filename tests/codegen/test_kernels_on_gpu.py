@@ -79,6 +79,27 @@ def test_products_stream_on_hopper(rows):
         assert_near(found, getattr(torch.ops.dsv3, op)(*wide), 1e-2 if op == "linear_pair" else 1e-5)
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("rows", [1, 3, 33])
+def test_what_stands_between_products_overlaps_them_on_hopper(rows):
+    """One behind the other, so that each starts while the one before still writes what it reads."""
+    x, residual, norm = normal(rows, 2048), normal(rows, 2048), normal(2048)
+    weights = [normal(*shape) / 45 for shape in ((2048, 2048), (1408, 2048), (1408, 2048), (2048, 1408))]
+
+    def chain(run, x, residual, norm, first, gate, up, down):
+        normed, total = run("add_rms_norm")(run("linear")(x, first), residual, norm, 1e-6)
+        hidden = run("swiglu")(run("linear_pair")(normed, gate, up))
+        return total, run("rms_norm")(run("linear")(hidden, down, None, total), norm, 1e-6)
+
+    def own(op):
+        return getattr(importlib.import_module(f"codegen.kernels.sm_90.{op}"), op)
+
+    inputs = [x, residual, norm, *weights]
+    expected = chain(lambda op: getattr(torch.ops.dsv3, op), *(one.double() for one in inputs))
+    for _ in range(20):
+        assert_near(chain(own, *inputs), expected)
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (3, 24, 12), (20, 384, 32)])
 @pytest.mark.parametrize("queries, batch", [(1, 1), (1, 5), (4, 2)])

@@ -123,8 +123,52 @@ def test_a_gpu_gets_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     assert steps and all(step["fuse-head-products"] == prompt["real-arithmetic"] == 4 for step in steps)
     called = [str(node.target) for node in compiled[-1].graph.nodes]
     assert not any("complex" in name for name in called)
-    for op in ("linear_call", "linear_pair_call", "head_linear_call", "route_call", "routed_swiglu", "mla_attention"):
+    for op in (
+        "linear_call",
+        "linear_pair_call",
+        "head_linear_call",
+        "swiglu_call",
+        "rms_norm_call",
+        "add_rms_norm_call",
+        "norm_router_call",
+        "route_call",
+        "routed_swiglu",
+        "mla_attention",
+    ):
         assert f"dsv3.{op}.default" in called
+
+
+def test_a_step_of_one_request_is_kernels_from_the_first_product_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: compiled.append(module) or module.forward)
+    monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])
+    monkeypatch.setattr(dispatch, "register", lambda _: None)
+    model = deepseek_v2(num_hidden_layers=3).bfloat16()
+    ids, found = torch.randint(0, 97, (1, 9)), {}
+    for name, step in (("as written", model), ("compiled", torch.compile(model, backend="dsv3", dynamic=False))):
+        cache = StaticCache(config=model.config, max_cache_len=24)
+        model(ids[:, :5], past_key_values=cache)
+        logits = [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(5, 9)]
+        rows = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        found[name] = [torch.cat(logits, 1), *rows]
+    for one, other in zip(found["as written"], found["compiled"], strict=True):
+        assert (one - other).norm() <= 2e-2 * one.norm()
+    (report,) = dsv3_compile.reports()
+    assert not report["uncertified"] and matches(report)["stream-attention-inputs"] == 3
+    names = [str(node.target) for node in compiled[0].graph.nodes if node.op == "call_function"]
+    computed = [name.split(".")[1] for name in names if name.startswith("dsv3.")]
+    attention = ["linear_pair_call", "attention_inputs_", "mla_attention", "head_linear_call", "linear_call"]
+    dense = ["rms_norm_call", "linear_pair_call", "swiglu_call", "linear_call", "rms_norm_call"]
+    shared = ["linear_pair_call", "swiglu_call", "linear_call", "add_rms_norm_call"]
+    moe = ["norm_router_call", "route_call", "routed_swiglu", *shared]
+    # Angles and positions, once for all layers.
+    assert computed.count("hold") == 3
+    computed = [name for name in computed if name != "hold"]
+    assert computed == [*attention, *dense, *(attention + moe) * 2, "linear_call"]
+    # Apart from the first norm and the angles, which are computed once, nothing else is left.
+    assert sum(name.startswith(("aten.mean", "aten.rsqrt", "aten.cos")) for name in names) == 3
+    assert names.count("aten._foreach_add.Scalar") == 1
+    assert not any(name.startswith(("aten.index_copy", "aten.silu", "aten.linear", "aten.stack")) for name in names)
 
 
 # ---- models without MLA or experts

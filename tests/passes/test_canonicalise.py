@@ -76,3 +76,16 @@ def test_other_parts_stay():
     apply(Canonicalise(), graph)
     assert count(graph, aten.slice) == 2
     assert count(graph, aten.cat) == count(graph, aten.copy) == 1
+
+
+class Cast(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x).type_as(x.to(torch.float16)), torch.exp(x).type_as(x)
+
+
+def test_a_cast_to_another_value_s_dtype_is_a_cast():
+    graph = module_graph(Cast(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.type_as) == 0
+    (cast,) = (node for node in graph.graph.nodes if node.target is aten._to_copy.default)
+    assert cast.kwargs == {"dtype": torch.float16}

@@ -43,14 +43,17 @@ class Router(nn.Module):
         rows = normed.flatten(0, 1)
         if self.twist == "rounded":
             return F.linear(rows, self.weight.to(rows.dtype)), rows.relu()
+        if self.twist == "residual":
+            return dsv3.linear(rows.float(), self.weight, None, x.flatten(0, 1)[:, :E].float()), rows.relu()
         logits = F.linear(rows.float(), self.weight, self.bias)
         if self.twist == "alone":
             return logits
         return logits, (normed if self.twist == "shapes" else rows).relu()
 
 
-def test_a_router_behind_a_view():
-    graph = module_graph(Router(), tensor("x", "B", "S", D, dtype=torch.float16))
+@pytest.mark.parametrize("twist", ["", "shapes"])
+def test_a_router_behind_a_view_that_others_read_the_norm_through_or_not(twist):
+    graph = module_graph(Router(twist), tensor("x", "B", "S", D, dtype=torch.float16))
     assert len(apply(FuseRouter(), graph).matches) == 1
 
 
@@ -65,7 +68,7 @@ def test_a_target_without_the_kernel_keeps_two_steps():
     [
         ("bias", "has a bias"),
         ("rounded", "is rounded to torch.float16"),
-        ("shapes", "is read in more than one shape"),
+        ("residual", "is more than a product"),
         ("alone", ""),
     ],
 )

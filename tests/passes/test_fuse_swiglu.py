@@ -10,7 +10,9 @@ from torch import nn
 from passes.base import calls
 from passes.fuse_swiglu import FuseSwiglu
 from passes.merge_projections import MergeProjections
+from passes.stream_products import StreamProducts
 from tests.passes.capture import CONTEXT, DENSE_LAYER, certified, count, graph_of, layer_graph, tensor, untouched
+from tests.passes.harness import apply, module_graph, reasons
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -66,6 +68,34 @@ def test_float32_arithmetic_that_is_rounded_at_the_end():
     )
     assert len(certified(FuseSwiglu(), graph).matches) == 1
     assert count(graph, aten._to_copy, aten.to) == 0
+
+
+def test_a_gate_that_is_rounded_on_the_way_is_rounded_once():
+    graph = graph_with(lambda x: F.silu(x[..., :I].float()).to(torch.bfloat16) * x[..., I:], dtype=torch.bfloat16)
+    assert len(certified(FuseSwiglu(), graph).matches) == 1
+    assert count(graph, aten._to_copy, aten.to) == 0
+
+
+class Gated(nn.Module):
+    """Gate and up from weights of their own."""
+
+    def __init__(self, twist: str = ""):
+        super().__init__()
+        self.twist = twist
+        self.gate, self.up = (nn.Parameter(torch.empty(I, 6, dtype=torch.float16)) for _ in range(2))
+
+    def forward(self, x):
+        gate, up = F.linear(x, self.gate), F.linear(x, self.up)
+        return F.silu(up) * gate if self.twist == "up first" else F.silu(gate) * up
+
+
+@pytest.mark.parametrize("twist", ["", "up first"])
+def test_products_that_share_a_launch_are_parts_of_one(twist):
+    graph = module_graph(Gated(twist), tensor("x", 2, 3, 6, dtype=torch.float16))
+    apply(StreamProducts(), graph, phase="any")
+    outcome = apply(FuseSwiglu(), graph, phase="any")
+    assert len(outcome.matches) == count(graph, dsv3.swiglu) == (not twist)
+    assert not twist or "does not follow" in reasons(outcome)
 
 
 def halves(x):

@@ -245,6 +245,13 @@ def test_the_last_pass_may_be_left_out_itself():
     assert names == [one.name() for one in Pipeline().configured(until="fuse-routing").passes][:-1]
 
 
+def test_a_pass_that_stands_twice_is_set_left_out_and_ended_after_as_one():
+    pipeline = Pipeline((DoubleByAdding(), LargeOnly(), DoubleByAdding(), LargeOnly()))
+    assert pipeline.configured(["double-by-adding.factor=3"]).passes[::2] == (DoubleByAdding(factor=3),) * 2
+    assert pipeline.configured(disable=["large-only"]).passes == (DoubleByAdding(),) * 2
+    assert pipeline.configured(until="double-by-adding").passes == pipeline.passes[:3]
+
+
 def test_no_pass_pins_a_free_size():
     """Comparing a free size with == asks for its example value, and the graph would hold for that value alone."""
     # 2 · S is the width of a query head at the example value of S.

@@ -59,8 +59,12 @@ def test_attention_inputs_are_the_separate_steps(interleaved):
     positions = torch.tensor([[4], [0]])
     caches = torch.randn(batch, capacity, rank), torch.randn(batch, capacity, 2 * half)
     expected = dsv3.write_cache(kv, norm, cos, sin, positions, *caches, 1e-6, interleaved)
+    old = [cache.clone() for cache in caches]
+    copies = dsv3.attention_inputs(q, kv, weight, norm, cos, sin, positions, *caches, 1e-6, interleaved)
+    assert all(map(torch.equal, caches, old))
     q_latent, q_rope = dsv3.attention_inputs_(q, kv, weight, norm, cos, sin, positions, *caches, 1e-6, interleaved)
     torch.testing.assert_close(caches, expected)
+    torch.testing.assert_close(copies, (q_latent, q_rope, *caches))
     by_head = q.view(batch, 1, heads, -1)
     torch.testing.assert_close(q_latent, torch.einsum("bshp,hpc->bshc", by_head[..., :nope], weight))
     torch.testing.assert_close(q_rope, dsv3.rotary(by_head[..., nope:], cos, sin, interleaved))

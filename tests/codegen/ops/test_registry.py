@@ -22,7 +22,7 @@ class EveryOp(nn.Module):
         kv = dsv3.rms_norm(total, weight, 1e-6) @ w_kv
         pure_latent, _ = dsv3.write_cache(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
         dsv3.write_cache_(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
-        q = normed.unflatten(-1, (4, -1))
+        q = dsv3.hold(normed).unflatten(-1, (4, -1))
         q_rope = dsv3.rotary(q[..., :8], cos, sin, True)
         joined = dsv3.join_heads(q, q[..., :8], cos, sin, False)
         absorbed = dsv3.mla_attention(q[..., :16], q_rope, latent, rope_key, positions, 0.2)
@@ -39,9 +39,8 @@ class EveryOp(nn.Module):
         _, scores = dsv3.norm_router(tokens, weight, 1e-6, w_router.T)
         pair = dsv3.linear_pair(normed, weight.unsqueeze(0), weight.unsqueeze(0))
         per_head = dsv3.head_linear(q, gate_up[:4, :, :16])
-        inputs = dsv3.attention_inputs_(
-            normed, kv, gate_up[:4, :8, :16], weight[:16], cos, sin, positions, latent, rope_key, 1e-6, False
-        )
+        inputs = normed, kv, gate_up[:4, :8, :16], weight[:16], cos, sin, positions, latent, rope_key, 1e-6, False
+        inputs = *dsv3.attention_inputs(*inputs), *dsv3.attention_inputs_(*inputs)
         return pure_latent, joined, absorbed, expanded, fused, steps, product, pair, scores, per_head, *inputs
 
 
@@ -119,6 +118,7 @@ def test_opaque_ops_pass_torch_checks(name):
         "write_cache_": (x @ w_kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True),
         "mla_attention": (q, q[..., :8], latent, rope_key, positions, 0.2),
         "attention": (q, keys, keys[..., :12], positions, 0.3),
+        "hold": (x.mT,),
         "sort_pairs": (indices, 8),
         "grouped_linear": (tokens, gate_up, offsets),
         "routed_swiglu": (tokens, indices, torch.rand(6, 3), gate_up, down),
@@ -178,7 +178,10 @@ def layout_cases():
             yield "join_heads", (x.to(rows.dtype)[..., :6], rows, cos, cos, interleaved)
             caches = (torch.randn(3, 9, 12, dtype=rows.dtype), torch.randn(3, 9, 4, dtype=rows.dtype))
             angles, positions = (cos[..., :2], cos[..., 2:4]), torch.arange(5).repeat(3, 1)
-            yield "write_cache", (rows[:, :, 0], weight[:12], *angles, positions, *caches, 1e-6, interleaved)
+            steps = weight[:12], *angles, positions, *caches, 1e-6, interleaved
+            yield "write_cache", (rows[:, :, 0], *steps)
+            up = torch.randn(2, 4, 12, dtype=rows.dtype)
+            yield "attention_inputs", (rows[:, :, 0], rows[:, :, 1], up, *steps)
     for scores, groups, always in ((logits, 1, 0), (logits, 4, 2), (logits.half(), 4, 0)):
         yield "route", (scores, None, "sigmoid", 3, groups, 2, "top2", -math.inf, True, 1e-20, 2.5, always)
         yield "combine_pairs", (torch.randn(18, 7, dtype=scores.dtype), order, torch.rand(6, 3))

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.kernels.sm_90.add_rms_norm import add_rms_norm
 from codegen.kernels.sm_90.attention_inputs_ import attention_inputs_
 from codegen.kernels.sm_90.head_linear import head_linear
 from codegen.kernels.sm_90.linear import SKINNY_ROWS, aligned, linear
 from codegen.kernels.sm_90.norm_router import MOST_TOKENS, norm_router
+from codegen.kernels.sm_90.rms_norm import rms_norm
+from codegen.kernels.sm_90.swiglu import swiglu
 
 CAPACITY = 9
 
@@ -52,6 +55,23 @@ def test_rows_that_tensor_copies_cannot_address_are_copied():
     assert aligned(wide[:, 8:48]).data_ptr() == wide[:, 8:48].data_ptr()
     for one in (wide[:, 9:49], torch.randn(3, 44).half()[:, :40]):
         assert aligned(one).is_contiguous() and torch.equal(aligned(one), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (3, 2, 48), (5, 513)])
+def test_norms_of_any_rows_agree(shape, dtype):
+    wide, residual = torch.randn(*shape[:-1], shape[-1] + 9).to(dtype), torch.randn(shape).to(dtype)
+    x, weight = wide[..., 2:-7], torch.randn(shape[-1]).to(dtype)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), torch.ops.dsv3.rms_norm(x, weight, 1e-5))
+    expected = torch.ops.dsv3.add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(add_rms_norm(x, residual, weight, 1e-5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2, 14), (2, 2060)])
+def test_gates_of_any_rows_agree(shape, dtype):
+    gate_up = 3 * torch.randn(*shape[:-1], shape[-1] + 5).to(dtype)[..., 3:-2]
+    torch.testing.assert_close(swiglu(gate_up), torch.ops.dsv3.swiglu(gate_up))
 
 
 @pytest.mark.parametrize("tokens, hidden, experts", [(1, 72, 7), (3, 1100, 6), (MOST_TOKENS + 1, 72, 7)])

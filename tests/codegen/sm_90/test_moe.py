@@ -148,6 +148,9 @@ def test_fused_steps_are_written_and_fit_whatever_the_batch():
     calls = {
         "linear": (tensor("B", 1, 2048), tensor(2048, 2048), None, tensor("B", 1, 2048)),
         "linear_pair": (tensor("B", 1, 2048), tensor(2816, 2048), tensor(2816, 2048)),
+        "rms_norm": (tensor("B", 1, 2048), tensor(2048), 1e-6),
+        "add_rms_norm": (tensor("B", 1, 2048), tensor("B", 1, 2048), tensor(2048), 1e-6),
+        "swiglu": (tensor("B", 1, 5632),),
         "norm_router": (tensor("B", 2048), tensor(2048), 1e-6, tensor(64, 2048, dtype=float32)),
         "head_linear": (tensor("B", 1, 16, 512), up),
         "attention_inputs_": (*rows, up, tensor(512), angle, angle, positions, *caches, 1e-6, True),
