@@ -203,7 +203,7 @@ def decode(
             launch_pdl=True,
         )
     if programs > 1:
-        most, width, spread, warps = joining(programs, requests, rank)
+        most, width, spread, warps = joining(programs, requests, triton.cdiv(reach, TILE), rank)
         steps = form.tile_rows * (rank // width)
         mla_merge[(requests, row_tiles, max(1, min(steps, 2048 // (requests * row_tiles))))](
             positions,
@@ -227,11 +227,14 @@ def decode(
     return out
 
 
-def joining(programs: int, requests: int, rank: int) -> tuple[int, int, bool, int]:
-    """(parts at a time, columns at a time, whether warps share the parts, warps) for the merge."""
-    expected = triton.cdiv(programs, requests)
+def joining(programs: int, requests: int, tiles: int, rank: int) -> tuple[int, int, bool, int]:
+    """(parts at a time, columns at a time, whether warps share the parts, warps) for the merge.
+
+    tiles: of all requests together, at most.
+    """
+    expected = triton.cdiv(triton.cdiv(tiles, triton.cdiv(tiles, programs)), requests)
     if expected > 24:
         parts = 64 if expected <= 80 else 128
         return parts, 64, True, parts // 16
     width = min(512, rank & -rank)
-    return max(4, triton.next_power_of_2(expected + (requests > 1))), width, False, max(1, width // 128)
+    return max(4, triton.next_power_of_2(expected)), width, False, max(1, width // 128)
