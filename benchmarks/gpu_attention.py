@@ -7,7 +7,7 @@ Each shape is first checked against float32 on fresh random inputs, with every o
 not timed. Decode peers: FlashInfer's fa3 kernel (`pip install flashinfer-python`). Prefill peer: torch's SDPA on cuDNN.
 Times are medians over CUDA-graph replays. `us` lies between two events around a replay on an idle GPU, as peers are
 usually timed; replaying an empty kernel so takes `launch` microseconds. `queued` is the same behind a sleeping kernel,
-which hides the host. Floor: the larger of the bytes (each cached row once, queries, outputs) over a copy's bandwidth
+which hides the host, and `chained` a call's share of a graph of many, as a decode step has them. Floor: the larger of the bytes (each cached row once, queries, outputs) over a copy's bandwidth
 and the FLOPs over a matrix product's, both measured in this run.
 """
 
@@ -42,6 +42,7 @@ SCALE = 192**-0.5
 TOLERANCE = 4e-3
 SLEEP_CYCLES = 150_000
 CHECKED_REQUESTS = 3
+CHAINED_CALLS = 16
 
 
 @dataclass(frozen=True)
@@ -190,17 +191,17 @@ def queued_microseconds(run: Kernel, repeats: int = 20) -> float:
     return sorted(times)[repeats // 2]
 
 
-def timed(run: Kernel | None) -> tuple[float, float]:
-    """(event to event, queued) in microseconds; NaN for what is not there or does not run."""
+def timed(run: Kernel | None) -> tuple[float, float, float]:
+    """(event to event, queued, chained) in microseconds; NaN for what is not there or does not run."""
     if run is None:
-        return float("nan"), float("nan")
+        return (float("nan"),) * 3
     try:
-        replay = graphed(run)
+        replay, chain = graphed(run), graphed(run, CHAINED_CALLS)
     except RuntimeError as error:
         print(f"  does not run: {str(error).splitlines()[0][:100]}")
-        return float("nan"), float("nan")
-    queued = queued_microseconds(replay)
-    return microseconds(replay, repeats=30), queued
+        return (float("nan"),) * 3
+    queued, chained = queued_microseconds(replay), queued_microseconds(chain) / CHAINED_CALLS
+    return microseconds(replay, repeats=30), queued, chained
 
 
 def time_decode(shape: Shape, machine: Target, bandwidth: float, flops: float) -> dict[str, Any]:
@@ -211,8 +212,8 @@ def time_decode(shape: Shape, machine: Target, bandwidth: float, flops: float) -
     with ExitStack() as stack:
         ours = our_decode(stack, inputs, shape.paged, machine)
         error = worst_error(ours, inputs, shape.paged)
-        ours_us, ours_queued = timed(ours) if error <= TOLERANCE else (float("nan"), float("nan"))
-        peer_us, peer_queued = timed(flashinfer_decode(shape, inputs))
+        ours_us, ours_queued, ours_chained = timed(ours if error <= TOLERANCE else None)
+        peer_us, peer_queued, peer_chained = timed(flashinfer_decode(shape, inputs))
     return asdict(shape) | {
         "floor_us": max(moved / bandwidth, work / flops) * 1e6,
         "peer_us": peer_us,
@@ -221,6 +222,9 @@ def time_decode(shape: Shape, machine: Target, bandwidth: float, flops: float) -
         "peer_queued": peer_queued,
         "ours_queued": ours_queued,
         "queued_ratio": ours_queued / peer_queued,
+        "peer_chained": peer_chained,
+        "ours_chained": ours_chained,
+        "chained_ratio": ours_chained / peer_chained,
         "TBps": moved / ours_queued / 1e6,
         "TFLOPs": work / ours_queued / 1e6,
         "error": error,

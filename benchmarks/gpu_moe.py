@@ -222,7 +222,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.1e}" if value < 0.1 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+        return f"{value:.1e}" if value < 0.1 else f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
     return str(value)
 
 

@@ -146,10 +146,9 @@ def decode(
     device = q_latent.device
     programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // row_tiles)
     out = torch.empty((requests, queries, heads, rank), dtype=q_latent.dtype, device=device)
-    # The 64-row kernel's parts are megabytes, and as exact as what it sums: weights in bfloat16.
-    part_dtype = torch.float32 if form.groups else q_latent.dtype
     part_rows = rows if programs > 1 else 0
-    parts = torch.empty((programs, 2, part_rows, rank), dtype=part_dtype, device=device)
+    # As exact as what they sum: weights in bfloat16.
+    parts = torch.empty((programs, 2, part_rows, rank), dtype=q_latent.dtype, device=device)
     stats = torch.empty((programs, 2, part_rows, 2), dtype=torch.float32, device=device)
     positions = positions.contiguous()
     # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
@@ -237,4 +236,4 @@ def joining(programs: int, requests: int, tiles: int, rank: int) -> tuple[int, i
         parts = 64 if expected <= 80 else 128
         return parts, 64, True, parts // 16
     width = min(512, rank & -rank)
-    return max(4, triton.next_power_of_2(expected)), width, False, max(1, width // 128)
+    return max(4, triton.next_power_of_2(expected)), width, False, max(1, width // 256)

@@ -30,8 +30,8 @@ def mla_merge(
     reaches = load_reaches(positions_ptr, requests, queries, first_row // HEADS, SPAN, REQUESTS)
     first, last, origin, quota = request_programs(reaches, requests, request, programs, REQUESTS)
     warps: gl.constexpr = [gl.num_warps(), 1] if SPREAD else [1, gl.num_warps()]
-    lanes: gl.constexpr = [1, 32] if WIDTH >= 128 else [128 // WIDTH, WIDTH // 4]
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], lanes, warps, [1, 0])
+    lanes: gl.constexpr = [1, 32] if WIDTH >= 256 else [256 // WIDTH, WIDTH // 8]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], lanes, warps, [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, layout)
     across: gl.constexpr = gl.SliceLayout(0, layout)
     gdc_launch_dependents()
