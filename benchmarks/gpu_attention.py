@@ -7,8 +7,9 @@ Each shape is first checked against float32 on fresh random inputs, with every o
 not timed. Decode peers: FlashInfer's fa3 kernel (`pip install flashinfer-python`). Prefill peer: torch's SDPA on cuDNN.
 Times are medians over CUDA-graph replays. `us` lies between two events around a replay on an idle GPU, as peers are
 usually timed; replaying an empty kernel so takes `launch` microseconds. `queued` is the same behind a sleeping kernel,
-which hides the host, and `chained` a call's share of a graph of many, as a decode step has them. Floor: the larger of the bytes (each cached row once, queries, outputs) over a copy's bandwidth
-and the FLOPs over a matrix product's, both measured in this run.
+which hides the host, and `chained` a call's share of a graph of many, as a decode step has them. Floor: the larger of
+the bytes (each cached row once, queries, outputs) over a copy's bandwidth and the FLOPs over a matrix product's, both
+measured in this run.
 """
 
 from __future__ import annotations

@@ -10,7 +10,17 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, shape_of
-from passes.nodes import CASTS, bring_before, dtype_of, keeps, over_last_axis, same_shape, weights_only, widens
+from passes.nodes import (
+    CASTS,
+    bring_before,
+    dtype_of,
+    is_tensor,
+    keeps,
+    over_last_axis,
+    same_shape,
+    weights_only,
+    widens,
+)
 from passes.rewrite import Cast, Found, Match, Number, Op, Pattern, Rewrite, Var
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -100,7 +110,7 @@ def is_residual_sum(node: fx.Node) -> bool:
     return (
         is_call(node, aten.add)
         and not node.kwargs
-        and all(isinstance(a, fx.Node) and same_shape(a, node) and dtype_of(a) == dtype_of(node) for a in node.args)
+        and all(is_tensor(a) and same_shape(a, node) and dtype_of(a) == dtype_of(node) for a in node.args)
     )
 
 

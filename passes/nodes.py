@@ -37,6 +37,11 @@ def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> 
     return len(axes) == 1 and axes[0] in (-1, last)
 
 
+def is_tensor(value: Any) -> bool:
+    """Is it a node that is a tensor, and not a number or a free size?"""
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
 def same_shape(left: fx.Node, right: fx.Node) -> bool:
     a, b = shape_of(left), shape_of(right)
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
