@@ -58,7 +58,7 @@ def attend(lengths, capacity, queries, heads, rank, rope, processors):
 
 
 # One row; rows that fill no tile; ragged requests that share programs; fewer programs than requests; equal requests;
-# row tiles that end at different positions.
+# row tiles that end at different positions; a request of more parts than are joined at a time.
 @pytest.mark.parametrize(
     "lengths, queries, heads, rank, rope, processors",
     [
@@ -68,6 +68,7 @@ def attend(lengths, capacity, queries, heads, rank, rope, processors):
         ([130, 7, 64, 128, 90], 3, 5, 128, 16, 2),
         ([200, 200, 200], 1, 16, 128, 64, 3),
         ([300, 150], 40, 3, 128, 64, 9),
+        ([300, 1, 2, 3], 1, 16, 128, 64, 12),
     ],
 )
 def test_few_rows_agree(lengths, queries, heads, rank, rope, processors):
