@@ -33,21 +33,15 @@ def _queries(
     return q.new_empty((*lead, heads, rank)), q.new_empty((*lead, heads, 2 * cos.shape[-1]))
 
 
-def _queries_and_caches(
-    q: Tensor,
-    kv: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    latent: Tensor,
-    rope_key: Tensor,
-    eps: float,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    queries = _queries(q, kv, weight, norm_weight, cos, sin, positions, latent, rope_key, eps, interleaved)
-    return (*queries, torch.empty_like(latent), torch.empty_like(rope_key))
+def _queries_and_caches(*arguments: Any) -> tuple[Tensor, ...]:
+    return (*_queries(*arguments), *map(torch.empty_like, arguments[7:9]))
+
+
+def _absorb_and_rotate(q: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first columns of every head times its weight, and the last ones rotated."""
+    heads, nope, _ = weight.shape
+    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([nope, 2 * cos.shape[-1]], -1)
+    return head_linear(q_nope, weight.mT).contiguous(), rotary(q_rope, cos, sin, interleaved)
 
 
 @composite(
@@ -70,10 +64,8 @@ def attention_inputs(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`attention_inputs_` that leaves the caches alone and returns copies, as `write_cache` does."""
-    heads, nope, _ = weight.shape
-    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([nope, 2 * cos.shape[-1]], -1)
     caches = write_cache(kv, norm_weight, cos, sin, positions, latent, rope_key, eps, interleaved)
-    return (head_linear(q_nope, weight.mT).contiguous(), rotary(q_rope, cos, sin, interleaved), *caches)
+    return (*_absorb_and_rotate(q, weight, cos, sin, interleaved), *caches)
 
 
 def _absorbed_flops(q: Sequence[Any], kv: Any, weight: Sequence[Any], *_: Any, **__: Any) -> Any:
@@ -105,7 +97,5 @@ def attention_inputs_(
     Returns q_latent [B, S, H, C], the first P columns of every head times its weight, and q_rope [B, S, H, R], the
     rotation of its last R.
     """
-    heads, nope, _ = weight.shape
-    q_nope, q_rope = q.unflatten(-1, (heads, -1)).split([nope, 2 * cos.shape[-1]], -1)
     write_cache_(kv, norm_weight, cos, sin, positions, latent, rope_key, eps, interleaved)
-    return head_linear(q_nope, weight.mT).contiguous(), rotary(q_rope, cos, sin, interleaved)
+    return _absorb_and_rotate(q, weight, cos, sin, interleaved)

@@ -271,9 +271,7 @@ def prefill_product_kernel(
     )  # fmt: skip
 
 
-def prefill_product(
-    x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: Tensor | None, stages: int = STAGES
-) -> Tensor:
+def prefill_product(x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: Tensor | None) -> Tensor:
     """One grouped product over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS.
 
     Without pair weights: x [M, D] sorted, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
@@ -304,7 +302,7 @@ def prefill_product(
         EXPERT_ROWS=expert_rows,
         OUTPUT_TILES=output_tiles,
         BLOCK_D=BLOCK_D,
-        STAGES=stages,
+        STAGES=STAGES,
         SWIGLU=swiglu,
         AFTER_PLAN=swiglu,
         num_warps=4,
