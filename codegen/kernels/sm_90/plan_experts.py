@@ -22,6 +22,7 @@ class ExpertPlan:
     Tiles are in the order of their experts, or of many pairs in units the fullest first.
     order int32 [M]; tiles int32 [4, T]: expert, begin, end, and in the last row's first place the number of
     tiles in use; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
+    Where it says so, gathered leaves out the last rows, of experts that serve every token: each has all tokens in turn.
     """
 
     order: Tensor
@@ -166,6 +167,7 @@ def place_kernel(
     max_tiles,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
+    COPIES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -176,7 +178,7 @@ def place_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """A block of tokens: the rows that its pairs have in sorted order, and a copy of each token to its TOP_K rows."""
+    """A block of tokens: the rows that its pairs have in sorted order, and a copy of each token to its first COPIES."""
     block = tl.program_id(0)
     PAIRS: tl.constexpr = TOKENS * TOP_K
     if OVERLAPPED:
@@ -215,22 +217,25 @@ def place_kernel(
         column = first + tl.arange(0, BLOCK_D)
         copied = (token * TOP_K < pairs)[:, None] & (column < WIDTH)[None, :]
         values = tl.load(x_ptr + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=copied)
-        for choice in tl.static_range(TOP_K):
+        for choice in tl.static_range(COPIES):
             copy = tl.load(rows_ptr + token * TOP_K + choice, mask=token * TOP_K < pairs, other=0).to(tl.int64)
             tl.store(gathered_ptr + copy[:, None] * WIDTH + column[None, :], values, mask=copied)
 
 
-def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1) -> ExpertPlan:
+def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1, shared: int = 0) -> ExpertPlan:
     """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, cut between units of rows
-    of which `rows` is a multiple; all on the device."""
+    of which `rows` is a multiple; all on the device.
+
+    shared: so many of the last experts serve every token, as its last choices. Of many pairs gathered has none of them.
+    """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
     max_tiles = min(pairs, experts + pairs // rows)
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty((4, max_tiles), dtype=torch.int32, device=x.device)
-    gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     block_e = triton.next_power_of_2(experts)
     if pairs <= MANY_PAIRS:
+        gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
         block, block_d = max(128, triton.next_power_of_2(pairs)), min(1024, triton.next_power_of_2(width))
         plan_kernel[(experts, triton.cdiv(width, block_d))](
             indices,
@@ -257,6 +262,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     # Counting everything per expert costs more than a second launch.
     blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
     block = triton.next_power_of_2(BLOCK_TOKENS * top_k)
+    gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=x.device)
     rows_of_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
     count_kernel[(blocks,)](
@@ -283,6 +289,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         max_tiles,
         EXPERTS=experts,
         TOP_K=top_k,
+        COPIES=top_k - shared,
         WIDTH=width,
         ROWS=rows,
         UNIT=unit,

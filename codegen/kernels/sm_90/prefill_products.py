@@ -52,9 +52,12 @@ def _expect(barrier, groups, fresh, WEIGHT_BYTES: gl.constexpr, X_BYTES: gl.cons
 def _load(
     weight_desc,
     x_desc,
+    tokens_desc,
     tiles_ptr,
     max_tiles,
     steps,
+    gathered,
+    tokens,
     weights_smem,
     x_smem,
     full,
@@ -65,8 +68,12 @@ def _load(
     APART: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
+    SWIGLU: gl.constexpr,
 ):
-    """The loading warp: it never waits for an item to end, so reading goes on across items."""
+    """The loading warp: it never waits for an item to end, so reading goes on across items.
+
+    Rows behind the gathered ones are the tokens themselves, over and over.
+    """
     WEIGHT_BYTES: gl.constexpr = 2 * weight_desc.block_type.nbytes
     X_BYTES: gl.constexpr = x_desc.block_type.nbytes
     items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
@@ -88,6 +95,9 @@ def _load(
         row = gl.load(tiles_ptr + max_tiles + tile)
         groups = (gl.load(tiles_ptr + 2 * max_tiles + tile) - row + 63) // 64
         weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (item % OUTPUT_TILES) * OUTPUTS
+        copied = row < gathered
+        if not copied:
+            row = (row - gathered) % tokens
         for step in range(steps):
             column = step * BLOCK_D
             mbarrier.wait(empty.index(slot), phase)
@@ -96,9 +106,13 @@ def _load(
             _load_weights(weight_desc, weight_row, column, full, weights_smem, slot, fresh, APART)
             for group in gl.static_range(3):
                 box = x_smem.index(slot * 3 + group)
-                tma.async_copy_global_to_shared(
-                    x_desc, [row + group * 64, column], full.index(slot), box, pred=group < groups
-                )
+                used = group < groups
+                if SWIGLU:
+                    tma.async_copy_global_to_shared(
+                        tokens_desc, [row + group * 64, column], full.index(slot), box, pred=used & (not copied)
+                    )
+                    used = used & copied
+                tma.async_copy_global_to_shared(x_desc, [row + group * 64, column], full.index(slot), box, pred=used)
             count += 1
             slot += 1
             if slot == STAGES:
@@ -217,6 +231,7 @@ def _multiply(
 def prefill_product_kernel(
     weight_desc,
     x_desc,
+    tokens_desc,
     out_ptr,
     order_ptr,
     pair_weights_ptr,
@@ -224,6 +239,8 @@ def prefill_product_kernel(
     max_tiles,
     steps,
     eighths,
+    gathered,
+    tokens,
     EXPERT_ROWS: gl.constexpr,
     OUTPUT_TILES: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -262,8 +279,8 @@ def prefill_product_kernel(
                 weights_smem, x_smem, full, empty, 2, OUTPUT_TILES, OUTPUTS, STAGES, SWIGLU,
             )),
             (_load, (
-                weight_desc, x_desc, tiles_ptr, max_tiles, steps, weights_smem, x_smem, full, empty,
-                EXPERT_ROWS, OUTPUT_TILES, OUTPUTS, APART, BLOCK_D, STAGES,
+                weight_desc, x_desc, tokens_desc, tiles_ptr, max_tiles, steps, gathered, tokens,
+                weights_smem, x_smem, full, empty, EXPERT_ROWS, OUTPUT_TILES, OUTPUTS, APART, BLOCK_D, STAGES, SWIGLU,
             )),
         ],
         [4, 4, 1],
@@ -271,18 +288,22 @@ def prefill_product_kernel(
     )  # fmt: skip
 
 
-def prefill_product(x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: Tensor | None) -> Tensor:
-    """One grouped product over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS.
+def prefill_product(
+    x: Tensor, weight: Tensor, plan: ExpertPlan, tokens: Tensor | None, pair_weights: Tensor | None
+) -> Tensor:
+    """One grouped product over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
 
-    Without pair weights: x [M, D] sorted, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
+    With tokens [N, D]: x is plan.gathered, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
     With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
     """
     experts, expert_rows, depth = weight.shape
-    swiglu = pair_weights is None
+    swiglu = tokens is not None
     width = expert_rows // 2 if swiglu else expert_rows
     weight_box, x_box = [128, BLOCK_D], [GROUP_ROWS, BLOCK_D]
     dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
-    out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
+    x_layout = gl.NVMMASharedLayout.get_default_for(x_box, dtype)
+    tokens = x if tokens is None else tokens
+    out = torch.empty((plan.order.shape[0], width), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     output_tiles = triton.cdiv(width, 128 if swiglu else 256)
     prefill_product_kernel[(min(processors, plan.tiles.shape[1] * output_tiles),)](
@@ -291,7 +312,8 @@ def prefill_product(x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: T
             weight_box,
             gl.NVMMASharedLayout.get_default_for(weight_box, dtype),
         ),
-        TensorDescriptor.from_tensor(x, x_box, gl.NVMMASharedLayout.get_default_for(x_box, dtype)),
+        TensorDescriptor.from_tensor(x, x_box, x_layout),
+        TensorDescriptor.from_tensor(tokens, x_box, x_layout),
         out,
         plan.order,
         out if pair_weights is None else pair_weights,
@@ -299,6 +321,8 @@ def prefill_product(x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: T
         plan.tiles.shape[1],
         triton.cdiv(depth, BLOCK_D),
         width // 8,
+        x.shape[0],
+        tokens.shape[0],
         EXPERT_ROWS=expert_rows,
         OUTPUT_TILES=output_tiles,
         BLOCK_D=BLOCK_D,

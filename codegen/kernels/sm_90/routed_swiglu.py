@@ -123,9 +123,9 @@ def routed_swiglu(
     pairs = tokens * top_k
     tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
     if tiling is None:
-        plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS)
-        hidden = prefill_product(plan.gathered, gate_up, plan, None)
-        y = prefill_product(hidden, down, plan, weights)
+        plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
+        hidden = prefill_product(plan.gathered, gate_up, plan, x, None)
+        y = prefill_product(hidden, down, plan, None, weights)
     else:
         _, wide, narrow = tiling
         plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)

@@ -105,6 +105,17 @@ def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, expert
     assert [tuple(tile) for tile in plan.tiles[:3, :used].T.tolist()] == expected
 
 
+@pytest.mark.parametrize("tokens, top_k, routed, shared", [(700, 6, 30, 2), (1201, 3, 20, 1)])
+def test_tokens_of_shared_experts_are_not_copied(tokens, top_k, routed, shared):
+    last = torch.arange(routed, routed + shared).expand(tokens, shared)
+    indices, x = torch.cat([draw_pairs(tokens, top_k, routed), last], 1), torch.randn(tokens, 40)
+    plan = plan_experts(x, indices, routed + shared, 64, 16, shared)
+    every = plan_experts(x, indices, routed + shared, 64, 16)
+    assert torch.equal(plan.order, every.order)
+    assert torch.equal(plan.gathered, every.gathered[: tokens * top_k])
+    assert torch.equal(every.gathered[tokens * top_k :], torch.cat([x] * shared))
+
+
 def test_shared_experts_are_listed_last_with_weight_one():
     logits = torch.randn(3, 12)
     indices, weights = route(logits, None, "softmax", 4, 1, 1, "max", 0.0, False, 0.0, 1.0, always=2)

@@ -53,16 +53,17 @@ def test_kernels_fit_the_chip_without_spilling(tokens):
 
 
 # A whole tile, two tiles of an expert, groups without tokens, a single row, experts that nobody chose; sizes that are
-# no multiple of a step or a tile; more multiprocessors than items, and fewer.
+# no multiple of a step or a tile; more multiprocessors than items, and fewer; the last experts shared.
 @pytest.mark.parametrize(
-    "counts, hidden, width, processors, dtype",
+    "counts, shared, hidden, width, processors, dtype",
     [
-        ([0, 1, 192, 0, 65, 193], 264, 136, 3, torch.bfloat16),
-        ([64, 129], 72, 8, 7, torch.float16),
-        ([3, 400, 63], 512, 200, 2, torch.bfloat16),
+        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16),
+        ([64, 129], 0, 72, 8, 7, torch.float16),
+        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16),
+        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16),
     ],
 )
-def test_products_of_many_tokens_agree(counts, hidden, width, processors, dtype, monkeypatch):
+def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
     pairs, top_k = sum(counts), 2
@@ -75,15 +76,16 @@ def test_products_of_many_tokens_agree(counts, hidden, width, processors, dtype,
     table = torch.full((4, len(tiles) + 2), 1 << 30, dtype=torch.int32)  # the plan knows only a bound of their number
     table[:3, : len(tiles)] = torch.tensor(tiles).T
     table[3, 0] = len(tiles)
-    x = torch.randn(pairs, hidden).to(dtype)
+    tokens = torch.randn(counts[-1], hidden).to(dtype)
+    gathered = torch.randn(pairs - shared * counts[-1], hidden).to(dtype)
     gate_up = (torch.randn(len(counts), 2 * width, hidden) * hidden**-0.5).to(dtype)
     down = (torch.randn(len(counts), hidden, width) * width**-0.5).to(dtype)
     weights = torch.rand(pairs // top_k + 1, top_k)
-    plan = ExpertPlan(order, table, x)
+    plan = ExpertPlan(order, table, gathered)
     with emulated(processors):
-        found = prefill_product(x, gate_up, plan, None)
-        y = prefill_product(found, down, plan, weights)
-    gate, up = by_expert(x, gate_up, counts).chunk(2, -1)
+        found = prefill_product(gathered, gate_up, plan, tokens, None)
+        y = prefill_product(found, down, plan, None, weights)
+    gate, up = by_expert(torch.cat([gathered, *[tokens] * shared]), gate_up, counts).chunk(2, -1)
     assert error(found, torch.nn.functional.silu(gate) * up) < 4e-3
     assert error(y[order.long()], by_expert(found, down, counts) * weights.flatten()[order.long(), None]) < 4e-3
 
