@@ -15,6 +15,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 import codegen.ops  # noqa: F401  registers torch.ops.dsv3, which the files call
@@ -31,14 +32,20 @@ class _SourceLoader(SourceFileLoader):
 def load_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
     """The function of graphs/<name>.py; the kernel files that it imports are loaded with it."""
     package = _package(path.parent.parent)
+    stored = []
     for file in sorted((path.parent.parent / "kernels").glob("*.py")):
         name = f"{package}.kernels.{file.stem}"
         if name not in sys.modules:
             module, described = _load(name, file), file.with_suffix(".json")
             if described.is_file():
-                from codegen.stored import use_stored  # needs triton, which an artifact for the CPU does not
+                stored.append((module, json.loads(described.read_text()), file.parent))
+    if stored:
+        from codegen.stored import make_launchers, use_stored  # needs triton, which an artifact for the CPU does not
 
-                use_stored(module, json.loads(described.read_text()), file.parent)
+        for kernels in stored:
+            use_stored(*kernels)
+        if torch.cuda.is_available():
+            make_launchers(stored)
     return getattr(_load(f"{package}.graphs.{path.stem}", path), FUNCTION)
 
 

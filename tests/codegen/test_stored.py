@@ -11,7 +11,7 @@ from codegen import stored
 from codegen.build import imported
 from codegen.emit import compile_kernel, write_kernel
 from codegen.record import TensorSpec
-from codegen.stored import stored_first, use_stored
+from codegen.stored import make_launchers, stored_first, use_stored
 from codegen.targets import target
 
 SM_90 = target("sm_90")
@@ -107,3 +107,34 @@ def test_code_of_another_triton_is_left_alone(emitted, monkeypatch, caplog):
     assert kernel.metadata["triton"] == triton.__version__
     use_stored(module, kernel.metadata, folder)
     assert function.device_caches is not before and not function.device_caches
+
+
+@pytest.fixture
+def launchers(monkeypatch):
+    """(kernel, signature) of every launcher that is made, on a GPU that says to be one of NVIDIA's."""
+    made = []
+    driver = SimpleNamespace(
+        launcher_cls=lambda source, metadata: made.append((metadata.name, tuple(source.signature.items()))),
+        get_current_target=lambda: SimpleNamespace(backend="cuda"),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    return made
+
+
+def test_launchers_are_made_once_per_signature_before_the_first_launch(emitted, launchers):
+    kernel, module, folder = emitted
+    make_launchers([(module, kernel.metadata, folder)] * 2)
+    expected = set()
+    for entry in kernel.metadata["binaries"]:
+        names = [parameter.name for parameter in getattr(module, entry["kernel"]).params]
+        kinds = tuple((name, entry["arguments"].get(name, "constexpr")) for name in names)
+        expected.add((entry["symbol"], kinds))
+    assert set(launchers) == expected and len(launchers) == len(expected)
+
+
+def test_launchers_of_another_triton_or_for_another_gpu_are_not_made(emitted, launchers):
+    kernel, module, folder = emitted
+    other = [{**entry, "file": entry["file"].replace(".cubin", ".hsaco")} for entry in kernel.metadata["binaries"]]
+    make_launchers([(module, {**kernel.metadata, "triton": "0.0"}, folder)])
+    make_launchers([(module, {**kernel.metadata, "binaries": other}, folder)])
+    assert not launchers
