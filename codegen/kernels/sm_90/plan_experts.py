@@ -236,7 +236,8 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     block_e = triton.next_power_of_2(experts)
     if pairs <= MANY_PAIRS:
         gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-        block, block_d = max(128, triton.next_power_of_2(pairs)), min(1024, triton.next_power_of_2(width))
+        # Two sizes, so that few kernels serve every batch.
+        block, block_d = 128 if pairs <= 128 else 1024, min(1024, triton.next_power_of_2(width))
         plan_kernel[(experts, triton.cdiv(width, block_d))](
             indices,
             x,
