@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -45,41 +45,38 @@ def imported(source: str) -> Iterator[ModuleType]:
             del sys.modules[name]
 
 
-def build(
-    module: ModuleType, launches: Sequence[Launch], target: Target
-) -> Iterator[tuple[bytes, bytes, dict[str, Any]]]:
-    """Compile every launch of a module's kernels: machine code, triton's description of it (JSON), and what a loader
-    must know to launch it.
+def build(module: ModuleType, launch: Launch, target: Target) -> tuple[bytes, bytes, dict[str, Any]]:
+    """Compile a launch of one of a module's kernels: machine code, triton's description of it (JSON), and what a
+    loader must know to launch it.
 
     Raises ValueError naming the kernel if it needs more shared memory than the target has.
     """
-    for launch in launches:
-        kernel = getattr(module, launch.kernel)
-        compiled = _compile(kernel, launch, target)
-        facts, code = compiled.metadata, compiled.asm[EXTENSIONS[target.backend]]
-        if facts.shared > target.shared_memory:
-            raise ValueError(
-                f"{launch.kernel} needs {facts.shared} bytes of shared memory on {target.name}, which has "
-                f"{target.shared_memory}; choose smaller tiles in codegen/tuning.py"
-            )
-        left = [parameter.name for parameter in kernel.params]
-        described = next(path for name, path in compiled.metadata_group.items() if name.endswith(".json"))
-        yield (
-            code,
-            Path(described).read_bytes(),
-            {
-                "kernel": launch.kernel,
-                "symbol": facts.name,
-                "arguments": {name: kind for name, kind in launch.types.items() if name in left},
-                "constants": {name: repr(value) for name, value in launch.constants.items()},
-                "multiples_of_16": [name for name in launch.aligned if name in left],
-                "options": dict(launch.options),
-                "num_warps": facts.num_warps,
-                "shared_bytes": facts.shared,
-                "global_scratch_bytes": getattr(facts, "global_scratch_size", 0),  # hip has none
-                **_resources(compiled, target),
-            },
+    kernel = getattr(module, launch.kernel)
+    compiled = _compile(kernel, launch, target)
+    facts, code = compiled.metadata, compiled.asm[EXTENSIONS[target.backend]]
+    if facts.shared > target.shared_memory:
+        raise ValueError(
+            f"{launch.kernel} needs {facts.shared} bytes of shared memory on {target.name}, which has "
+            f"{target.shared_memory}; choose smaller tiles in codegen/tuning.py"
         )
+    left = [parameter.name for parameter in kernel.params]
+    described = next(path for name, path in compiled.metadata_group.items() if name.endswith(".json"))
+    return (
+        code,
+        Path(described).read_bytes(),
+        {
+            "kernel": launch.kernel,
+            "symbol": facts.name,
+            "arguments": {name: kind for name, kind in launch.types.items() if name in left},
+            "constants": {name: repr(value) for name, value in launch.constants.items()},
+            "multiples_of_16": [name for name in launch.aligned if name in left],
+            "options": dict(launch.options),
+            "num_warps": facts.num_warps,
+            "shared_bytes": facts.shared,
+            "global_scratch_bytes": getattr(facts, "global_scratch_size", 0),  # hip has none
+            **_resources(compiled, target),
+        },
+    )
 
 
 def _compile(kernel: JITFunction, launch: Launch, target: Target) -> Any:

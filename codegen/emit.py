@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +55,7 @@ def emit_kernel(op: str, operands: Sequence[Operand], target: Target) -> Emitted
 def emit_kernels(calls: Iterable[tuple[str, Sequence[Operand]]], target: Target) -> dict[str, EmittedKernel]:
     """The kernels of many calls by name, each once, however many calls it serves."""
     written = {kernel.name: kernel for kernel in (write_kernel(op, operands, target) for op, operands in calls)}
-    return {name: compile_kernel(kernel, target) for name, kernel in written.items()}
+    return {kernel.name: kernel for kernel in compile_kernels(written.values(), target)}
 
 
 def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> KernelSource:
@@ -72,13 +75,36 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
 
 def compile_kernel(kernel: KernelSource, target: Target) -> EmittedKernel:
     """Machine code for every launch of a written kernel."""
+    (compiled,) = compile_kernels([kernel], target)
+    return compiled
+
+
+def compile_kernels(kernels: Iterable[KernelSource], target: Target) -> list[EmittedKernel]:
+    """Machine code for every launch of written kernels, as many at a time as there are processors.
+
+    kernels may be an iterator that writes one when it is asked: others are compiled meanwhile.
+    """
+    with ExitStack() as modules, ThreadPoolExecutor(os.cpu_count()) as pool:
+        started: list[tuple[KernelSource, list[Future[Any]]]] = []
+        try:
+            for kernel in kernels:
+                module = modules.enter_context(imported(kernel.source))
+                started.append((kernel, [pool.submit(build, module, launch, target) for launch in kernel.launches]))
+            return [_emitted(kernel, target, [one.result() for one in builds]) for kernel, builds in started]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the others would be waited for
+            raise
+
+
+def _emitted(
+    kernel: KernelSource, target: Target, built: Sequence[tuple[bytes, bytes, dict[str, Any]]]
+) -> EmittedKernel:
     binaries: dict[str, bytes] = {}
     entries = []
-    with imported(kernel.source) as module:
-        for number, (code, described, facts) in enumerate(build(module, kernel.launches, target)):
-            file = f"{kernel.name}.{number}.{EXTENSIONS[target.backend]}"
-            binaries |= {file: code, f"{kernel.name}.{number}.meta.json": described}
-            entries.append({"file": file, **facts})
+    for number, (code, described, facts) in enumerate(built):
+        file = f"{kernel.name}.{number}.{EXTENSIONS[target.backend]}"
+        binaries |= {file: code, f"{kernel.name}.{number}.meta.json": described}
+        entries.append({"file": file, **facts})
     metadata = {"op": kernel.op, "target": target.name, "triton": triton.__version__, "binaries": entries}
     return EmittedKernel(kernel.name, kernel.op, kernel.source, kernel.constants, binaries, metadata)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from codegen.emit import EmittedKernel, compile_kernel, write_kernel
+from codegen.emit import EmittedKernel, KernelSource, compile_kernels, write_kernel
 from codegen.record import Operand, TensorSpec, spec_of
 from codegen.targets import Target
 from codegen.tuning import available
@@ -37,18 +37,29 @@ def bind_kernels(program: Program, progress: Progress) -> Bindings:
 
     Calls that differ only in free sizes share a kernel. Nothing is emitted for the CPU.
     """
-    found = Bindings({}, {key: {} for key in program.blocks})
+    calls: dict[tuple[str, str], dict[str, KernelCall]] = {key: {} for key in program.blocks}
     if program.target.backend == "cpu":
-        return found
+        return Bindings({}, calls)
+    written = _written(program, calls, progress)
+    return Bindings({kernel.name: kernel for kernel in compile_kernels(written, program.target)}, calls)
+
+
+def _written(
+    program: Program, calls: dict[tuple[str, str], dict[str, KernelCall]], progress: Progress
+) -> Iterator[KernelSource]:
+    """The kernels of a program, each once; notes in `calls` which node runs which."""
     known: dict[str, str] = {}  # a call's op and operands → kernel name
     for key, block in program.blocks.items():
         for node, op, operands in _calls(block, program.target):
             call = f"{op}{operands!r}"
             if call not in known:
                 progress(f"kernel {op}")
-                known[call] = _emit(op, operands, program.target, found.kernels)
-            found.calls[key][node.name] = KernelCall(op, known[call])
-    return found
+                kernel = write_kernel(op, operands, program.target)
+                fresh = kernel.name not in known.values()
+                known[call] = kernel.name
+                if fresh:
+                    yield kernel
+            calls[key][node.name] = KernelCall(op, known[call])
 
 
 def write_kernels(bindings: Bindings, folder: Path) -> None:
@@ -59,13 +70,6 @@ def write_kernels(bindings: Bindings, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(kernel.metadata, indent=1) + "\n")
         for file, code in kernel.binaries.items():
             (folder / file).write_bytes(code)
-
-
-def _emit(op: str, operands: list[Operand], target: Target, kernels: dict[str, EmittedKernel]) -> str:
-    written = write_kernel(op, operands, target)
-    if written.name not in kernels:
-        kernels[written.name] = compile_kernel(written, target)
-    return written.name
 
 
 def _calls(block: BlockGraph, target: Target) -> Iterator[tuple[fx.Node, str, list[Operand]]]:

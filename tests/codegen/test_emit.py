@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.emit import emit_kernel, emit_kernels, write_kernel
+from codegen.emit import compile_kernel, compile_kernels, emit_kernel, emit_kernels, write_kernel
 from codegen.targets import target
 from codegen.tuning import KERNELS, available, choose
 from tests.codegen.calls import OPS, arguments, operands, real_operands
@@ -127,3 +127,29 @@ def test_a_kernel_that_does_not_fit_is_named():
     small = dataclasses.replace(target("sm_80"), shared_memory=1024)
     with pytest.raises(ValueError, match="mla_attention_kernel needs .* bytes of shared memory on sm_80"):
         emit_kernel("mla_attention", operands("mla_attention"), small)
+
+
+def test_kernels_are_compiled_while_others_are_written():
+    gpu, both = GPUS[0], ("rms_norm", "swiglu")
+
+    def written():
+        for op in both:
+            yield write_kernel(op, operands(op), gpu)
+
+    compiled = compile_kernels(written(), gpu)
+    assert [kernel.op for kernel in compiled] == list(both)
+    for kernel in compiled:
+        assert (
+            kernel.binaries.keys()
+            == compile_kernel(write_kernel(kernel.op, operands(kernel.op), gpu), gpu).binaries.keys()
+        )
+        assert all(entry["kernel"].startswith(kernel.op) for entry in kernel.metadata["binaries"])
+
+
+def test_a_kernel_that_cannot_be_written_ends_the_others():
+    def written():
+        yield write_kernel("rms_norm", operands("rms_norm"), GPUS[0])
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        compile_kernels(written(), GPUS[0])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -41,10 +42,12 @@ torch.save(torch.stack([prompt[rows, lengths - 2], last[:, 0]]), "logits.pt")
 """
 
 
-def without_machine_code(written: KernelSource, target: Target) -> EmittedKernel:
+def without_machine_code(kernels: Iterable[KernelSource], target: Target) -> list[EmittedKernel]:
     """Compiling kernels for a GPU has its own tests; here they run in the interpreter."""
-    binaries = {f"{written.name}.0.cubin": b"none"}
-    return EmittedKernel(written.name, written.op, written.source, {}, binaries, {"op": written.op})
+    return [
+        EmittedKernel(one.name, one.op, one.source, {}, {f"{one.name}.0.cubin": b"none"}, {"op": one.op})
+        for one in kernels
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def program() -> Program:
 @pytest.fixture(scope="module")
 def folder(program: Program, definition: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("gpu") / "artifact"
-    with patch.object(kernels, "compile_kernel", without_machine_code):
+    with patch.object(kernels, "compile_kernels", without_machine_code):
         read = tiny.checkpoint_of(definition).__getitem__
         write_artifact(program, output, passes=[], max_batch=3, max_length=32, read=read)
     return output
@@ -78,7 +81,7 @@ def test_graphs_call_kernels_and_no_op_that_has_one(folder: Path) -> None:
 
 
 def test_calls_of_equal_constants_share_a_kernel(program: Program) -> None:
-    with patch.object(kernels, "compile_kernel", without_machine_code):
+    with patch.object(kernels, "compile_kernels", without_machine_code):
         bindings = bind_kernels(program, lambda line: None)
     bound = [call.kernel for calls in bindings.calls.values() for call in calls.values()]
     assert set(bound) == set(bindings.kernels)

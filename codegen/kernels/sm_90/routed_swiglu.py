@@ -77,8 +77,8 @@ TILINGS = (
 )
 
 
-# Batches that take each of the paths and most of the tilings, at 64 to 256 experts.
-TRIED_SIZES = (1, 13, 43, 131, 1031, 4099, 12289)
+# Batches that take each of the paths and tilings, at 64 to 256 experts.
+TRIED_SIZES = (1, 13, 43, 131, 263, 499, 1031, 1543, 4099, 12289)
 
 
 def serves(

@@ -132,7 +132,7 @@ def test_skinny_products_fit_twice_on_a_multiprocessor(rows, width, eps, added):
     residual = TensorSpec((rows, width), bf16) if added else None
     call = (TensorSpec((rows, 512), bf16), TensorSpec((width, 512), bf16), eps, residual)
     (launch,) = record_launches(skinny_linear.skinny_linear, call, SM_90)
-    ((_, _, facts),) = build(skinny_linear, [launch], SM_90)
+    _, _, facts = build(skinny_linear, launch, SM_90)
     assert facts["stack_bytes"] == 0
     assert 2 * facts["shared_bytes"] <= SM_90.shared_memory
 
