@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from passes.base import Context, Outcome, Pass, Refusal, state, sweep
+from passes.base import Context, Outcome, Pass, Refusal, placeholders, state, sweep
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
 from passes.close_attention import CloseAttention
@@ -163,13 +164,18 @@ class Pipeline:
         `specimen` is what the certificates run on: `module` itself, or the same block at small sizes, which
         then goes through the same passes with the decisions taken for `module`. None: no certificates.
         `step` is told each pass's name and number before it runs; `printer` writes the graphs of the records.
-        Raises CertificateError naming pass and `label`.
+        Raises CertificateError naming pass and `label`; also, without certificates, where a pass took a free size for
+        its example value, so that the graph would hold for that value alone.
         """
         records: list[PassRecord] = []
+        sizes = _free_sizes(module)
         before = Snapshot.of(module, context, printer)
         for number, one in enumerate(self.passes):
             step(one.name(), number)
             outcome, seconds, certificate = _run_one(one, module, context, f"{one.name()} on {label}", specimen)
+            for size, expression in sizes:
+                if size.node.expr != expression:
+                    raise CertificateError(f"{one.name()} on {label}: the size {expression} became {size.node.expr}")
             after = Snapshot.of(module, context, printer, before)
             records.append(_record(one, outcome, seconds, certificate, before, after))
             before = after
@@ -230,6 +236,13 @@ class Snapshot:
         # A foreign graph can be a whole model: numbers are enough there, and expressions would take minutes.
         size = concrete_sizes(module.graph, context.workload) if context.phase == "any" else None
         return cls(now, cost(module.graph, size), printer(module))
+
+
+def _free_sizes(module: fx.GraphModule) -> list[tuple[torch.SymInt, Any]]:
+    """The sizes among a graph's inputs that are no numbers, and the expressions they stand for now."""
+    values = [node.meta.get("val") for node in placeholders(module.graph)]
+    sizes = [size for value in values for size in getattr(value, "shape", (value,))]
+    return [(size, size.node.expr) for size in sizes if isinstance(size, torch.SymInt)]
 
 
 def _run_one(

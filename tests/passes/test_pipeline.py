@@ -252,6 +252,21 @@ def test_a_pass_that_stands_twice_is_set_left_out_and_ended_after_as_one():
     assert pipeline.configured(until="double-by-adding").passes == pipeline.passes[:3]
 
 
+@dataclass(frozen=True)
+class Pinning(DoubleByAdding):
+    """Compares a free size with the value it has as an example."""
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        size = next(iter(graph_module.graph.nodes)).meta["val"].shape[1]
+        assert size == size.node.hint
+        return Outcome()
+
+
+def test_a_pass_that_pins_a_free_size_is_named():
+    with pytest.raises(CertificateError, match=r"pinning on block: the size s\d+ became \d+$"):
+        Pipeline((DoubleByAdding(), Pinning())).run(twice(), CONTEXT)
+
+
 def test_no_pass_pins_a_free_size():
     """Comparing a free size with == asks for its example value, and the graph would hold for that value alone."""
     # 2 · S is the width of a query head at the example value of S.
