@@ -43,23 +43,12 @@ class EmittedKernel:
     metadata: dict[str, Any]
 
 
-def emit_kernel(op: str, operands: Sequence[Operand], target: Target) -> EmittedKernel:
-    """Source and binaries for a call of `op` with these operands, in the order of its signature.
+def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> KernelSource:
+    """Source for a call of `op` with these operands, in the order of its signature.
 
     Numbers among the operands, and numbers among the sizes, are compiled in; sizes that are text stay free.
-    ValueError for an unknown op, and for a kernel that does not fit the target.
+    ValueError for an unknown op.
     """
-    return compile_kernel(write_kernel(op, operands, target), target)
-
-
-def emit_kernels(calls: Iterable[tuple[str, Sequence[Operand]]], target: Target) -> dict[str, EmittedKernel]:
-    """The kernels of many calls by name, each once, however many calls it serves."""
-    written = {kernel.name: kernel for kernel in (write_kernel(op, operands, target) for op, operands in calls)}
-    return {kernel.name: kernel for kernel in compile_kernels(written.values(), target)}
-
-
-def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> KernelSource:
-    """The source alone."""
     path = choose(op, operands, target)
     text = bundle(path, op, tiles(path, target))
     with imported(text) as module:
@@ -73,16 +62,11 @@ def write_kernel(op: str, operands: Sequence[Operand], target: Target) -> Kernel
     return KernelSource(_name(op, dtypes[0], constants, source), op, source, constants, tuple(launches))
 
 
-def compile_kernel(kernel: KernelSource, target: Target) -> EmittedKernel:
-    """Machine code for every launch of a written kernel."""
-    (compiled,) = compile_kernels([kernel], target)
-    return compiled
-
-
 def compile_kernels(kernels: Iterable[KernelSource], target: Target) -> list[EmittedKernel]:
     """Machine code for every launch of written kernels, as many at a time as there are processors.
 
-    kernels may be an iterator that writes one when it is asked: others are compiled meanwhile.
+    kernels may be an iterator that writes one when it is asked: others are compiled meanwhile. ValueError for a kernel
+    that does not fit the target.
     """
     with ExitStack() as modules, ThreadPoolExecutor(os.cpu_count()) as pool:
         started: list[tuple[KernelSource, list[Future[Any]]]] = []

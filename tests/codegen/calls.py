@@ -4,12 +4,19 @@ import math
 
 import torch
 
+from codegen.emit import compile_kernels, write_kernel
 from codegen.record import TensorSpec
 
 INT64, INT32, FLOAT32 = torch.int64, torch.int32, torch.float32
 
 # Widths that are not powers of two, three heads, experts that do not fill a power of two.
 HEADS, RANK, ROPE, EXPERTS, TOP_K, HIDDEN, WIDTH = 3, 40, 12, 6, 2, 72, 24
+
+
+def compiled(op, operands, target):
+    """Source and machine code of one kernel."""
+    (kernel,) = compile_kernels([write_kernel(op, operands, target)], target)
+    return kernel
 
 
 def operands(op, dtype=torch.bfloat16):

@@ -9,10 +9,10 @@ from triton.compiler import CompiledKernel
 
 from codegen import stored
 from codegen.build import imported
-from codegen.emit import compile_kernel, write_kernel
 from codegen.record import TensorSpec
 from codegen.stored import make_launchers, stored_first, use_stored
 from codegen.targets import target
+from tests.codegen.calls import compiled
 
 SM_90 = target("sm_90")
 BF16 = torch.bfloat16
@@ -24,7 +24,7 @@ CALLS = {
 
 @pytest.fixture(scope="module", params=CALLS)
 def emitted(request, tmp_path_factory):
-    kernel = compile_kernel(write_kernel(request.param, CALLS[request.param], SM_90), SM_90)
+    kernel = compiled(request.param, CALLS[request.param], SM_90)
     folder = tmp_path_factory.mktemp("kernels")
     for file, code in kernel.binaries.items():
         (folder / file).write_bytes(code)

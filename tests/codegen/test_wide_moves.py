@@ -10,9 +10,9 @@ import torch
 import triton
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.emit import emit_kernel
 from codegen.record import TensorSpec
 from codegen.targets import target
+from tests.codegen.calls import compiled
 
 BF16 = torch.bfloat16
 ANGLE = TensorSpec(("B", "S", 32), torch.float32)
@@ -26,7 +26,7 @@ SHARED = TensorSpec(("B", "T", 16, 64), BF16, ("T*64", 64, 0, 1))
 def widths(op, operands, tmp_path, on):
     """How many bits each access to global memory moves."""
     found = set()
-    for number, code in enumerate(emit_kernel(op, operands, target(on)).binaries.values()):
+    for number, code in enumerate(compiled(op, operands, target(on)).binaries.values()):
         if code.startswith(b"\x7fELF"):
             (tmp_path / f"{number}.cubin").write_bytes(code)
             command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", str(tmp_path / f"{number}.cubin")]

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.emit import compile_kernel, write_kernel
 from codegen.kernels.sm_90 import mla_attention as hopper
 from codegen.record import TensorSpec
 from codegen.targets import target
 from codegen.tuning import choose
+from tests.codegen.calls import compiled
 from tests.codegen.sm_90.emulator import emulated
 
 SM_90 = target("sm_90")
@@ -142,10 +142,8 @@ def call(batch, queries, heads, rank, rope, capacity, dtype=BF16):
     ],
 )
 def test_kernels_fit_the_chip_without_spilling(kernel, batch, queries, heads, rank, rope, stack):
-    emitted = compile_kernel(
-        write_kernel("mla_attention", call(batch, queries, heads, rank, rope, 40000), SM_90), SM_90
-    )
-    binaries = emitted.metadata["binaries"]
+    kernels = compiled("mla_attention", call(batch, queries, heads, rank, rope, 40000), SM_90)
+    binaries = kernels.metadata["binaries"]
     assert [binary["kernel"] for binary in binaries] == [kernel, "mla_merge"]
     assert [binary["stack_bytes"] <= limit for binary, limit in zip(binaries, (stack, 0), strict=True)] == [True, True]
     assert max(binary["shared_bytes"] for binary in binaries) <= SM_90.shared_memory
@@ -194,7 +192,7 @@ def test_prefill_is_emitted_with_the_plain_kernel_behind_it():
         TensorSpec(("B", "S"), torch.int64),
         0.07,
     )
-    kernel = compile_kernel(write_kernel("attention", operands, SM_90), SM_90)
+    kernel = compiled("attention", operands, SM_90)
     assert "_scaled_dot_product_cudnn_attention" in kernel.source
     assert {binary["constants"]["FRESH"] for binary in kernel.metadata["binaries"]} == {"True", "False"}
     grouped = (operands[0], TensorSpec(("B", "T", 4, 192), BF16), TensorSpec(("B", "T", 4, 128), BF16), *operands[3:])

@@ -10,13 +10,14 @@ import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.build import build
-from codegen.emit import compile_kernel, write_kernel
+from codegen.emit import write_kernel
 from codegen.kernels.sm_90 import routed_swiglu, skinny_linear
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.prefill_products import TILE_ROWS, prefill_product
 from codegen.record import TensorSpec, record_launches
 from codegen.targets import target
 from codegen.tuning import available, choose
+from tests.codegen.calls import compiled
 from tests.codegen.sm_90.emulator import emulated
 
 SM_90 = target("sm_90")
@@ -46,7 +47,7 @@ def experts(dtype=torch.bfloat16, hidden=256, width=192, tokens="N"):
 
 @pytest.mark.parametrize("tokens", ["N", 250])  # free sizes are tried at one row, few and many
 def test_kernels_fit_the_chip_without_spilling(tokens):
-    kernel = compile_kernel(write_kernel("routed_swiglu", experts(tokens=tokens), SM_90), SM_90)
+    kernel = compiled("routed_swiglu", experts(tokens=tokens), SM_90)
     for binary in kernel.metadata["binaries"]:
         assert binary["stack_bytes"] == 0, binary["kernel"]
         assert binary["shared_bytes"] <= SM_90.shared_memory, binary["kernel"]
@@ -158,7 +159,7 @@ def test_fused_steps_are_written_and_fit_whatever_the_batch():
         "attention_inputs_": (*rows, up, tensor(512), angle, angle, positions, *caches, 1e-6, True),
     }
     for op, operands in calls.items():
-        kernel = compile_kernel(write_kernel(op, operands, SM_90), SM_90)
+        kernel = compiled(op, operands, SM_90)
         assert kernel.name.startswith(f"{op}__bfloat16")
         for binary in kernel.metadata["binaries"]:
             assert binary["stack_bytes"] <= 64, (op, binary["kernel"])  # a few registers at most
