@@ -3,9 +3,10 @@
     group 0, 1, 2   64 tokens times 2 · 128 weight rows each
     loading warp    two boxes of 128 weight rows and up to three of 64 tokens per step
 
-With many tokens the limit is what reaches a multiprocessor from the L2 cache: 192 tokens times 256 weight rows are the
-largest tile whose sums fit into registers. Tokens stand on the M side, so that a tile of fewer wastes no product, and
-the groups go their own ways: one's ending runs under the others' products.
+192 tokens times 256 weight rows are the largest tile whose sums fit into registers, and so read the least. Then the
+matrix units are the limit, nearly always busy, at a clock that the chip lowers for its power: fetching each box of
+tokens once for two multiprocessors (multicast) was tried and gained nothing. Tokens stand on the M side, so that a tile
+of fewer wastes no product, and the groups go their own ways: one's ending runs under the others' products.
 """
 
 from __future__ import annotations
