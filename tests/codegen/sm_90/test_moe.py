@@ -1,5 +1,6 @@
 """The Hopper expert layer: its plain parts in the interpreter, its Gluon parts as machine code for a GPU not here."""
 
+import math
 import os
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_each_number_of_pairs_has_a_tiling_that_holds_a_typical_expert():
     assert means == sorted(means)
     for mean, wide, narrow in routed_swiglu.TILINGS:
         assert mean <= wide.rows + wide.more_rows == narrow.rows + narrow.more_rows
+
+
+@pytest.mark.parametrize("experts, top_k", [(64, 6), (66, 8), (257, 9)])
+def test_the_sizes_that_are_tried_take_every_path(experts, top_k):
+    limits = [mean * experts for mean, _, _ in routed_swiglu.TILINGS]
+    pairs = [size * top_k for size in routed_swiglu.TRIED_SIZES]
+    assert min(routed_swiglu.TRIED_SIZES) == 1
+    for low, high in zip([top_k, *limits], [*limits, math.inf], strict=True):
+        assert any(low < number <= high for number in pairs)
 
 
 def test_a_skinny_product_wants_few_rows_that_can_be_cut():
