@@ -26,6 +26,9 @@ from codegen.targets import Target
 EXTENSIONS = {"cuda": "cubin", "hip": "hsaco"}
 _NUMBERS = itertools.count()
 
+Built = tuple[bytes, bytes, dict[str, Any]]
+"""Machine code, triton's description of it (JSON), and what a loader must know to launch it."""
+
 
 @contextmanager
 def imported(source: str) -> Iterator[ModuleType]:
@@ -45,9 +48,8 @@ def imported(source: str) -> Iterator[ModuleType]:
             del sys.modules[name]
 
 
-def build(module: ModuleType, launch: Launch, target: Target) -> tuple[bytes, bytes, dict[str, Any]]:
-    """Compile a launch of one of a module's kernels: machine code, triton's description of it (JSON), and what a
-    loader must know to launch it.
+def build(module: ModuleType, launch: Launch, target: Target) -> Built:
+    """Compile a launch of one of a module's kernels.
 
     Raises ValueError naming the kernel if it needs more shared memory than the target has.
     """

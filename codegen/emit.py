@@ -12,7 +12,7 @@ from typing import Any
 
 import triton
 
-from codegen.build import EXTENSIONS, build, imported
+from codegen.build import EXTENSIONS, Built, build, imported
 from codegen.bundle import bundle
 from codegen.record import Launch, Operand, TensorSpec, record_launches
 from codegen.specialise import agreed, specialise
@@ -69,7 +69,7 @@ def compile_kernels(kernels: Iterable[KernelSource], target: Target) -> list[Emi
     that does not fit the target.
     """
     with ExitStack() as modules, ThreadPoolExecutor(os.cpu_count()) as pool:
-        started: list[tuple[KernelSource, list[Future[Any]]]] = []
+        started: list[tuple[KernelSource, list[Future[Built]]]] = []
         try:
             for kernel in kernels:
                 module = modules.enter_context(imported(kernel.source))
@@ -80,9 +80,7 @@ def compile_kernels(kernels: Iterable[KernelSource], target: Target) -> list[Emi
             raise
 
 
-def _emitted(
-    kernel: KernelSource, target: Target, built: Sequence[tuple[bytes, bytes, dict[str, Any]]]
-) -> EmittedKernel:
+def _emitted(kernel: KernelSource, target: Target, built: Sequence[Built]) -> EmittedKernel:
     binaries: dict[str, bytes] = {}
     entries = []
     for number, (code, described, facts) in enumerate(built):

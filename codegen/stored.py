@@ -3,6 +3,7 @@ descriptors and dependent launches work as after a compilation."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections import defaultdict
@@ -34,14 +35,18 @@ def use_stored(module: ModuleType, metadata: Mapping[str, Any], folder: Path) ->
     if metadata.get("triton") != triton.__version__:
         LOGGER.info("%s: machine code of triton %s is left alone", module.__name__, metadata.get("triton"))
         return
-    entries: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for entry in metadata["binaries"]:
-        entries[entry["kernel"]].append(entry)
-    for name, own in entries.items():
+    for name, own in _entries(module, metadata).items():
         kernel = getattr(module, name)
-        if not isinstance(kernel, JITFunction):  # the interpreter's
-            continue
         kernel.device_caches = defaultdict(_binder(kernel, own, folder))
+
+
+def _entries(module: ModuleType, metadata: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """What is stored for each kernel; nothing for the interpreter's kernels, or of another triton than this one."""
+    entries: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for entry in metadata["binaries"] if metadata.get("triton") == triton.__version__ else ():
+        if isinstance(getattr(module, entry["kernel"]), JITFunction):
+            entries[entry["kernel"]].append(entry)
+    return entries
 
 
 def _binder(kernel: JITFunction, entries: Sequence[Mapping[str, Any]], folder: Path) -> Callable[[], Any]:
@@ -92,20 +97,18 @@ def fits(kernel: JITFunction, entry: Mapping[str, Any], src: Any, options: Mappi
 def make_launchers(stored: Iterable[tuple[ModuleType, Mapping[str, Any], Path]]) -> None:
     """Let triton make what launches the kernels of emitted files, all at once instead of each at its first launch.
 
-    stored: what `use_stored` was given. Triton before 3.7 compiles a C file for every signature, about 0.15 s each.
+    stored: what `use_stored` was given. Triton before 3.7 compiles a C file for every signature.
     """
     driver = triton.runtime.driver.active
     suffix = "." + EXTENSIONS[driver.get_current_target().backend]
     kernels: dict[str, CompiledKernel] = {}
     for module, metadata, folder in stored:
-        for entry in metadata["binaries"] if metadata.get("triton") == triton.__version__ else ():
-            kernel = getattr(module, entry["kernel"])
-            if isinstance(kernel, JITFunction) and entry["file"].endswith(suffix):
+        for entry in itertools.chain(*_entries(module, metadata).values()):
+            if entry["file"].endswith(suffix):
                 kind = json.dumps([entry["arguments"], sorted(entry["constants"])])
-                kernels.setdefault(kind, _loaded(kernel, entry, folder))
+                kernels.setdefault(kind, _loaded(getattr(module, entry["kernel"]), entry, folder))
     with ThreadPoolExecutor() as pool:
-        for made in [pool.submit(driver.launcher_cls, one.src, one.metadata) for one in kernels.values()]:
-            made.result()
+        list(pool.map(lambda kernel: driver.launcher_cls(kernel.src, kernel.metadata), kernels.values()))
 
 
 def _loaded(kernel: JITFunction, entry: Mapping[str, Any], folder: Path) -> CompiledKernel:

@@ -22,12 +22,14 @@ class ExpertPlan:
     Tiles are in the order of their experts, or of many pairs in units the fullest first.
     order int32 [M]; tiles int32 [4, T]: expert, begin, end, and in the last row's first place the number of
     tiles in use; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
-    Where it says so, gathered leaves out the last rows, of experts that serve every token: each has all tokens in turn.
+    tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every token: they
+    are the tokens themselves, over and over.
     """
 
     order: Tensor
     tiles: Tensor
     gathered: Tensor
+    tokens: Tensor
 
 
 @triton.jit
@@ -259,7 +261,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
             OVERLAPPED=x.is_cuda,
             launch_pdl=x.is_cuda,
         )
-        return ExpertPlan(order, tiles, gathered)
+        return ExpertPlan(order, tiles, gathered, x)
     # Counting everything per expert costs more than a second launch.
     blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
     block = triton.next_power_of_2(BLOCK_TOKENS * top_k)
@@ -303,4 +305,4 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         num_warps=8,
         launch_pdl=x.is_cuda,
     )
-    return ExpertPlan(order, tiles, gathered)
+    return ExpertPlan(order, tiles, gathered, x)

@@ -289,21 +289,19 @@ def prefill_product_kernel(
     )  # fmt: skip
 
 
-def prefill_product(
-    x: Tensor, weight: Tensor, plan: ExpertPlan, tokens: Tensor | None, pair_weights: Tensor | None
-) -> Tensor:
+def prefill_product(x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: Tensor | None) -> Tensor:
     """One grouped product over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
 
-    With tokens [N, D]: x is plan.gathered, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
+    Without pair weights: x is plan.gathered, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
     With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
     """
     experts, expert_rows, depth = weight.shape
-    swiglu = tokens is not None
+    swiglu = pair_weights is None
     width = expert_rows // 2 if swiglu else expert_rows
     weight_box, x_box = [128, BLOCK_D], [GROUP_ROWS, BLOCK_D]
     dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
     x_layout = gl.NVMMASharedLayout.get_default_for(x_box, dtype)
-    tokens = x if tokens is None else tokens
+    tokens = plan.tokens if swiglu else x
     out = torch.empty((plan.order.shape[0], width), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     output_tiles = triton.cdiv(width, 128 if swiglu else 256)

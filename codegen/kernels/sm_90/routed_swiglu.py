@@ -124,8 +124,8 @@ def routed_swiglu(
     tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
     if tiling is None:
         plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
-        hidden = prefill_product(plan.gathered, gate_up, plan, x, None)
-        y = prefill_product(hidden, down, plan, None, weights)
+        hidden = prefill_product(plan.gathered, gate_up, plan, None)
+        y = prefill_product(hidden, down, plan, weights)
     else:
         _, wide, narrow = tiling
         plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)

@@ -83,10 +83,10 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
     gate_up = (torch.randn(len(counts), 2 * width, hidden) * hidden**-0.5).to(dtype)
     down = (torch.randn(len(counts), hidden, width) * width**-0.5).to(dtype)
     weights = torch.rand(pairs // top_k + 1, top_k)
-    plan = ExpertPlan(order, table, gathered)
+    plan = ExpertPlan(order, table, gathered, tokens)
     with emulated(processors):
-        found = prefill_product(gathered, gate_up, plan, tokens, None)
-        y = prefill_product(found, down, plan, None, weights)
+        found = prefill_product(gathered, gate_up, plan, None)
+        y = prefill_product(found, down, plan, weights)
     gate, up = by_expert(torch.cat([gathered, *[tokens] * shared]), gate_up, counts).chunk(2, -1)
     assert error(found, torch.nn.functional.silu(gate) * up) < 4e-3
     assert error(y[order.long()], by_expert(found, down, counts) * weights.flatten()[order.long(), None]) < 4e-3
