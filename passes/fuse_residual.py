@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import call, is_call, shape_of, source_line
+from passes.base import Context, call, is_call, shape_of, source_line
 from passes.fuse_norm import is_residual_sum
-from passes.launches import FuseLaunches, only_reader, regroup, regrouped_from
+from passes.launches import FEW_ROWS, FuseLaunches, only_reader, regroup, regrouped_from
 from passes.nodes import dtype_of, erase_dead, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -32,7 +33,8 @@ class FuseResidual(FuseLaunches):
        r + routed_swiglu(x, …)       →     routed_swiglu(x, …, residual=r)
        n, s = add_rms_norm(r, x · Wᵀ)      s = linear(x, W, residual=r);  n = rms_norm(s)
 
-    Not where somebody else reads the product. Where two products are added, the later one takes the sum.
+    Not where somebody else reads the product, nor of a product of many rows before a norm: the library's product copies
+    a residual before it adds, and the norm reads it anyway. Where two products are added, the later one takes the sum.
     """  # fmt: skip
 
     op: ClassVar[str] = "linear"
@@ -46,8 +48,17 @@ class FuseResidual(FuseLaunches):
         reasons = [why_not(one, node) for one in sums]
         return None if None in reasons else reasons[0]
 
+    def outside(self, node: fx.Node, context: Context) -> str | None:
+        product = first_that_fits(node).product
+        if not is_call(node, dsv3.add_rms_norm) or not is_call(product, aten.linear):
+            return None
+        rows = math.prod(shape_of(product)[:-1])
+        if context.phase == "prefill" or (isinstance(rows, int) and rows > FEW_ROWS):
+            return f"{product.name} has many rows, and {node.name} reads the residual anyway"
+        return None
+
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
-        one = next(one for one in sums_of(node) if why_not(one, node) is None)
+        one = first_that_fits(node)
         with graph.inserting_before(node):
             residual = one.residual
             if len(shape_of(one.product)) != len(shape_of(residual)):
@@ -79,6 +90,10 @@ def sums_of(node: fx.Node) -> list[Sum]:
         if is_call(product, dsv3.routed_swiglu, aten.linear):
             found.append(Sum(product, views, residual))
     return sorted(found, key=lambda one: one.product, reverse=True)
+
+
+def first_that_fits(node: fx.Node) -> Sum:
+    return next(one for one in sums_of(node) if why_not(one, node) is None)
 
 
 def why_not(one: Sum, node: fx.Node) -> str | None:
