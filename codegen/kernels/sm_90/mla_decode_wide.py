@@ -22,15 +22,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.mla_schedule import load_reaches, program_range, request_reach
 from codegen.kernels.sm_90.mla_stream import (
-    advance,
     clear_hidden,
     load_cache,
     load_first_tile,
     load_query,
-    make_barriers,
     make_query,
     make_ring,
 )
+from codegen.kernels.sm_90.rings import advance, make_barriers
 
 
 @gluon.jit

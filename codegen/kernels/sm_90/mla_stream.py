@@ -11,15 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from codegen.kernels.sm_90.mla_schedule import request_reach
-
-
-@gluon.jit
-def make_barriers(SLOTS: gl.constexpr, ARRIVALS: gl.constexpr):
-    """SLOTS barriers that each complete after ARRIVALS arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
+from codegen.kernels.sm_90.rings import advance, make_barriers
 
 
 @gluon.jit
@@ -27,14 +19,6 @@ def make_ring(desc, SLOTS: gl.constexpr, CONSUMERS: gl.constexpr):
     """(buffers, full, empty) for boxes of a descriptor; a slot is empty again once CONSUMERS have released it."""
     buffers = gl.allocate_shared_memory(desc.dtype, [SLOTS] + desc.block_type.shape, desc.layout)
     return buffers, make_barriers(SLOTS, 1), make_barriers(SLOTS, CONSUMERS)
-
-
-@gluon.jit
-def advance(slot, phase, SLOTS: gl.constexpr):
-    """The next slot of a ring, and the parity that its barriers have on this lap."""
-    slot += 1
-    wrapped = slot == SLOTS
-    return gl.where(wrapped, 0, slot), gl.where(wrapped, phase ^ 1, phase)
 
 
 @gluon.jit

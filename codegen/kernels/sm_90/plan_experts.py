@@ -20,8 +20,8 @@ class ExpertPlan:
     """Row r of the sorted order is pair order[r]; tile t is rows begin[t] to end[t] of expert[t].
 
     Tiles are in the order of their experts, or of many pairs in units the fullest first.
-    order int32 [M]; tiles int32 [4, T]: expert, begin, end, and in the last row's first place the number of
-    tiles in use; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
+    order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use, and a zero to take items by; a
+    zero per tile to count what is done; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
     tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every token: they
     are the tokens themselves, over and over.
     """
@@ -69,6 +69,7 @@ def plan_kernel(
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
     if (expert == 0) & (tl.program_id(1) == 0):
         tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
+        tl.store(tiles_ptr + 3 * max_tiles + 1, 0)
     if end > begin:
         if tl.program_id(1) == 0:
             # Equal tiles rather than full ones and a rest: a product's width is rounded up per tile.
@@ -79,6 +80,7 @@ def plan_kernel(
                 tl.store(tile, expert)
                 tl.store(tile + max_tiles, begin + part * size)
                 tl.store(tile + 2 * max_tiles, tl.minimum(begin + (part + 1) * size, end))
+                tl.store(tile + 4 * max_tiles, 0)
         row = begin
         for block in range(0, pairs, BLOCK_M):
             chosen = tl.load(indices_ptr + block + place, mask=block + place < pairs, other=-1).to(tl.int32)
@@ -152,8 +154,10 @@ def _write_tiles(tiles_ptr, max_tiles, counts, begin, first, step, ROWS: tl.cons
         tl.store(at, experts, mask=part < parts)
         tl.store(at + max_tiles, begin + part * size, mask=part < parts)
         tl.store(at + 2 * max_tiles, begin + tl.minimum((part + 1) * size, counts), mask=part < parts)
+        tl.store(at + 4 * max_tiles, tl.zeros_like(counts), mask=part < parts)
     if first == 0:
         tl.store(tiles_ptr + 3 * max_tiles, tl.sum(parts))
+        tl.store(tiles_ptr + 3 * max_tiles + 1, 0)
 
 
 @triton.jit
@@ -232,9 +236,9 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
-    max_tiles = min(pairs, experts + pairs // rows)
+    max_tiles = max(2, min(pairs, experts + pairs // rows))
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
-    tiles = torch.empty((4, max_tiles), dtype=torch.int32, device=x.device)
+    tiles = torch.empty((5, max_tiles), dtype=torch.int32, device=x.device)
     block_e = triton.next_power_of_2(experts)
     if pairs <= MANY_PAIRS:
         gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)

@@ -1,4 +1,5 @@
-"""The two grouped products of an expert layer on Hopper, for many tokens: three warp groups multiply, one warp loads.
+"""Both grouped products of an expert layer on Hopper, for many tokens, in one launch: three warp groups multiply, one
+warp loads.
 
     group 0, 1, 2   64 tokens times 2 · 128 weight rows each
     loading warp    two boxes of 128 weight rows and up to three of 64 tokens per step
@@ -7,6 +8,11 @@
 matrix units are the limit, nearly always busy, at a clock that the chip lowers for its power: fetching each box of
 tokens once for two multiprocessors (multicast) was tried and gained nothing. Tokens stand on the M side, so that a tile
 of fewer wastes no product, and the groups go their own ways: one's ending runs under the others' products.
+
+Programs take items as they get free, first those of the wide product (gate and up), the largest first, then those of
+the narrow one (down), which fill what the wide ones leave uneven. An item of the narrow product waits until its tile
+has been through the wide one. Whoever is waited for has been taken before, so by a program that runs: nobody waits for
+one that has not begun.
 """
 
 from __future__ import annotations
@@ -26,107 +32,127 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
+from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, signal
 
 GROUP_ROWS = 64  # of one wgmma
 TILE_ROWS = 3 * GROUP_ROWS
 BLOCK_D = 64
 STAGES = 4
+MAIL = 2  # items that the loading warp is ahead by
 
 
 @gluon.jit
-def _load_weights(desc, row, column, full, smem, slot, fresh, APART: gl.constexpr):
-    """The two boxes of a step, whose first rows are APART from each other."""
-    for half in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            desc, [row + half * APART, column], full.index(slot), smem.index(slot * 2 + half), pred=fresh
-        )
+def _tell(mail, item, slot, phase):
+    """Name the next item to the multiplying groups."""
+    items, told, heard = mail
+    mbarrier.wait(heard.index(slot), phase ^ 1)
+    items.index(slot).store(gl.full([32], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(told.index(slot))
 
 
 @gluon.jit
-def _expect(barrier, groups, fresh, WEIGHT_BYTES: gl.constexpr, X_BYTES: gl.constexpr):
-    """The bytes of a step whose tokens fill this many groups."""
-    for used in gl.static_range(1, 4):
-        mbarrier.expect(barrier, WEIGHT_BYTES + used * X_BYTES, pred=fresh & (groups == used))
+def _hear(mail, slot, phase):
+    """The next item, or -1 after the last."""
+    items, told, heard = mail
+    mbarrier.wait(told.index(slot), phase)
+    item = gl.max(items.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(heard.index(slot))
+    return item
+
+
+@gluon.jit
+def _tile_of(tiles_ptr, max_tiles, tile):
+    """(expert, first row, end)"""
+    at = tiles_ptr + tile
+    return gl.load(at), gl.load(at + max_tiles), gl.load(at + 2 * max_tiles)
+
+
+@gluon.jit
+def _load_item(
+    weight_desc, x_desc, ring, weight_row, row, groups, steps, slot, phase,
+    APART: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """All steps of one item: two boxes of weights whose first rows are APART from each other, a box for each group."""
+    weights_smem, x_smem, full, empty = ring
+    WEIGHT_BYTES: gl.constexpr = 2 * weight_desc.block_type.nbytes
+    X_BYTES: gl.constexpr = x_desc.block_type.nbytes
+    for step in range(steps):
+        column = step * BLOCK_D
+        mbarrier.wait(empty.index(slot), phase ^ 1)
+        for used in gl.static_range(1, 4):
+            mbarrier.expect(full.index(slot), WEIGHT_BYTES + used * X_BYTES, pred=groups == used)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                weight_desc, [weight_row + half * APART, column], full.index(slot), weights_smem.index(slot * 2 + half)
+            )
+        for group in gl.static_range(3):
+            tma.async_copy_global_to_shared(
+                x_desc, [row + group * 64, column], full.index(slot), x_smem.index(slot * 3 + group),
+                pred=group < groups,
+            )  # fmt: skip
+        slot, phase = advance(slot, phase, STAGES)
+    return slot, phase
 
 
 @gluon.jit
 def _load(
-    weight_desc,
-    x_desc,
-    tokens_desc,
-    tiles_ptr,
-    max_tiles,
-    steps,
-    gathered,
-    tokens,
-    weights_smem,
-    x_smem,
-    full,
-    empty,
-    EXPERT_ROWS: gl.constexpr,
-    OUTPUT_TILES: gl.constexpr,
-    OUTPUTS: gl.constexpr,
-    APART: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    SWIGLU: gl.constexpr,
-):
-    """The loading warp: it never waits for an item to end, so reading goes on across items.
+    gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, gathered, tokens,
+    depth_steps, inner_steps, ring, mail,
+    INNER: gl.constexpr, WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: takes items, and never waits for one to end, so reading goes on across items.
 
     Rows behind the gathered ones are the tokens themselves, over and over.
     """
-    WEIGHT_BYTES: gl.constexpr = 2 * weight_desc.block_type.nbytes
-    X_BYTES: gl.constexpr = x_desc.block_type.nbytes
-    items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
-    first = gl.program_id(0)
-    # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
-    ahead = gl.where(first < items, gl.minimum(steps, STAGES), 0)
-    tile = gl.minimum(first, items - 1) // OUTPUT_TILES
-    weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (first % OUTPUT_TILES) * OUTPUTS
-    groups = (gl.load(tiles_ptr + 2 * max_tiles + tile) - gl.load(tiles_ptr + max_tiles + tile) + 63) // 64
-    for slot in range(ahead):
-        _expect(full.index(slot), groups, True, WEIGHT_BYTES, X_BYTES)
-        _load_weights(weight_desc, weight_row, slot * BLOCK_D, full, weights_smem, slot, True, APART)
-    gdc_wait()
-    count = 0
-    slot = 0
-    phase = 1
-    for item in range(first, items, gl.num_programs(0)):
-        tile = item // OUTPUT_TILES
-        row = gl.load(tiles_ptr + max_tiles + tile)
-        groups = (gl.load(tiles_ptr + 2 * max_tiles + tile) - row + 63) // 64
-        weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (item % OUTPUT_TILES) * OUTPUTS
-        copied = row < gathered
-        if not copied:
-            row = (row - gathered) % tokens
-        for step in range(steps):
-            column = step * BLOCK_D
-            mbarrier.wait(empty.index(slot), phase)
-            fresh = count >= ahead
-            _expect(full.index(slot), groups, fresh, WEIGHT_BYTES, X_BYTES)
-            _load_weights(weight_desc, weight_row, column, full, weights_smem, slot, fresh, APART)
-            for group in gl.static_range(3):
-                box = x_smem.index(slot * 3 + group)
-                used = group < groups
-                if SWIGLU:
-                    tma.async_copy_global_to_shared(
-                        tokens_desc, [row + group * 64, column], full.index(slot), box, pred=used & (not copied)
-                    )
-                    used = used & copied
-                tma.async_copy_global_to_shared(x_desc, [row + group * 64, column], full.index(slot), box, pred=used)
-            count += 1
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+    WIDE_TILES: gl.constexpr = (INNER + 127) // 128
+    NARROW_TILES: gl.constexpr = (WIDTH + 255) // 256
+    tiles = gl.load(tiles_ptr + 3 * max_tiles)
+    wide_items = tiles * WIDE_TILES
+    items = wide_items + tiles * NARROW_TILES
+    next_ptr = tiles_ptr + 3 * max_tiles + 1
+    done_ptr = tiles_ptr + 4 * max_tiles
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    letter = gl.to_tensor(0)
+    letter_phase = gl.to_tensor(0)
+    item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
+    while item < items:
+        _tell(mail, item, letter, letter_phase)
+        letter, letter_phase = advance(letter, letter_phase, MAIL)
+        if item < wide_items:
+            expert, row, end = _tile_of(tiles_ptr, max_tiles, item // WIDE_TILES)
+            groups = (end - row + 63) // 64
+            weight_row = expert * (2 * INNER) + item % WIDE_TILES * 128
+            if row < gathered:
+                slot, phase = _load_item(
+                    gate_up_desc, gathered_desc, ring, weight_row, row, groups, depth_steps, slot, phase,
+                    INNER, BLOCK_D, STAGES,
+                )  # fmt: skip
+            else:
+                slot, phase = _load_item(
+                    gate_up_desc, tokens_desc, ring, weight_row, (row - gathered) % tokens, groups, depth_steps,
+                    slot, phase, INNER, BLOCK_D, STAGES,
+                )  # fmt: skip
+        else:
+            tile = (item - wide_items) // NARROW_TILES
+            expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
+            groups = (end - row + 63) // 64
+            weight_row = expert * WIDTH + (item - wide_items) % NARROW_TILES * 256
+            await_signals(done_ptr + tile, groups * WIDE_TILES)
+            slot, phase = _load_item(
+                down_desc, hidden_desc, ring, weight_row, row, groups, inner_steps, slot, phase, 128, BLOCK_D, STAGES
+            )
+        item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
+    _tell(mail, -1, letter, letter_phase)
 
 
 @gluon.jit
-def _accumulate(weights_smem, x_smem, full, empty, slot, phase, steps, GROUP: gl.constexpr, STAGES: gl.constexpr):
+def _accumulate(ring, slot, phase, steps, GROUP: gl.constexpr, STAGES: gl.constexpr):
     """One item's products of a group: two sums of [64 tokens, 128 weight rows].
 
     One of 256 would read the tokens once, but wants more registers than a thread has where a program starts.
     """
+    weights_smem, x_smem, full, empty = ring
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     first = gl.zeros((64, 128), gl.float32, products)
     second = gl.zeros((64, 128), gl.float32, products)
@@ -140,10 +166,7 @@ def _accumulate(weights_smem, x_smem, full, empty, slot, phase, steps, GROUP: gl
         # One step stays in flight; the step before it has been read.
         first, second = warpgroup_mma_wait(2, deps=(first, second))
         mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = advance(slot, phase, STAGES)
     first, second = warpgroup_mma_wait(0, deps=(first, second))
     mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
     return first, second, slot, phase
@@ -171,117 +194,84 @@ def _store(values, out_ptr, out_row, inside, column, width):
 
 
 @gluon.jit
-def _finish(first, second, begin, end, column, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU: gl.constexpr):
-    """What the product ends with: SwiGLU in sorted order, or the pair's weight, scattered back to pair order."""
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
-    if SWIGLU:
-        _store(first / (1.0 + gl.exp(-first)) * second, out_ptr, row, row < end, column, width)
-    else:
-        pair = gl.load(order_ptr + row, mask=row < end, other=0)
-        weight = gl.load(pair_weights_ptr + pair)
-        _store(first * weight[:, None], out_ptr, pair, row < end, column, width)
-        _store(second * weight[:, None], out_ptr, pair, row < end, column + 128, width)
-
-
-@gluon.jit
 def _multiply(
-    out_ptr,
-    order_ptr,
-    pair_weights_ptr,
-    tiles_ptr,
-    max_tiles,
-    steps,
-    width,
-    weights_smem,
-    x_smem,
-    full,
-    empty,
-    GROUP: gl.constexpr,
-    OUTPUT_TILES: gl.constexpr,
-    OUTPUTS: gl.constexpr,
-    STAGES: gl.constexpr,
-    SWIGLU: gl.constexpr,
-):
-    """A multiplying group: the GROUP-th 64 tokens of every tile."""
-    items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
-    slot = 0
-    phase = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile = item // OUTPUT_TILES
-        begin = gl.load(tiles_ptr + max_tiles + tile) + GROUP * 64
-        end = gl.load(tiles_ptr + 2 * max_tiles + tile)
+    hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps, ring, mail,
+    GROUP: gl.constexpr, INNER: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+):  # fmt: skip
+    """A multiplying group: the GROUP-th 64 tokens of every tile.
+
+    The wide product ends in SwiGLU, in sorted order, the narrow one in the pair's weight, scattered to pair order.
+    """
+    WIDE_TILES: gl.constexpr = (INNER + 127) // 128
+    NARROW_TILES: gl.constexpr = (WIDTH + 255) // 256
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    wide_items = gl.load(tiles_ptr + 3 * max_tiles) * WIDE_TILES
+    full, empty = ring[2], ring[3]
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    letter = gl.to_tensor(0)
+    letter_phase = gl.to_tensor(0)
+    item = _hear(mail, letter, letter_phase)
+    while item >= 0:
+        letter, letter_phase = advance(letter, letter_phase, MAIL)
+        wide = item < wide_items
+        tile = gl.where(wide, item // WIDE_TILES, (item - wide_items) // NARROW_TILES)
+        steps = gl.where(wide, depth_steps, inner_steps)
+        expert, begin, end = _tile_of(tiles_ptr, max_tiles, tile)
+        begin += GROUP * 64
         if begin < end:
-            first, second, slot, phase = _accumulate(
-                weights_smem, x_smem, full, empty, slot, phase, steps, GROUP, STAGES
-            )
-            column = (item % OUTPUT_TILES) * OUTPUTS
-            _finish(first, second, begin, end, column, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU)
+            first, second, slot, phase = _accumulate(ring, slot, phase, steps, GROUP, STAGES)
+            row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
+            if wide:
+                column = item % WIDE_TILES * 128
+                _store(first / (1.0 + gl.exp(-first)) * second, hidden_ptr, row, row < end, column, INNER)
+                signal(tiles_ptr + 4 * max_tiles + tile)
+            else:
+                column = (item - wide_items) % NARROW_TILES * 256
+                pair = gl.load(order_ptr + row, mask=row < end, other=0)
+                weight = gl.load(pair_weights_ptr + pair)
+                _store(first * weight[:, None], out_ptr, pair, row < end, column, WIDTH)
+                _store(second * weight[:, None], out_ptr, pair, row < end, column + 128, WIDTH)
         else:
             # Without tokens it still follows the ring: a barrier tells one lap from the next, not from the one after.
             for _ in range(steps):
                 mbarrier.wait(full.index(slot), phase)
                 mbarrier.arrive(empty.index(slot))
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
+                slot, phase = advance(slot, phase, STAGES)
+        item = _hear(mail, letter, letter_phase)
 
 
 @gluon.jit
-def prefill_product_kernel(
-    weight_desc,
-    x_desc,
-    tokens_desc,
-    out_ptr,
-    order_ptr,
-    pair_weights_ptr,
-    tiles_ptr,
-    max_tiles,
-    steps,
-    eighths,
-    gathered,
-    tokens,
-    EXPERT_ROWS: gl.constexpr,
-    OUTPUT_TILES: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr,
-    SWIGLU: gl.constexpr,
-    AFTER_PLAN: gl.constexpr,
-):
-    dtype: gl.constexpr = weight_desc.dtype
-    # Of gate and up the same 128 rows, or 256 rows.
-    OUTPUTS: gl.constexpr = 128 if SWIGLU else 256
-    APART: gl.constexpr = EXPERT_ROWS // 2 if SWIGLU else 128
-    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * 2, 128, BLOCK_D], weight_desc.layout)
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES * 3, 64, BLOCK_D], x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=3)
-    width = eighths * 8  # so that the compiler knows that 16 bytes are aligned
-    if AFTER_PLAN:
-        # The plan itself is the predecessor's output; after this the successor may rely on it.
-        gdc_wait()
+def prefill_products_kernel(
+    gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, hidden_ptr, out_ptr, order_ptr, pair_weights_ptr,
+    tiles_ptr, max_tiles, gathered, tokens, depth_steps, inner_steps,
+    INNER: gl.constexpr, WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = gate_up_desc.dtype
+    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * 2, 128, BLOCK_D], gate_up_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * 3, 64, BLOCK_D], gathered_desc.layout)
+    ring = (weights_smem, x_smem, make_barriers(STAGES, 1), make_barriers(STAGES, 3))
+    letters = gl.allocate_shared_memory(gl.int32, [MAIL, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mail = (letters, make_barriers(MAIL, 1), make_barriers(MAIL, 3))
+    gdc_wait()
     gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_multiply, (
-                out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, steps, width,
-                weights_smem, x_smem, full, empty, 0, OUTPUT_TILES, OUTPUTS, STAGES, SWIGLU,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps,
+                ring, mail, 0, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
-                out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, steps, width,
-                weights_smem, x_smem, full, empty, 1, OUTPUT_TILES, OUTPUTS, STAGES, SWIGLU,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps,
+                ring, mail, 1, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
-                out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, steps, width,
-                weights_smem, x_smem, full, empty, 2, OUTPUT_TILES, OUTPUTS, STAGES, SWIGLU,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps,
+                ring, mail, 2, INNER, WIDTH, STAGES, MAIL,
             )),
             (_load, (
-                weight_desc, x_desc, tokens_desc, tiles_ptr, max_tiles, steps, gathered, tokens,
-                weights_smem, x_smem, full, empty, EXPERT_ROWS, OUTPUT_TILES, OUTPUTS, APART, BLOCK_D, STAGES, SWIGLU,
+                gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, gathered,
+                tokens, depth_steps, inner_steps, ring, mail, INNER, WIDTH, BLOCK_D, STAGES, MAIL,
             )),
         ],
         [4, 4, 1],
@@ -289,45 +279,42 @@ def prefill_product_kernel(
     )  # fmt: skip
 
 
-def prefill_product(x: Tensor, weight: Tensor, plan: ExpertPlan, pair_weights: Tensor | None) -> Tensor:
-    """One grouped product over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
+def prefill_products(plan: ExpertPlan, gate_up: Tensor, down: Tensor, pair_weights: Tensor) -> Tensor:
+    """Both products over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
 
-    Without pair weights: x is plan.gathered, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
-    With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
+    gate_up [E, 2I, D], down [E, O, I], pair_weights [M] fp32 in pair order → [M, O] in pair order, weighted.
     """
-    experts, expert_rows, depth = weight.shape
-    swiglu = pair_weights is None
-    width = expert_rows // 2 if swiglu else expert_rows
+    experts, rows, depth = gate_up.shape
+    width, inner = down.shape[1:]
+    pairs, device = plan.order.shape[0], gate_up.device
     weight_box, x_box = [128, BLOCK_D], [GROUP_ROWS, BLOCK_D]
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    dtype = getattr(gl, str(gate_up.dtype).removeprefix("torch."))
+    weight_layout = gl.NVMMASharedLayout.get_default_for(weight_box, dtype)
     x_layout = gl.NVMMASharedLayout.get_default_for(x_box, dtype)
-    tokens = plan.tokens if swiglu else x
-    out = torch.empty((plan.order.shape[0], width), dtype=x.dtype, device=x.device)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    output_tiles = triton.cdiv(width, 128 if swiglu else 256)
-    prefill_product_kernel[(min(processors, plan.tiles.shape[1] * output_tiles),)](
-        TensorDescriptor.from_tensor(
-            weight.view(experts * expert_rows, depth),
-            weight_box,
-            gl.NVMMASharedLayout.get_default_for(weight_box, dtype),
-        ),
-        TensorDescriptor.from_tensor(x, x_box, x_layout),
-        TensorDescriptor.from_tensor(tokens, x_box, x_layout),
+    hidden = torch.empty((pairs, inner), dtype=gate_up.dtype, device=device)
+    out = torch.empty((pairs, width), dtype=gate_up.dtype, device=device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    prefill_products_kernel[(processors,)](
+        TensorDescriptor.from_tensor(gate_up.view(experts * rows, depth), weight_box, weight_layout),
+        TensorDescriptor.from_tensor(plan.gathered, x_box, x_layout),
+        TensorDescriptor.from_tensor(plan.tokens, x_box, x_layout),
+        TensorDescriptor.from_tensor(down.view(experts * width, inner), weight_box, weight_layout),
+        TensorDescriptor.from_tensor(hidden, x_box, x_layout),
+        hidden,
         out,
         plan.order,
-        out if pair_weights is None else pair_weights,
+        pair_weights,
         plan.tiles,
         plan.tiles.shape[1],
+        plan.gathered.shape[0],
+        plan.tokens.shape[0],
         triton.cdiv(depth, BLOCK_D),
-        width // 8,
-        x.shape[0],
-        tokens.shape[0],
-        EXPERT_ROWS=expert_rows,
-        OUTPUT_TILES=output_tiles,
+        triton.cdiv(inner, BLOCK_D),
+        INNER=inner,
+        WIDTH=width,
         BLOCK_D=BLOCK_D,
         STAGES=STAGES,
-        SWIGLU=swiglu,
-        AFTER_PLAN=swiglu,
+        MAIL=MAIL,
         num_warps=4,
         maxnreg=128,
         launch_pdl=True,

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.grouped_products import Tile, grouped_product
 from codegen.kernels.sm_90.plan_experts import plan_experts
-from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_product
+from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_products
 from codegen.kernels.sm_90.single_token import single_token_swiglu
 
 
@@ -124,8 +124,7 @@ def routed_swiglu(
     tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
     if tiling is None:
         plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
-        hidden = prefill_product(plan.gathered, gate_up, plan, None)
-        y = prefill_product(hidden, down, plan, weights)
+        y = prefill_products(plan, gate_up, down, weights)
     else:
         _, wide, narrow = tiling
         plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)

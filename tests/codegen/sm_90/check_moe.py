@@ -103,6 +103,7 @@ def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, expert
         expected.sort(key=lambda tile: -math.ceil((tile[2] - tile[1]) / unit))  # the fullest first
     used = int(plan.tiles[3, 0])
     assert [tuple(tile) for tile in plan.tiles[:3, :used].T.tolist()] == expected
+    assert plan.tiles[3, 1] == 0 and plan.tiles[4, :used].eq(0).all()
 
 
 @pytest.mark.parametrize("tokens, top_k, routed, shared", [(700, 6, 30, 2), (1201, 3, 20, 1)])

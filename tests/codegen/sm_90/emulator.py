@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import types
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from triton.runtime.jit import JITCallable, JITFunction
 
 PATIENCE = 20.0  # seconds until a barrier that nobody completes fails the test
 _PROGRAM = threading.local()
+_ATOMIC = threading.Lock()
 
 
 class Number(int):
@@ -176,7 +178,7 @@ def _specialise(partitions, warps, registers):
 def _allocate(dtype, shape, layout):
     if isinstance(layout, BarrierLayout):
         return Barriers(shape[0])
-    return Shared(torch.full(shape, torch.nan, dtype=dtype))
+    return Shared(torch.full(shape, torch.nan if dtype.is_floating_point else -(1 << 30), dtype=dtype))
 
 
 def _load(pointer, mask=None, other=None):
@@ -192,6 +194,20 @@ def _load(pointer, mask=None, other=None):
 def _store(pointer, value, mask=True):
     offset, mask, value = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask), value)
     pointer.flat[offset[mask]] = value[mask]
+
+
+def _atomic_add(pointer, value, sem=None, scope=None):
+    with _ATOMIC:
+        old = Number(pointer.flat[pointer.offset])
+        pointer.flat[pointer.offset] += value
+    return old
+
+
+def _await_signals(pointer, wanted):
+    begin = time.monotonic()
+    while pointer.flat[pointer.offset] < wanted:
+        assert time.monotonic() < begin + PATIENCE, "signals that nobody gives"
+        time.sleep(1e-4)
 
 
 def _where(condition, one, other):
@@ -236,6 +252,7 @@ gl = SimpleNamespace(
     static_range=range,
     load=_load,
     store=_store,
+    atomic_add=_atomic_add,
     convert_layout=lambda x, layout: x,
     num_warps=lambda: 4,
     program_id=lambda axis: _PROGRAM.number[axis],
@@ -262,6 +279,8 @@ STAND_INS = {
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _finished,
     "fence_async_shared": _anything,
+    "signal": lambda count: _atomic_add(count, 1),
+    "await_signals": _await_signals,
     "gdc_wait": _anything,
     "gdc_launch_dependents": _anything,
 }

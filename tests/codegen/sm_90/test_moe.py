@@ -14,7 +14,7 @@ from codegen.build import build
 from codegen.emit import write_kernel
 from codegen.kernels.sm_90 import routed_swiglu, skinny_linear
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
-from codegen.kernels.sm_90.prefill_products import TILE_ROWS, prefill_product
+from codegen.kernels.sm_90.prefill_products import TILE_ROWS, prefill_products
 from codegen.record import TensorSpec, record_launches
 from codegen.targets import target
 from codegen.tuning import available, choose
@@ -75,9 +75,10 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
         size = 128 if TILE_ROWS < count <= 256 else TILE_ROWS
         tiles += [(expert, begin + at, begin + min(at + size, count)) for at in range(0, count, size)]
         begin += count
-    table = torch.full((4, len(tiles) + 2), 1 << 30, dtype=torch.int32)  # the plan knows only a bound of their number
+    table = torch.full((5, len(tiles) + 2), 1 << 30, dtype=torch.int32)  # the plan knows only a bound of their number
     table[:3, : len(tiles)] = torch.tensor(tiles).T
-    table[3, 0] = len(tiles)
+    table[3, :2] = torch.tensor([len(tiles), 0])
+    table[4, : len(tiles)] = 0
     tokens = torch.randn(counts[-1], hidden).to(dtype)
     gathered = torch.randn(pairs - shared * counts[-1], hidden).to(dtype)
     gate_up = (torch.randn(len(counts), 2 * width, hidden) * hidden**-0.5).to(dtype)
@@ -85,11 +86,10 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
     weights = torch.rand(pairs // top_k + 1, top_k)
     plan = ExpertPlan(order, table, gathered, tokens)
     with emulated(processors):
-        found = prefill_product(gathered, gate_up, plan, None)
-        y = prefill_product(found, down, plan, weights)
+        y = prefill_products(plan, gate_up, down, weights)
     gate, up = by_expert(torch.cat([gathered, *[tokens] * shared]), gate_up, counts).chunk(2, -1)
-    assert error(found, torch.nn.functional.silu(gate) * up) < 4e-3
-    assert error(y[order.long()], by_expert(found, down, counts) * weights.flatten()[order.long(), None]) < 4e-3
+    hidden = (torch.nn.functional.silu(gate) * up).to(dtype)
+    assert error(y[order.long()], by_expert(hidden, down, counts) * weights.flatten()[order.long(), None]) < 4e-3
 
 
 def by_expert(x, weight, counts):
