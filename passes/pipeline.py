@@ -33,7 +33,6 @@ from passes.fuse_routing import FuseRouting
 from passes.fuse_swiglu import FuseSwiglu
 from passes.group_experts import GroupExperts
 from passes.hoist_weights import HoistWeights
-from passes.join_heads import JoinHeads
 from passes.lower import Lower
 from passes.merge_projections import MergeProjections
 from passes.merge_shared_experts import MergeSharedExperts
@@ -41,6 +40,7 @@ from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
 from passes.sparsify_experts import SparsifyExperts
+from passes.split_heads import SplitHeads
 from passes.stream_attention_inputs import StreamAttentionInputs
 from passes.stream_norms import StreamNorms
 from passes.stream_products import StreamProducts
@@ -63,7 +63,7 @@ DEFAULT_PIPELINE: tuple[Pass, ...] = (
     FuseRouter(),
     FoldNormWeights(),
     HoistWeights(),
-    JoinHeads(),
+    SplitHeads(),
     Lower(),
     FuseAttentionInputs(),
     FuseHeadProducts(),

@@ -1,4 +1,8 @@
-"""Prefill attention: online softmax over full keys and values, causal by positions, grouped heads."""
+"""Prefill attention: online softmax over full keys and values, causal by positions, grouped heads.
+
+Queries and keys come in one or two parts. A single one is read as two if its width is no power of two, such as
+192 = 128 + 64: tiles are powers of two, and one of 256 would be a quarter padding.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,9 @@ NUM_STAGES = 2
 @triton.jit
 def attention_kernel(
     q,
+    q_rope,
     k,
+    k_rope,
     v,
     positions,
     out,
@@ -26,9 +32,15 @@ def attention_kernel(
     q_stride_b,
     q_stride_s,
     q_stride_h,
+    q_rope_stride_b,
+    q_rope_stride_s,
+    q_rope_stride_h,
     k_stride_b,
     k_stride_t,
     k_stride_g,
+    k_rope_stride_b,
+    k_rope_stride_t,
+    k_rope_stride_g,
     v_stride_b,
     v_stride_t,
     v_stride_g,
@@ -36,9 +48,10 @@ def attention_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     A: tl.constexpr,
+    R: tl.constexpr,
     V: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -50,13 +63,16 @@ def attention_kernel(
     row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = row < queries
     position = tl.load(positions + batch * queries + row, mask=inside, other=-1).to(tl.int32)
-    # A width such as 192 is 128 + 64: tiles are powers of two, and one of 256 would be a quarter padding.
-    a = tl.arange(0, MAIN)
-    q_row = q + batch * q_stride_b + head * q_stride_h + row.to(tl.int64)[:, None] * q_stride_s
-    q_main = tl.load(q_row + a[None, :], mask=inside[:, None] & (a < A)[None, :], other=0.0)
-    if REST:
-        b = MAIN + tl.arange(0, REST)
-        q_rest = tl.load(q_row + b[None, :], mask=inside[:, None] & (b < A)[None, :], other=0.0)
+    a = tl.arange(0, BLOCK_A)
+    seen = row.to(tl.int64)[:, None]
+    q += batch * q_stride_b + head * q_stride_h
+    q_tile = tl.load(q + seen * q_stride_s + a[None, :], mask=inside[:, None] & (a < A)[None, :], other=0.0)
+    if BLOCK_R:
+        r = tl.arange(0, BLOCK_R)
+        q_rope += batch * q_rope_stride_b + head * q_rope_stride_h
+        wanted = inside[:, None] & (r < R)[None, :]
+        q_rope_tile = tl.load(q_rope + seen * q_rope_stride_s + r[None, :], mask=wanted, other=0.0)
+        k_rope += batch * k_rope_stride_b + group * k_rope_stride_g
     c = tl.arange(0, BLOCK_V)
     k += batch * k_stride_b + group * k_stride_g
     v += batch * v_stride_b + group * v_stride_g
@@ -70,10 +86,10 @@ def attention_kernel(
         there = (t < end)[:, None]
         place = t.to(tl.int64)[:, None]
         key = tl.load(k + place * k_stride_t + a[None, :], mask=there & (a < A)[None, :], other=0.0)
-        score = tl.dot(q_main, tl.trans(key), input_precision="ieee")
-        if REST:
-            key = tl.load(k + place * k_stride_t + b[None, :], mask=there & (b < A)[None, :], other=0.0)
-            score = tl.dot(q_rest, tl.trans(key), score, input_precision="ieee")
+        score = tl.dot(q_tile, tl.trans(key), input_precision="ieee")
+        if BLOCK_R:
+            key = tl.load(k_rope + place * k_rope_stride_t + r[None, :], mask=there & (r < R)[None, :], other=0.0)
+            score = tl.dot(q_rope_tile, tl.trans(key), score, input_precision="ieee")
         score = tl.where(t[None, :] <= position[:, None], score * (SCALE * LOG2_E), -float("inf"))
         higher = tl.maximum(maximum, tl.max(score, 1))
         # Rows of padding see nothing: their maximum stays -inf, and -inf - -inf must not become NaN.
@@ -90,31 +106,61 @@ def attention_kernel(
     tl.store(out + o_row + c[None, :], result, mask=inside[:, None] & (c < V)[None, :])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] → [B, S, H, V]."""
-    q, k, v = packed(q), packed(k), packed(v)
+def in_parts(
+    q: Tensor, k: Tensor, q_rope: Tensor | None, k_rope: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(q, k, q_rope, k_rope), where a single part whose width is no power of two is cut in two."""
+    width = q.shape[3]
+    main = 1 << (width.bit_length() - 1)
+    if q_rope is not None or main == width:
+        return q, k, q_rope, k_rope
+    (q, q_rope), (k, k_rope) = (x.split([main, width - main], -1) for x in (q, k))
+    return q, k, q_rope, k_rope
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+) -> Tensor:
+    """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] → [B, S, H, V]; optionally more columns
+    q_rope [B, S, H, R] and k_rope [B, T, G or 1, R]."""
+    q, k, q_rope, k_rope = in_parts(packed(q), packed(k), q_rope, k_rope)
+    v = packed(v)
     batch, queries, heads, width = q.shape
     groups, value_width = v.shape[2:]
-    main = max(16, 1 << (width.bit_length() - 1))
-    rest = max(16, triton.next_power_of_2(width - main)) if width > main else 0
+    rope = 0 if q_rope is None else q_rope.shape[3]
+    # Without a second part these are not read.
+    q_rope = q if q_rope is None else packed(q_rope)
+    k_rope = k if k_rope is None else packed(k_rope)
     out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
     attention_kernel[(triton.cdiv(queries, BLOCK_S), heads, batch)](
         q,
+        q_rope,
         k,
+        k_rope,
         v,
         positions.contiguous(),
         out,
         queries,
         *q.stride()[:3],
+        *q_rope.stride()[:3],
         *k.stride()[:3],
+        *k_rope.stride()[:2],
+        0 if k_rope.shape[2] == 1 else k_rope.stride(2),
         *v.stride()[:3],
         SCALE=scale,
         H=heads,
         G=groups,
         A=width,
+        R=rope,
         V=value_width,
-        MAIN=main,
-        REST=rest,
+        BLOCK_A=max(16, triton.next_power_of_2(width)),
+        BLOCK_R=max(16, triton.next_power_of_2(rope)) if rope else 0,
         BLOCK_S=BLOCK_S,
         BLOCK_T=BLOCK_T,
         BLOCK_V=max(16, triton.next_power_of_2(value_width)),

@@ -53,26 +53,55 @@ def mla_attention(
     return torch.bmm(scores.softmax(-1), latent).view(q_latent.shape).to(q_latent.dtype)
 
 
-def _value_output(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+def _value_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
-def _value_flops(q: Sequence[Any], k: Sequence[Any], v: Sequence[Any], *rest: Any, **_: Any) -> Any:
+def _value_flops(
+    q: Sequence[Any],
+    k: Sequence[Any],
+    v: Sequence[Any],
+    positions: Any,
+    scale: float,
+    q_rope: Sequence[Any] | None = None,
+    *rest: Any,
+    **_: Any,
+) -> Any:
     (b, s, h, a), t = q, k[1]
-    return 2 * b * s * h * t * (a + v[-1])
+    return 2 * b * s * h * t * (a + (q_rope[-1] if q_rope else 0) + v[-1])
 
 
 @opaque(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, Tensor? q_rope=None, "
+    "Tensor? k_rope=None) -> Tensor",
     fake=_value_output,
     flops=_value_flops,
 )
-def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+) -> Tensor:
     """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] int64 → [B, S, H, V].
 
     softmax over t ≤ positions[b, s] of scale · q · k, times v; query head h reads group h // (H/G).
-    Rows of k and v behind the last position are not read.
+    Rows of k and v behind the last position are not read. A second part of every head, q_rope [B, S, H, R] and
+    k_rope [B, T, G, R] or, shared by all heads, [B, T, 1, R], adds its product to the first one's.
     """
+    if q_rope is not None and k_rope is not None:
+        q, k = torch.cat([q, q_rope], -1), torch.cat([k, k_rope.expand(-1, -1, k.shape[2], -1)], -1)
     length, value_width = int(positions.max()) + 1, v.shape[3]
     k, v = k[:, :length], v[:, :length]
     # torch's fused kernels want one head width for keys and values; zero columns change no score and no sum.

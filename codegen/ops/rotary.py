@@ -1,4 +1,4 @@
-"""Rotary position embedding, of whole heads and of their last columns."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
@@ -27,33 +27,3 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         first, second = wide.chunk(2, -1)
         rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
     return rotated.to(x.dtype)
-
-
-def _joined(
-    first: Tensor,
-    second: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
-) -> Tensor:
-    return first.new_empty((*first.shape[:-1], first.shape[-1] + second.shape[-1]))
-
-
-@composite(
-    "join_heads(Tensor first, Tensor second, Tensor? cos=None, Tensor? sin=None, bool interleaved=False) -> Tensor",
-    _joined,
-)
-def join_heads(
-    first: Tensor,
-    second: Tensor,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
-) -> Tensor:
-    """first [B, S, H, P], second [B, S, H, R], cos and sin [B, S, F] → [B, S, H, P+R].
-
-    The second part is rotated as `rotary` does where the angles are given. Its heads may be one row, expanded.
-    """
-    if cos is not None and sin is not None:
-        second = rotary(second, cos, sin, interleaved)
-    return torch.cat((first, second), -1).contiguous()

@@ -33,7 +33,6 @@ def operands(op, dtype=torch.bfloat16):
         "add_rms_norm": (tensor(*tokens, HIDDEN), tensor(*tokens, HIDDEN), tensor(HIDDEN), 1e-6),
         "swiglu": (tensor(*tokens, 2 * WIDTH),),
         "rotary": (tensor(*tokens, HEADS, ROPE), half, half, True),
-        "join_heads": (tensor(*tokens, HEADS, RANK), tensor(*tokens, HEADS, ROPE), half, half, True),
         "write_cache_": (tensor(*tokens, RANK + ROPE), tensor(RANK), half, half, positions, *cache, 1e-6, False),
         "mla_attention": (
             tensor(*tokens, HEADS, RANK),

@@ -46,16 +46,6 @@ def test_swiglu_and_rotary():
     assert_near(*both("rotary", normal(2, 9, 128, 192)[..., 128:], angle.cos(), angle.sin(), True))
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_joined_heads(interleaved):
-    angle = normal(2, 9, 32, dtype=torch.float32)
-    queries = normal(2, 9, 128, 192)
-    first, second = queries.split([128, 64], -1)
-    assert_near(*both("join_heads", first, second, angle.cos(), angle.sin(), interleaved))
-    keys, row = normal(2, 9, 16, 256)[..., :128], normal(2, 9, 64)
-    assert_near(*both("join_heads", keys, row.unsqueeze(2).expand(-1, -1, 16, -1)))
-
-
 def test_cache_write():
     angle = normal(3, 1, 32, dtype=torch.float32)
     positions = torch.tensor([[5], [0], [63]], device="cuda")
@@ -121,6 +111,43 @@ def test_attention(queries, heads, groups, widths):
     q, k, v = normal(2, queries, heads, widths[0]), normal(2, 600, groups, widths[0]), normal(2, 600, groups, widths[1])
     positions = torch.tensor([[0], [600 - queries]], device="cuda") + torch.arange(queries, device="cuda")
     assert_near(*both("attention", q, k, v, positions, 0.07))
+
+
+def test_attention_over_parts_of_projections():
+    arguments = prompt(2, 517, 600, 6, 2, (128, 64, 128), BF16)
+    assert_near(*both("attention", *arguments))
+
+
+def prompt(batch, queries, context, heads, groups, widths, dtype):
+    """Arguments of attention in parts: keys and values of one projection, a rope key that all heads share."""
+    width, rope, value_width = widths
+    q, q_rope = normal(batch, queries, heads, width + rope, dtype=dtype).split([width, rope], -1)
+    k, v = normal(batch, context, groups, width + value_width, dtype=dtype).split([width, value_width], -1)
+    first = torch.randint(context - queries + 1, (batch, 1), device="cuda")
+    first[-1] = context - queries
+    positions = first + torch.arange(queries, device="cuda")
+    return q, k, v, positions, 0.07, q_rope.contiguous(), normal(batch, context, 1, rope, dtype=dtype)
+
+
+# One query, ragged ends of tiles, a context before, positions in any order; 4 heads share keys; both dtypes.
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("widths", [(128, 64, 128), (64, 32, 64), (128, 0, 128)])
+@pytest.mark.parametrize(
+    "batch, queries, context, heads, groups, shuffled",
+    [(1, 1, 1, 1, 1, False), (2, 130, 515, 16, 16, False), (2, 515, 515, 8, 2, True), (1, 2048, 2048, 16, 16, False)],
+)
+def test_attention_on_hopper(batch, queries, context, heads, groups, shuffled, widths, dtype):
+    q, k, v, positions, scale, *rope = prompt(batch, queries, context, heads, groups, widths, dtype)
+    if shuffled:
+        positions = positions[:, torch.randperm(queries)]
+    hidden = torch.arange(context, device="cuda") > positions.amax(1, keepdim=True)
+    inputs = [q, k.clone(), v.clone(), positions, scale, *(rope if widths[1] else ())]
+    for one in (inputs[1], inputs[2]):
+        one[hidden] = math.nan
+    launcher = importlib.import_module("codegen.kernels.sm_90.attention").attention
+    wide = [x.float().nan_to_num() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for x in inputs]
+    assert_near(launcher(*inputs), torch.ops.dsv3.attention(*wide), 4e-3)
 
 
 @pytest.mark.parametrize("tokens", [1, 1000])

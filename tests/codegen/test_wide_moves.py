@@ -16,11 +16,8 @@ from tests.codegen.calls import compiled
 
 BF16 = torch.bfloat16
 ANGLE = TensorSpec(("B", "S", 32), torch.float32)
-# Parts of a projection of 3648 columns, with 16 heads of 128 + 64 in front; keys of 128 + 128, and one row for all.
-FIRST = TensorSpec(("B", "S", 16, 128), BF16, ("S*3648", 3648, 192, 1))
-SECOND = TensorSpec(("B", "S", 16, 64), BF16, ("S*3648", 3648, 192, 1))
-KEYS = TensorSpec(("B", "T", 16, 128), BF16, ("T*4096", 4096, 256, 1))
-SHARED = TensorSpec(("B", "T", 16, 64), BF16, ("T*64", 64, 0, 1))
+# The last columns of 16 heads of 128 + 64, in a projection of 3648 columns.
+ROPE = TensorSpec(("B", "S", 16, 64), BF16, ("S*3648", 3648, 192, 1))
 
 
 def widths(op, operands, tmp_path, on):
@@ -38,19 +35,9 @@ def widths(op, operands, tmp_path, on):
 
 
 @pytest.mark.parametrize("on", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize(
-    ("op", "operands"),
-    [
-        ("join_heads", (FIRST, SECOND, ANGLE, ANGLE, True)),
-        ("join_heads", (KEYS, SHARED)),
-        ("rotary", (SECOND, ANGLE, ANGLE, True)),
-    ],
-    ids=["queries", "keys", "rotary"],
-)
-def test_neighbours_move_together(op, operands, tmp_path, on):
-    assert widths(op, operands, tmp_path, on) == {128}
+def test_neighbours_move_together(tmp_path, on):
+    assert widths("rotary", (ROPE, ANGLE, ANGLE, True), tmp_path, on) == {128}
 
 
-@pytest.mark.parametrize("op, operands", [("join_heads", (FIRST, SECOND)), ("rotary", (SECOND,))])
-def test_halves_are_wide_as_well(op, operands, tmp_path):
-    assert min(widths(op, (*operands, ANGLE, ANGLE, False), tmp_path, "sm_90")) >= 64
+def test_halves_are_wide_as_well(tmp_path):
+    assert min(widths("rotary", (ROPE, ANGLE, ANGLE, False), tmp_path, "sm_90")) >= 64

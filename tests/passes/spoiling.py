@@ -98,8 +98,6 @@ def _left_out(node: fx.Node) -> Iterator[tuple[str, Change]]:
         first = node.args[0]
         if isinstance(first, fx.Node) and _alike(_value(first), _value(node)):
             yield f"left out but for {first.name}", lambda graph, n: n.replace_all_uses_with(n.args[0])
-    if is_call(node, dsv3.join_heads) and len(node.args) > 2:
-        yield "rotation left out", lambda graph, n: setattr(n, "args", n.args[:2])
     if node.target is operator.getitem and is_call(node.args[0], dsv3.add_rms_norm):
         yield "residual or norm left out", lambda graph, n: n.replace_all_uses_with(n.args[0].args[0])
 

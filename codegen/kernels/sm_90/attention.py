@@ -1,143 +1,97 @@
-"""Prefill attention on Hopper: cuDNN's kernel for a fresh prompt, which is faster than a plain one, else the plain one.
-
-Where as many queries as keys come in, every key was written by one of the queries: the prompt is fresh, and the mask is
-the causal one as long as the positions are 0, 1, 2, … That is a fact of the device, so it is not asked for: blocks of
-queries at other positions are computed again afterwards.
-"""
+"""Prefill attention on Hopper: which calls the kernel of prefill_attention serves, and its launch."""
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from codegen.kernels.attention import BLOCK_S, BLOCK_T, NUM_STAGES, NUM_WARPS, attention_kernel
-from codegen.kernels.layout import packed
+from codegen.kernels.attention import in_parts
+from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, KEYS, STAGES, TILE_ROWS, prefill_attention_kernel
 
-# What cuDNN's kernel was seen to serve.
-WIDEST_KEY = 192
-WIDEST_VALUE = 128
-
-
-@triton.jit
-def attention_elsewhere_kernel(
-    q,
-    k,
-    v,
-    positions,
-    out,
-    queries,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    k_stride_b,
-    k_stride_t,
-    k_stride_g,
-    v_stride_b,
-    v_stride_t,
-    v_stride_g,
-    SCALE: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    A: tl.constexpr,
-    V: tl.constexpr,
-    MAIN: tl.constexpr,
-    REST: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    FRESH: tl.constexpr,
-):
-    """The plain kernel; of a fresh prompt only for blocks whose queries are not at positions 0, 1, 2, …"""
-    row = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    place = tl.program_id(2).to(tl.int64) * queries + row
-    elsewhere = tl.load(positions + place, mask=row < queries, other=0) != tl.where(row < queries, row, 0)
-    if not FRESH or tl.max(elsewhere.to(tl.int32)) > 0:
-        attention_kernel(
-            q,
-            k,
-            v,
-            positions,
-            out,
-            queries,
-            q_stride_b,
-            q_stride_s,
-            q_stride_h,
-            k_stride_b,
-            k_stride_t,
-            k_stride_g,
-            v_stride_b,
-            v_stride_t,
-            v_stride_g,
-            SCALE,
-            H,
-            G,
-            A,
-            V,
-            MAIN,
-            REST,
-            BLOCK_S,
-            BLOCK_T,
-            BLOCK_V,
-        )
+# Keys and values of the heads that run side by side should stay in the cache before memory: 40 MB was the fastest.
+CACHED_BYTES = 40 << 20
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> str | None:
+def serves(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+) -> str | None:
     """Why this form does not serve a call, or None."""
+    q, k, q_rope, k_rope = in_parts(q, k, q_rope, k_rope)
     if q.dtype not in (torch.bfloat16, torch.float16):
         return "neither bfloat16 nor float16"
-    if q.shape[2] != k.shape[2]:
-        return "heads share keys"
-    if q.shape[3] % 64 or q.shape[3] > WIDEST_KEY or v.shape[3] % 64 or v.shape[3] > WIDEST_VALUE:
-        return f"widths are not multiples of 64 up to {WIDEST_KEY} and {WIDEST_VALUE}"
+    if q.shape[3] not in (64, 128) or (q_rope is not None and q_rope.shape[3] not in (32, 64)):
+        return "heads are not 64 or 128 wide, alone or beside a part of 32 or 64"
+    if v.shape[3] not in (64, 128):
+        return "values are not 64 or 128 wide"
+    if scale <= 0:
+        return "scale is not positive"
     return None
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
-    """cuDNN's causal attention of [B, S, H, ·], or None where torch has no cuDNN that does it."""
-    try:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *heads_first, None, False, is_causal=True, scale=scale
-        )[0]
-    except RuntimeError:
-        return None
-    return out.transpose(1, 2).contiguous()
+def boxes(x: Tensor, height: int) -> TensorDescriptor:
+    """x [B, N, H, W] for the copy engine, in boxes of so many rows of one head; zeros behind its edges."""
+    unit = 16 // x.element_size()
+    distances = [1, *(stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)]
+    if x.stride(3) != 1 or x.storage_offset() % unit or any(one % unit for one in distances[1:]) or 0 in distances:
+        x = x.contiguous()
+    # The stride of a size of one may be any number, which the engine would not take.
+    strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
+    box = [1, height, 1, x.shape[3]]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """q [B, S, H, A], k [B, T, H, A], v [B, T, H, V], positions [B, S] int64 → [B, S, H, V]."""
-    q, k, v = packed(q), packed(k), packed(v)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: float,
+    q_rope: Tensor | None = None,
+    k_rope: Tensor | None = None,
+) -> Tensor:
+    """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] int64 → [B, S, H, V]; optionally more columns
+    q_rope [B, S, H, R] and k_rope [B, T, G or 1, R]."""
+    q, k, q_rope, k_rope = in_parts(q, k, q_rope, k_rope)
     batch, queries, heads, width = q.shape
-    value_width = v.shape[3]
-    out = causal(q, k, v, scale) if 1 < queries == k.shape[1] else None
-    fresh = out is not None
-    if out is None:
-        out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
-    main = 1 << (width.bit_length() - 1)
-    attention_elsewhere_kernel[(triton.cdiv(queries, BLOCK_S), heads, batch)](
-        q,
-        k,
-        v,
+    rope = 0 if q_rope is None else q_rope.shape[3]
+    row_tiles, lines = triton.cdiv(queries, TILE_ROWS), batch * heads
+    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
+    read = k.shape[1] * (k.shape[2] * (width + rope + v.shape[3])) * batch * k.element_size()
+    keys, queries_read = boxes(k, KEYS), boxes(q, GROUP_ROWS)
+    prefill_attention_kernel[(row_tiles * lines,)](
+        queries_read,
+        queries_read if q_rope is None else boxes(q_rope, GROUP_ROWS),
+        keys,
+        keys if k_rope is None else boxes(k_rope, KEYS),
+        boxes(v, KEYS),
         positions.contiguous(),
         out,
         queries,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        SCALE=scale,
-        H=heads,
-        G=heads,
-        A=width,
-        V=value_width,
-        MAIN=main,
-        REST=width - main,
-        BLOCK_S=BLOCK_S,
-        BLOCK_T=BLOCK_T,
-        BLOCK_V=triton.next_power_of_2(value_width),
-        FRESH=fresh,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        row_tiles,
+        heads,
+        lines,
+        triton.cdiv(lines, triton.cdiv(read, CACHED_BYTES)),
+        LOG2_SCALE=scale * 1.4426950408889634,  # scores in units of log 2
+        KEYS=KEYS,
+        WIDTH=width,
+        ROPE=rope,
+        V=v.shape[3],
+        K_SHARE=heads // k.shape[2],
+        ROPE_SHARE=1 if k_rope is None else heads // k_rope.shape[2],
+        V_SHARE=heads // v.shape[2],
+        STAGES=STAGES,
+        num_warps=4,
+        maxnreg=168,
+        launch_pdl=True,
     )
     return out

@@ -25,3 +25,15 @@ def test_values_that_are_columns_of_a_wider_tensor():
     q, positions = torch.randn(2, 4, 3, 6), torch.arange(4).repeat(2, 1)
     arguments = (q, kv[..., :6], kv[..., 6:], positions, 0.4)
     torch.testing.assert_close(attention(*arguments), torch.ops.dsv3.attention(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("heads, groups, rows, widths", [(3, 3, 1, (24, 12)), (6, 2, 2, (16, 16)), (4, 4, 1, (7, 40))])
+def test_a_second_part_of_every_head(heads, groups, rows, widths, dtype):
+    (width, rope), context = widths, 70
+    q, q_rope = torch.randn(2, 9, heads, width + rope).to(dtype).split([width, rope], -1)
+    k, k_rope = torch.randn(2, context, groups, width).to(dtype), torch.randn(2, context, rows, rope).to(dtype)
+    v, positions = torch.randn(2, context, groups, 5).to(dtype), torch.tensor([[0], [61]]) + torch.arange(9)
+    arguments = (q, k, v, positions, 0.3, q_rope, k_rope)
+    expected = torch.ops.dsv3.attention(*arguments)
+    torch.testing.assert_close(attention(*arguments), expected, atol=2e-3, rtol=2e-3)

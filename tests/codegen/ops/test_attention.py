@@ -40,6 +40,17 @@ def test_attention_is_grouped_softmax_attention(key_width, value_width, plain):
     torch.testing.assert_close(torch.ops.dsv3.attention(q, k, v, positions, 0.3), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_second_part_of_every_head_adds_its_product(rows):
+    q, q_rope = torch.randn(2, 5, 6, 11, dtype=torch.float64).split([7, 4], -1)
+    k, v = torch.randn(2, 9, 3, 12, dtype=torch.float64).split([7, 5], -1)
+    k_rope, positions = torch.randn(2, 9, rows, 4, dtype=torch.float64), torch.tensor([[4], [0]]) + torch.arange(5)
+    wide_k, wide_v, wide_rope = (x.repeat_interleave(6 // x.shape[2], 2) for x in (k, v, k_rope))
+    scores = torch.einsum("bsha,btha->bsht", q, wide_k) + torch.einsum("bsha,btha->bsht", q_rope, wide_rope)
+    expected = torch.einsum("bsht,bthv->bshv", causal_softmax(0.3 * scores, positions), wide_v)
+    torch.testing.assert_close(torch.ops.dsv3.attention(q, k, v, positions, 0.3, q_rope, k_rope), expected)
+
+
 def test_rows_behind_the_last_position_are_not_read():
     latent, rope_key = torch.full((2, 64, 8), math.nan), torch.full((2, 64, 4), math.nan)
     latent[:, :3], rope_key[:, :3] = torch.randn(2, 3, 8), torch.randn(2, 3, 4)

@@ -24,10 +24,9 @@ class EveryOp(nn.Module):
         dsv3.write_cache_(kv, weight[:16], cos, sin, positions, latent, rope_key, 1e-6, True)
         q = dsv3.hold(normed).unflatten(-1, (4, -1))
         q_rope = dsv3.rotary(q[..., :8], cos, sin, True)
-        joined = dsv3.join_heads(q, q[..., :8], cos, sin, False)
         absorbed = dsv3.mla_attention(q[..., :16], q_rope, latent, rope_key, positions, 0.2)
         keys = normed.unflatten(-1, (2, -1))
-        expanded = dsv3.attention(q[..., :12], keys[..., :12], keys, positions, 0.3)
+        expanded = dsv3.attention(q[..., :12], keys[..., :12], keys, positions, 0.3, q_rope, keys[:, :, :1, 12:20])
         tokens = normed.flatten(0, 1)
         logits = tokens @ w_router
         indices, weights = dsv3.route(logits, bias, "sigmoid", 3, 4, 2, "top2", -math.inf, True, 1e-20, 2.5)
@@ -41,7 +40,7 @@ class EveryOp(nn.Module):
         per_head = dsv3.head_linear(q, gate_up[:4, :, :16])
         inputs = normed, kv, gate_up[:4, :8, :16], weight[:16], cos, sin, positions, latent, rope_key, 1e-6, False
         inputs = *dsv3.attention_inputs(*inputs), *dsv3.attention_inputs_(*inputs)
-        return pure_latent, joined, absorbed, expanded, fused, steps, product, pair, scores, per_head, *inputs
+        return pure_latent, absorbed, expanded, fused, steps, product, pair, scores, per_head, *inputs
 
 
 def draw(batch, queries, context, dtype=torch.float32):
@@ -138,6 +137,12 @@ def test_attention_is_counted_as_the_products_it_runs_up_to_the_last_position(re
     same_flops(reference, (*map(torch.randn, shapes), positions, 0.2))
 
 
+def test_both_parts_of_the_heads_are_counted():
+    q, k, v = torch.randn(2, 3, 4, 7), torch.randn(2, 5, 2, 7), torch.randn(2, 5, 2, 12)
+    positions, rope = torch.tensor([[0, 1, 2], [2, 3, 4]]), (torch.randn(2, 3, 4, 5), torch.randn(2, 5, 1, 5))
+    same_flops(ops.attention.attention, (q, k, v, positions, 0.2, *rope))
+
+
 def test_experts_are_counted_as_the_products_of_the_chosen_pairs():
     x, indices = torch.randn(6, 64), torch.stack([torch.randperm(8)[:3] for _ in range(6)])
     gate_up, down = torch.randn(8, 32, 64), torch.randn(8, 64, 16)
@@ -175,7 +180,6 @@ def layout_cases():
         yield "linear_pair", (rows, square, square[:3])
         for interleaved in (True, False):
             yield "rotary", (rows, cos, cos, interleaved)
-            yield "join_heads", (x.to(rows.dtype)[..., :6], rows, cos, cos, interleaved)
             caches = (torch.randn(3, 9, 12, dtype=rows.dtype), torch.randn(3, 9, 4, dtype=rows.dtype))
             angles, positions = (cos[..., :2], cos[..., 2:4]), torch.arange(5).repeat(3, 1)
             steps = weight[:12], *angles, positions, *caches, 1e-6, interleaved

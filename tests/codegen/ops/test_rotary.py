@@ -1,6 +1,5 @@
-"""rotary and join_heads: both pairings, against the published vector and against complex multiplication."""
+"""rotary: both pairings, against the published vector and against complex multiplication."""
 
-import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
@@ -29,20 +28,3 @@ def by_complex_numbers(x, angle, interleaved):
     turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle).unsqueeze(2)
     found = torch.view_as_real(turned)
     return (found if interleaved else found.mT).flatten(-2)
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_heads_are_joined_with_what_is_rotated(interleaved):
-    first, second, angle = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 1, 6), torch.randn(2, 3, 3)
-    expected = torch.cat([first, by_complex_numbers(second, angle, interleaved).expand(-1, -1, 5, -1)], -1)
-    shared = second.expand(-1, -1, 5, -1)
-    torch.testing.assert_close(dsv3.join_heads(first, shared, angle.cos(), angle.sin(), interleaved), expected)
-    torch.testing.assert_close(dsv3.join_heads(first, shared), torch.cat([first, shared], -1))
-
-
-def test_what_is_joined_in_sixteen_bits_is_rounded_once():
-    first, second, angle = torch.randn(2, 3, 5, 7).half(), torch.randn(2, 3, 5, 6).half(), torch.randn(2, 3, 3)
-    found = dsv3.join_heads(first, second, angle.cos(), angle.sin(), True)
-    expected = by_complex_numbers(second.float(), angle, True).half()
-    assert found.dtype == torch.float16 and torch.equal(found[..., :7], first)
-    torch.testing.assert_close(found[..., 7:], expected)

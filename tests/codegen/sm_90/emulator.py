@@ -9,6 +9,7 @@ or as a barrier that nobody completes.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 import types
@@ -66,6 +67,13 @@ class Shared:
     def slice(self, start, length, dim=0):
         return Shared(self.tensor.narrow(dim, start, length))
 
+    def _reinterpret(self, dtype, shape, layout):
+        return Shared(self.tensor.view(dtype).view(shape))
+
+    @property
+    def dtype(self):
+        return self.tensor.dtype
+
     def load(self, layout):
         return self.tensor.clone()
 
@@ -115,16 +123,15 @@ class Descriptor:
     """What a kernel sees of a host-side tensor descriptor."""
 
     def __init__(self, descriptor):
-        self.rows, self.layout, self.dtype = descriptor.base, None, descriptor.base.dtype
-        height, width = descriptor.block_shape
-        nbytes = height * width * self.dtype.itemsize
-        self.block_type = SimpleNamespace(shape=[height, width], nbytes=nbytes)
+        self.base, self.layout, self.dtype = descriptor.base, None, descriptor.base.dtype
+        shape = list(descriptor.block_shape)
+        self.block_type = SimpleNamespace(shape=shape, nbytes=math.prod(shape) * self.dtype.itemsize)
 
-    def box(self, row, column):
-        """A box of the matrix, with zeros behind its edges."""
+    def box(self, *where):
+        """A box of the tensor, with zeros behind its edges."""
         box = torch.zeros(self.block_type.shape, dtype=self.dtype)
-        part = self.rows[int(row) : int(row) + box.shape[0], int(column) : int(column) + box.shape[1]]
-        box[: part.shape[0], : part.shape[1]] = part
+        part = self.base[tuple(slice(int(at), int(at) + size) for at, size in zip(where, box.shape, strict=True))]
+        box[tuple(map(slice, part.shape))] = part
         return box
 
 
@@ -240,12 +247,13 @@ gl = SimpleNamespace(
     arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
-    to_tensor=lambda x: x,
+    to_tensor=lambda x: Number(x) if isinstance(x, int) else x,
     where=_where,
     maximum=_pair(torch.maximum),
     minimum=_pair(torch.minimum),
     exp=torch.exp,
     exp2=lambda x: _scalar(torch.exp2(torch.as_tensor(x, dtype=torch.float32))),
+    min=lambda x, axis: _scalar(x.amin(axis)),
     sum=lambda x, axis: _scalar(x.sum(axis)),
     max=lambda x, axis: _scalar(x.amax(axis)),
     associative_scan=_scan,
@@ -262,12 +270,14 @@ gl = SimpleNamespace(
     BlockedLayout=_anything,
     DistributedLinearLayout=_anything,
     SliceLayout=_anything,
+    DotOperandLayout=_anything,
     SwizzledSharedLayout=_anything,
     NVMMADistributedLayout=_anything,
     NVMMASharedLayout=SimpleNamespace(get_default_for=_anything),
 )
 STAND_INS = {
     "gl": gl,
+    "tl": SimpleNamespace(debug_barrier=_anything),
     "mbarrier": SimpleNamespace(
         MBarrierLayout=BarrierLayout,
         init=lambda barrier, count: barrier.begin(count),

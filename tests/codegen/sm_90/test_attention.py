@@ -1,14 +1,10 @@
-"""MLA decode on Hopper: the kernels' logic in the emulator, their machine code made without a GPU."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Attention on Hopper: the kernels' logic in the emulator, their machine code made without a GPU."""
 
 import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.kernels.sm_90 import attention as prefill
 from codegen.kernels.sm_90 import mla_attention as hopper
 from codegen.record import TensorSpec
 from codegen.targets import target
@@ -172,28 +168,87 @@ def test_other_calls_get_the_plain_form(operands):
     assert choose("mla_attention", call("B", "S", 16, 512, 64, "T"), SM_90).parent.name == "sm_90"
 
 
-def test_prefill_agrees_in_the_interpreter():
-    check = Path(__file__).parent / "check_prefill.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(check)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def prompt(batch, queries, context, heads, groups, widths):
+    """Arguments of attention over one or two parts, keys and values of one projection, one rope key for all heads."""
+    width, rope, value_width = widths
+
+    def normal(*shape):
+        return torch.randn(*shape).to(BF16)
+
+    q, q_rope = normal(batch, queries, heads, width + rope).split([width, rope], -1)
+    k, v = normal(batch, context, groups, width + value_width).split([width, value_width], -1)
+    rest = (q_rope.contiguous(), normal(batch, context, 1, rope)) if rope else ()
+    return q, k, v, (torch.arange(queries) + context - queries).repeat(batch, 1), 0.1, *rest
 
 
-def test_prefill_is_emitted_with_the_plain_kernel_behind_it():
-    operands = (
-        TensorSpec(("B", "S", 16, 192), BF16),
-        TensorSpec(("B", "T", 16, 192), BF16),
-        TensorSpec(("B", "T", 16, 128), BF16),
+def agrees(arguments):
+    wide = [x.float().nan_to_num() if getattr(x, "dtype", None) == BF16 else x for x in arguments]
+    expected = torch.ops.dsv3.attention(*wide)
+    with emulated(4):
+        found = prefill.attention(*arguments)
+    return ((found.float() - expected).norm() / expected.norm()).item() < TOLERANCE
+
+
+# One query; whole tiles; ends inside of tiles; a context before; heads that share keys and a rope key; more lines than
+# go together.
+@pytest.mark.parametrize(
+    "batch, queries, context, heads, groups, widths",
+    [
+        (1, 1, 1, 1, 1, (64, 0, 64)),
+        (1, 256, 256, 1, 1, (128, 64, 128)),
+        (2, 130, 300, 2, 2, (128, 32, 64)),
+        (1, 65, 400, 4, 2, (64, 64, 128)),
+    ],
+)
+def test_prefill_agrees(batch, queries, context, heads, groups, widths, monkeypatch):
+    monkeypatch.setattr(prefill, "CACHED_BYTES", 1 << 16)
+    assert agrees(prompt(batch, queries, context, heads, groups, widths))
+
+
+def test_queries_at_any_positions_do_not_see_what_lies_behind():
+    q, k, v, _, scale, *rope = prompt(2, 140, 300, 2, 2, (128, 64, 128))
+    positions = torch.stack([torch.randperm(210)[:140], torch.full((140,), 5)])
+    hidden = torch.arange(300) > positions.amax(1, keepdim=True)
+    k, v = k.clone(), v.clone()
+    k[hidden], v[hidden] = torch.nan, torch.nan
+    assert agrees((q, k, v, positions, scale, *rope))
+
+
+def test_a_joined_head_of_two_powers_of_two_is_cut():
+    q, k = torch.randn(1, 70, 2, 192).to(BF16), torch.randn(1, 70, 1, 192).to(BF16).expand(-1, -1, 2, -1)
+    assert agrees((q, k, torch.randn(1, 70, 2, 64).to(BF16), torch.arange(70)[None], 0.1))
+
+
+def prefill_call(widths, groups=16, dtype=BF16):
+    width, rope, value_width = widths
+    return (
+        TensorSpec(("B", "S", 16, width), dtype, ("S*3072", 3072, 192, 1)),
+        TensorSpec(("B", "T", groups, width), dtype),
+        TensorSpec(("B", "T", groups, value_width), dtype),
         TensorSpec(("B", "S"), torch.int64),
         0.07,
+        *((TensorSpec(("B", "S", 16, rope), dtype), TensorSpec(("B", "T", 1, rope), dtype)) if rope else ()),
     )
-    kernel = compiled("attention", operands, SM_90)
-    assert "_scaled_dot_product_cudnn_attention" in kernel.source
-    assert {binary["constants"]["FRESH"] for binary in kernel.metadata["binaries"]} == {"True", "False"}
-    grouped = (operands[0], TensorSpec(("B", "T", 4, 192), BF16), TensorSpec(("B", "T", 4, 128), BF16), *operands[3:])
-    assert choose("attention", grouped, SM_90).parent.name == "kernels"
+
+
+@pytest.mark.parametrize("widths, groups", [((128, 64, 128), 16), ((192, 0, 128), 16), ((128, 0, 128), 4)])
+def test_prefill_fits_the_chip_without_spilling(widths, groups):
+    (binary,) = compiled("attention", prefill_call(widths, groups), SM_90).metadata["binaries"]
+    assert binary["kernel"] == "prefill_attention_kernel" and binary["stack_bytes"] == 0
+    assert binary["shared_bytes"] <= SM_90.shared_memory
+
+
+@pytest.mark.parametrize(
+    "operands",
+    [
+        prefill_call((128, 64, 128), dtype=torch.float32),
+        prefill_call((256, 0, 128)),
+        prefill_call((128, 16, 128)),
+        prefill_call((64, 0, 96)),
+        (*prefill_call((64, 0, 64))[:4], -0.07),
+    ],
+    ids=["float32", "width 256", "rope 16", "values 96", "negative scale"],
+)
+def test_other_prompts_get_the_plain_form(operands):
+    assert choose("attention", operands, SM_90).parent.name == "kernels"
+    assert choose("attention", prefill_call((128, 64, 128)), SM_90).parent.name == "sm_90"
