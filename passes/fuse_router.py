@@ -20,7 +20,10 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 @dataclass(frozen=True)
 class FuseRouter(FuseLaunches):
     """n = rms_norm(x, w, ε)                        n, z = norm_router(x, w, ε, W)
-       z = float(n) · Wᵀ                      →
+       z = float(n) · float(W)ᵀ               →
+
+       n, s = add_rms_norm(x, r, w, ε)              z = linear(n, W, exact)
+       z = float(n) · float(W)ᵀ               →
 
     Where others read the norm as well: a norm that only products read is better folded into their weights, or left to
     a launch of its own.
@@ -32,7 +35,8 @@ class FuseRouter(FuseLaunches):
         if not is_call(node, aten.linear, dsv3.linear):
             return ""
         norm, views = regrouped_from(uncast(node.args[0]))
-        if not is_call(norm, dsv3.rms_norm):
+        summed = is_call(norm, operator.getitem) and norm.args[1] == 0 and is_call(norm.args[0], dsv3.add_rms_norm)
+        if not is_call(norm, dsv3.rms_norm) and not (summed and is_call(node, aten.linear)):
             return ""
         if all(is_call(reader, aten.linear, dsv3.linear, dsv3.linear_pair) for reader in readers(norm, views)):
             return ""
@@ -42,16 +46,19 @@ class FuseRouter(FuseLaunches):
             return f"{node.name} has a bias"
         if is_call(node, dsv3.linear) and any(one is not None for one in node.args[2:4]):
             return f"{node.name} is more than a product"
-        if not all(map(weights_only, (norm.args[1], node.args[1]))):
+        if not weights_only(node.args[1]) or not (summed or weights_only(norm.args[1])):
             return f"{node.name} is no product with a weight"
         return None
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         norm, views = regrouped_from(uncast(node.args[0]))
-        bring_before(norm, node.args[1])
+        weight = uncast(node.args[1])
+        if not is_call(norm, dsv3.rms_norm):
+            return after_sum(graph, node, weight)
+        bring_before(norm, weight)
         bring_before(norm, norm.args[1])
         with graph.inserting_before(norm):
-            both = call(graph, dsv3.norm_router.default, *norm.args, node.args[1], like=node)
+            both = call(graph, dsv3.norm_router.default, *norm.args, weight, like=node)
             normed, logits = (call(graph, operator.getitem, both, i, like=node) for i in (0, 1))
         with graph.inserting_before(node):
             regrouped = regroup_like(graph, logits, views)
@@ -62,6 +69,16 @@ class FuseRouter(FuseLaunches):
                 erase_dead(graph, dead)
         where = source_line(both)
         return f"{node.name} → {both.name}" + (f" ({where})" if where else "")
+
+
+def after_sum(graph: fx.Graph, node: fx.Node, weight: fx.Node) -> str:
+    """The product alone, of the numbers before their cast: the norm stays with the sum that it is of."""
+    with graph.inserting_before(node):
+        product = call(graph, dsv3.linear.default, uncast(node.args[0]), weight, None, None, True, like=node)
+    node.replace_all_uses_with(product)
+    erase_dead(graph, node)
+    where = source_line(product)
+    return f"{node.name} → {product.name}" + (f" ({where})" if where else "")
 
 
 def readers(norm: fx.Node, views: list[fx.Node]) -> list[fx.Node]:

@@ -22,7 +22,8 @@ D, E = 6, 5
 def test_layers_of_the_family(layer, phase):
     graph = layer_before("fuse-router", LAYERS[layer], phase)
     assert len(apply(FuseRouter(), graph, phase).matches) == 1
-    assert count(graph, aten._to_copy) == 1  # of the router's weight, which is done once
+    assert count(graph, aten._to_copy) == 0  # the kernel reads the router's weight as it is
+    assert count(graph, dsv3.norm_router) == (phase == "decode")
 
 
 def test_a_dense_layer_has_no_router():
@@ -39,8 +40,15 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.empty(E)) if twist == "bias" else None
 
     def forward(self, x):
-        normed = dsv3.rms_norm(x, self.norm, 1e-6)
+        if self.twist in ("sum", "rounded sum"):
+            normed, total = dsv3.add_rms_norm(x, x.relu(), self.norm, 1e-6)
+        else:
+            normed, total = dsv3.rms_norm(x, self.norm, 1e-6), x
         rows = normed.flatten(0, 1)
+        if self.twist == "rounded sum":
+            return F.linear(rows, self.weight.to(rows.dtype)), rows.relu(), total
+        if self.twist == "sum":
+            return F.linear(rows.float(), self.weight), rows.relu(), total
         if self.twist == "rounded":
             return F.linear(rows, self.weight.to(rows.dtype)), rows.relu()
         if self.twist == "residual":
@@ -57,6 +65,13 @@ def test_a_router_behind_a_view_that_others_read_the_norm_through_or_not(twist):
     assert len(apply(FuseRouter(), graph).matches) == 1
 
 
+def test_behind_a_sum_the_product_alone_becomes_exact():
+    graph = module_graph(Router("sum"), tensor("x", "B", "S", D, dtype=torch.float16))
+    assert len(apply(FuseRouter(), graph).matches) == 1
+    assert count(graph, dsv3.linear) == 1 and count(graph, aten.linear, aten._to_copy) == 0
+    assert not apply(FuseRouter(), graph).matches
+
+
 def test_a_target_without_the_kernel_keeps_two_steps():
     graph = module_graph(Router(), tensor("x", "B", "S", D, dtype=torch.float16))
     outcome = apply(FuseRouter(), graph, on="gfx942")
@@ -68,6 +83,7 @@ def test_a_target_without_the_kernel_keeps_two_steps():
     [
         ("bias", "has a bias"),
         ("rounded", "is rounded to torch.float16"),
+        ("rounded sum", "is rounded to torch.float16"),
         ("residual", "is more than a product"),
         ("alone", ""),
     ],

@@ -16,6 +16,7 @@ from codegen.kernels.sm_90.skinny_linear import skinny_linear, why_not_skinny
 SKINNY_ROWS = 16
 # Rows that take other paths or tiles: a single one, more up to SKINNY_ROWS, many.
 TRIED_SIZES = (1, 13, 4099)
+SPLIT_ROWS = 1024  # beyond this, cutting a weight into bfloat16 numbers costs less than the product gains
 
 
 @triton.jit
@@ -56,6 +57,26 @@ def aligned(rows: Tensor) -> Tensor:
     return rows.contiguous() if rows.storage_offset() % unit or rows.stride(0) % unit else rows
 
 
+def exact_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [N, D] · weight [E, D]ᵀ → [N, E] in float32.
+
+    Products of 16-bit numbers are exact in float32, so the matrix units, which sum in it, lose nothing. A float32
+    weight has 24 bits, as many as three bfloat16 numbers; with many rows of that dtype three products on the matrix
+    units are faster than one of float32 numbers off them.
+    """
+    if rows.is_cuda and rows.dtype == weight.dtype and rows.element_size() == 2:
+        return torch.mm(rows, weight.T, out_dtype=torch.float32)
+    weight = weight.to(torch.float32)
+    if rows.dtype != torch.bfloat16 or rows.shape[0] <= SPLIT_ROWS:
+        return F.linear(rows.to(torch.float32), weight)
+    high = weight.to(torch.bfloat16)
+    rest = weight - high.to(torch.float32)
+    middle = rest.to(torch.bfloat16)
+    low = (rest - middle.to(torch.float32)).to(torch.bfloat16)
+    parts = torch.mm(rows, torch.cat([low, middle, high]).T, out_dtype=torch.float32)
+    return parts.view(rows.shape[0], 3, weight.shape[0]).sum(1)
+
+
 def linear(
     x: Tensor, weight: Tensor, eps: float | None = None, residual: Tensor | None = None, exact: bool = False
 ) -> Tensor:
@@ -68,7 +89,7 @@ def linear(
     if eps is not None:
         rows = unit_norm(rows, eps)
     if exact:
-        rows, weight = rows.to(torch.float32), weight.to(torch.float32)
-        added = None if added is None else added.to(torch.float32)
+        out = exact_product(rows, weight)
+        return (out if added is None else out + added).view(shape)
     out = F.linear(rows, weight) if added is None else torch.addmm(added, rows, weight.T)
     return out.view(shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,13 +10,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.layout import as_rows
 from codegen.kernels.rms_norm import rms_norm
+from codegen.kernels.sm_90.linear import exact_product
 
 BLOCK_E = 2
 BLOCK_D = 1024
 NUM_WARPS = 4
 # Every token reads the router's weight again, from the second-level cache; beyond this a product of its own pays.
 MOST_TOKENS = 16
-SPLIT_TOKENS = 1024  # beyond this, cutting the weight into bfloat16 numbers costs less than the product gains
 
 
 @triton.jit
@@ -62,22 +61,6 @@ def norm_router_kernel(
     tl.store(logits + token * E + expert, tl.sum(total, 1), mask=expert < E)
 
 
-def exact_product(normed: Tensor, weight: Tensor) -> Tensor:
-    """normed [N, D] times float32 weight [E, D] → [N, E] in float32.
-
-    A float32 weight has 24 bits, as many as three bfloat16 numbers; with many tokens of that dtype, three products on
-    the matrix units, summed in float32, are faster than one of float32 numbers off them, and no less exact.
-    """
-    if normed.dtype != torch.bfloat16 or normed.shape[0] <= SPLIT_TOKENS:
-        return F.linear(normed.to(torch.float32), weight)
-    high = weight.to(torch.bfloat16)
-    rest = weight - high.to(torch.float32)
-    middle = rest.to(torch.bfloat16)
-    low = (rest - middle.to(torch.float32)).to(torch.bfloat16)
-    parts = torch.mm(normed, torch.cat([low, middle, high]).T, out_dtype=torch.float32)
-    return parts.view(normed.shape[0], 3, weight.shape[0]).sum(1)
-
-
 def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Kernel of the op `norm_router`: x [.., D], norm_weight [D], weight [E, D] → (rms_norm(x) [.., D] in the dtype of
     x, its product with weight [.., E] in fp32)."""
@@ -86,7 +69,7 @@ def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> t
     tokens = rows.shape[0]
     if tokens > MOST_TOKENS:
         normed = rms_norm(rows, norm_weight, eps)
-        logits = exact_product(normed, weight.to(torch.float32))
+        logits = exact_product(normed, weight)
     else:
         rows = rows.contiguous()
         normed = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
