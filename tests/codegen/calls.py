@@ -112,7 +112,6 @@ OPS = (
     "add_rms_norm",
     "swiglu",
     "rotary",
-    "join_heads",
     "write_cache_",
     "mla_attention",
     "attention",

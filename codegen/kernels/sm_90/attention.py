@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from codegen.kernels.attention import in_parts
+from codegen.kernels.sm_90.boxes import box_layout
 from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, KEYS, STAGES, TILE_ROWS, prefill_attention_kernel
 
 # Keys and values of the heads that run side by side should stay in the cache before memory: 40 MB was the fastest.
@@ -40,14 +40,13 @@ def serves(
 def boxes(x: Tensor, height: int) -> TensorDescriptor:
     """x [B, N, H, W] for the copy engine, in boxes of so many rows of one head; zeros behind its edges."""
     unit = 16 // x.element_size()
-    distances = [1, *(stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1)]
-    if x.stride(3) != 1 or x.storage_offset() % unit or any(one % unit for one in distances[1:]) or 0 in distances:
-        x = x.contiguous()
     # The stride of a size of one may be any number, which the engine would not take.
     strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
-    box = [1, height, 1, x.shape[3]]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    if x.stride(3) != 1 or x.storage_offset() % unit or any(one % unit or not one for one in strides):
+        x = x.contiguous()
+        strides = list(x.stride()[:3])
+    box = (1, height, 1, x.shape[3])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(box), box_layout(box, x.dtype))
 
 
 def attention(

@@ -20,9 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.sm_90.boxes import in_boxes
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 
 
@@ -320,21 +320,14 @@ def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pai
     experts, expert_rows, depth = weight.shape
     swiglu = pair_weights is None
     width = expert_rows // 2 if swiglu else expert_rows
-    weight_box, x_box = [tile.outputs, tile.depth], [tile.rows, tile.depth]
-    more_box = [tile.more_rows or tile.rows, tile.depth]
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     output_tiles = triton.cdiv(width, tile.outputs)
     programs = min(processors * tile.programs_per_sm, plan.tiles.shape[1] * output_tiles)
     product_kernel[(programs,)](
-        TensorDescriptor.from_tensor(
-            weight.view(experts * expert_rows, depth),
-            weight_box,
-            gl.NVMMASharedLayout.get_default_for(weight_box, dtype),
-        ),
-        TensorDescriptor.from_tensor(x, x_box, gl.NVMMASharedLayout.get_default_for(x_box, dtype)),
-        TensorDescriptor.from_tensor(x, more_box, gl.NVMMASharedLayout.get_default_for(more_box, dtype)),
+        in_boxes(weight.view(experts * expert_rows, depth), tile.outputs, tile.depth),
+        in_boxes(x, tile.rows, tile.depth),
+        in_boxes(x, tile.more_rows or tile.rows, tile.depth),
         out,
         plan.order,
         out if pair_weights is None else pair_weights,

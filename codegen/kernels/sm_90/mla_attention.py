@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from codegen.kernels.sm_90.boxes import in_boxes
 from codegen.kernels.sm_90.mla_decode import mla_decode_narrow
 from codegen.kernels.sm_90.mla_decode_wide import mla_decode_wide
 from codegen.kernels.sm_90.mla_merge import mla_merge
@@ -94,12 +93,6 @@ def cache_view(x: Tensor) -> tuple[Tensor, int]:
     return x.as_strided((rows, x.shape[2]), (x.stride(1), 1)), step
 
 
-def boxes(rows: Tensor, height: int, width: int) -> TensorDescriptor:
-    """A description of a matrix for the copy engine, in boxes of height × width; zeros behind its edges."""
-    layout = gl.NVMMASharedLayout.get_default_for([height, width], gl.bfloat16)
-    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), [height, width], layout)
-
-
 def mla_attention(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float
 ) -> Tensor:
@@ -154,10 +147,10 @@ def decode(
     # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
     padded = 1 if requests == 1 else max(32, triton.next_power_of_2(requests))
     arguments = (
-        boxes(row_view(q_latent), form.rows, form.width),
-        boxes(row_view(q_rope), form.rows, rope),
-        boxes(latent_rows, TILE, form.width),
-        boxes(rope_rows, TILE, rope),
+        in_boxes(row_view(q_latent), form.rows, form.width),
+        in_boxes(row_view(q_rope), form.rows, rope),
+        in_boxes(latent_rows, TILE, form.width),
+        in_boxes(rope_rows, TILE, rope),
         positions,
         positions if table is None else table,
         out,

@@ -28,9 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.sm_90.boxes import in_boxes
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, signal
 
@@ -287,19 +287,15 @@ def prefill_products(plan: ExpertPlan, gate_up: Tensor, down: Tensor, pair_weigh
     experts, rows, depth = gate_up.shape
     width, inner = down.shape[1:]
     pairs, device = plan.order.shape[0], gate_up.device
-    weight_box, x_box = [128, BLOCK_D], [GROUP_ROWS, BLOCK_D]
-    dtype = getattr(gl, str(gate_up.dtype).removeprefix("torch."))
-    weight_layout = gl.NVMMASharedLayout.get_default_for(weight_box, dtype)
-    x_layout = gl.NVMMASharedLayout.get_default_for(x_box, dtype)
     hidden = torch.empty((pairs, inner), dtype=gate_up.dtype, device=device)
     out = torch.empty((pairs, width), dtype=gate_up.dtype, device=device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     prefill_products_kernel[(processors,)](
-        TensorDescriptor.from_tensor(gate_up.view(experts * rows, depth), weight_box, weight_layout),
-        TensorDescriptor.from_tensor(plan.gathered, x_box, x_layout),
-        TensorDescriptor.from_tensor(plan.tokens, x_box, x_layout),
-        TensorDescriptor.from_tensor(down.view(experts * width, inner), weight_box, weight_layout),
-        TensorDescriptor.from_tensor(hidden, x_box, x_layout),
+        in_boxes(gate_up.view(experts * rows, depth), 128, BLOCK_D),
+        in_boxes(plan.gathered, GROUP_ROWS, BLOCK_D),
+        in_boxes(plan.tokens, GROUP_ROWS, BLOCK_D),
+        in_boxes(down.view(experts * width, inner), 128, BLOCK_D),
+        in_boxes(hidden, GROUP_ROWS, BLOCK_D),
         hidden,
         out,
         plan.order,

@@ -15,6 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.sm_90.boxes import in_boxes
+
 ROWS = 8  # of a weight, in a tile: few, so that all multiprocessors get about as many
 COLUMNS = 512  # of a weight, in a step
 RING_BYTES = 48 * 1024
@@ -295,10 +297,7 @@ def single_down_kernel(
 
 def _row_tiles(weight: Tensor) -> TensorDescriptor:
     """The stacked weights [E, O, D] as one matrix, in tiles of rows."""
-    box, dtype = [ROWS, COLUMNS], getattr(gl, str(weight.dtype).removeprefix("torch."))
-    return TensorDescriptor.from_tensor(
-        weight.view(-1, weight.shape[2]), box, gl.NVMMASharedLayout.get_default_for(box, dtype)
-    )
+    return in_boxes(weight.view(-1, weight.shape[2]), ROWS, COLUMNS)
 
 
 def single_token_swiglu(

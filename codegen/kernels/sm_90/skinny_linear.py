@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.sm_90.boxes import box_layout
+
 BLOCK_D = 64
 MOST_ROWS = 64
 RING_BYTES = 100 * 1024  # two programs share a multiprocessor
@@ -215,8 +217,7 @@ def skinny_linear_kernel(
 def _boxes(x: Tensor, slices: int, box: list[int]) -> TensorDescriptor:
     """A descriptor of x [rows, D] as [rows, slices, D/slices], in boxes."""
     rows, depth = x.shape
-    dtype = getattr(gl, str(x.dtype).removeprefix("torch."))
-    layout = gl.NVMMASharedLayout.get_default_for(box, dtype)
+    layout = box_layout(tuple(box), x.dtype)
     return TensorDescriptor(x, [rows, slices, depth // slices], [x.stride(0), depth // slices, 1], box, layout)
 
 
