@@ -1,4 +1,4 @@
-"""Decode steps that are recorded once and replayed: buffers whose addresses stay, and CUDA graphs over them."""
+"""Steps that are recorded once and replayed: buffers whose addresses stay, and CUDA graphs over them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 WARM_UPS = 2  # calls before the recording: kernels are compiled and libraries choose their algorithms in them
 MOST_IDLE = 4  # slots kept although no cache uses them
+MOST_PROMPTS = 8  # sizes of prompts whose memory and recording are kept
+MOST_SEEN = 64  # sizes of prompts that are remembered
+SHORTEST_UNIT = 16  # positions
 
 Layer = tuple[Tensor, ...]
 
@@ -81,3 +84,41 @@ class Slots:
     def give_back(self, slot: Slot) -> None:
         self.idle.append(slot)
         del self.idle[:-MOST_IDLE]
+
+
+@dataclass(eq=False)
+class Prompt:
+    """The memory of prompts of one size, and the prefill recorded on it, once there is one.
+
+    ids and positions [B, S] int64; layers: per layer, the cached tensors [B, S, ...].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    layers: list[Layer]
+    recording: Recording | None = None
+
+
+@dataclass
+class Prompts:
+    """Sizes (B, S) of prompts that have come, the last one last. Those that came again have memory: the last few, so
+    that it stays bounded."""
+
+    seen: dict[tuple[int, int], Prompt | None] = field(default_factory=dict)
+
+    def again(self, sizes: tuple[int, int], make: Callable[[int, int], Prompt]) -> Prompt | None:
+        """The memory of a size, made when it comes for the second time; None when it comes for the first."""
+        known = sizes in self.seen
+        prompt = self.seen.pop(sizes, None)
+        self.seen[sizes] = make(*sizes) if known and prompt is None else prompt
+        for old in list(self.seen)[:-MOST_SEEN]:
+            del self.seen[old]
+        for old in [one for one, memory in self.seen.items() if memory is not None][:-MOST_PROMPTS]:
+            self.seen[old] = None
+        return self.seen[sizes]
+
+
+def padded_length(length: int) -> int:
+    """The length up to which a prompt is padded, at most an eighth or 15 more, so that few sizes are to be recorded."""
+    unit = max(SHORTEST_UNIT, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // unit) * unit

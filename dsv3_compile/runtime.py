@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from codegen.targets import target
 from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
 from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
-from dsv3_compile.recording import CudaRecorder, Layer, Recorder, Slot, Slots
+from dsv3_compile.recording import CudaRecorder, Layer, Prompt, Prompts, Recorder, Slot, Slots, padded_length
 from dsv3_compile.sampling import Sampler
 
 LOGGER = logging.getLogger(__name__)
 
 SMALLEST_CAPACITY = 256  # positions
+# Prompts of more tokens, all rows together, keep a GPU busy for longer than the host takes to call its kernels.
+MOST_RECORDED_TOKENS = 4096
 
 
 @dataclass
@@ -94,7 +97,7 @@ class Model:
             for phase, entry in phases.items()
         }
         self.record: Recorder | None = CudaRecorder() if self.device.type == "cuda" else None
-        self.slots = Slots()
+        self.slots, self.prompts = Slots(), Prompts()
         tensors = {
             name: tensor for shard in artifact.listed("weights") for name, tensor in _tensors(shard, self.device)
         }
@@ -104,7 +107,8 @@ class Model:
         """Run prompts from an empty context.
 
         input_ids: int64 [B, S], padded on the right with any valid id. lengths: the true length of each row,
-        S where omitted. Returns float32 logits [B, S, V], undefined behind a row's end, and the cache.
+        S where omitted. Returns float32 logits [B, S, V], undefined behind a row's end, and the cache. On a GPU
+        short prompts are padded further, to sizes that come often; from the second time on such a size is replayed.
         Raises ValueError for ids, sizes or lengths that do not fit the model.
         """
         x, cache = self._prefill_trunk(input_ids, lengths)
@@ -177,18 +181,45 @@ class Model:
         if queries > self.max_length:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
         lengths = _checked_lengths(lengths, batch, queries)
-        positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
-        empty = [
+        if self.record is not None and batch * queries <= MOST_RECORDED_TOKENS:
+            padded = min(padded_length(queries), self._capacity(queries))
+            x, layers = self._prefilled_again(self.record, pad(input_ids, (0, padded - queries)))
+            x = x[:, :queries]
+        else:
+            x, layers = self._prefilled(self._empty_prompt(batch, queries), input_ids)
+        cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
+        self._resize(cache, self._capacity(min(queries + room, self.max_length)))
+        return x, cache
+
+    def _empty_prompt(self, batch: int, queries: int) -> Prompt:
+        layers = [
             tuple(
                 torch.zeros(batch, queries, *port.shape[2:], dtype=getattr(torch, port.dtype), device=self.device)
                 for port in self.graphs[step.block, "prefill"].caches()
             )
             for step in self._layer_steps()
         ]
-        x, layers = self._layers("prefill", input_ids, positions, empty)
-        cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
-        self._resize(cache, self._capacity(min(queries + room, self.max_length)))
-        return x, cache
+        positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
+        return Prompt(torch.zeros_like(positions), positions, layers)
+
+    def _prefilled(self, prompt: Prompt, ids: Tensor) -> tuple[Tensor, list[Layer]]:
+        return self._layers("prefill", ids, prompt.positions, prompt.layers)
+
+    def _prefilled_again(self, record: Recorder, ids: Tensor) -> tuple[Tensor, list[Layer]]:
+        """The same as a replay if prompts of this size have come before; it lasts until the next one."""
+        prompt = self.prompts.again((ids.shape[0], ids.shape[1]), self._empty_prompt)
+        if prompt is None:
+            return self._prefilled(self._empty_prompt(*ids.shape), ids)
+        prompt.ids.copy_(ids)
+        if prompt.recording is None:
+            prompt.recording = record(partial(self._prefilled_in_place, prompt))
+        prompt.recording.replay()
+        return prompt.recording.output, prompt.layers
+
+    def _prefilled_in_place(self, prompt: Prompt) -> Tensor:
+        x, written = self._prefilled(prompt, prompt.ids)
+        _keep(prompt.layers, written)
+        return x
 
     def _step(self, next_ids: Tensor, cache: Cache) -> Tensor:
         """One decode step on checked input: the logits; the cache is updated."""
@@ -218,10 +249,7 @@ class Model:
 
     def _decoded_in_place(self, next_ids: Tensor, lengths: Tensor, layers: list[Layer]) -> Tensor:
         logits, written = self._decoded(next_ids, lengths, layers)
-        for old, new in zip(layers, written, strict=True):
-            for here, there in zip(old, new, strict=True):
-                if here.data_ptr() != there.data_ptr():  # graphs that were not lowered return new caches
-                    here.copy_(there)
+        _keep(layers, written)
         return logits
 
     def _layers(
@@ -307,6 +335,14 @@ def _tensors(shard: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         for name in file.keys():  # noqa: SIM118  not a dictionary
             # Copied to aligned memory: in the mapped file, rounding would depend on where a tensor happens to lie.
             yield name, file.get_tensor(name).to(device, copy=True)
+
+
+def _keep(layers: list[Layer], written: list[Layer]) -> None:
+    """Let caches stay where they are: graphs that were not lowered return new ones."""
+    for old, new in zip(layers, written, strict=True):
+        for here, there in zip(old, new, strict=True):
+            if here.data_ptr() != there.data_ptr():
+                here.copy_(there)
 
 
 def _larger(layers: list[Layer], capacity: int) -> list[Layer]:

@@ -1,4 +1,4 @@
-"""Decode steps recorded once and replayed, with a recorder that needs no GPU."""
+"""Prompts and decode steps recorded once and replayed, with a recorder that needs no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dsv3_compile.recording as recording
 import dsv3_compile.runtime as runtime
-from dsv3_compile.recording import Recording, Slot, Slots
+from dsv3_compile.recording import Prompts, Recording, Slot, Slots, padded_length
 from dsv3_compile.runtime import Model, load
 from tests.dsv3_compile import tiny
 
@@ -76,9 +76,61 @@ def test_the_next_prompt_of_the_same_size_replays_what_was_recorded(model: Model
     for seed in range(3):
         prompts = torch.randint(tiny.TINY.vocab_size, (2, 3), generator=torch.Generator().manual_seed(seed))
         assert torch.equal(model.generate(prompts, 5, eos=[]), plain.generate(prompts, 5, eos=[]))
-    assert model.record.recorded == 1
+    assert (model.record.recorded, model.record.replayed) == (
+        2,
+        2 + 3 * 4,
+    )  # the prompt, from the second on, and the step
     model.generate(prompts[:1], 5, eos=[])
-    assert model.record.recorded == 2
+    assert model.record.recorded == 3
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 6, 9])
+def test_prompts_that_are_padded_and_replayed_give_the_same(model: Model, plain: Model, length: int) -> None:
+    for seed in range(3):
+        drawn = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(tiny.TINY.vocab_size, (2, length), generator=drawn)
+        found, cache = model.prefill(prompts)
+        expected, other = plain.prefill(prompts)
+        torch.testing.assert_close(found, expected)
+        assert found.shape == expected.shape and torch.equal(cache.lengths, other.lengths)
+        for here, there in zip(cache.layers, other.layers, strict=True):
+            for one, rows in zip(here, there, strict=True):
+                torch.testing.assert_close(one[:, :length], rows[:, :length])
+    assert model.record.replayed == 2  # the first one only told the size
+
+
+def test_long_prompts_are_neither_padded_nor_recorded(model: Model, plain: Model, monkeypatch) -> None:
+    monkeypatch.setattr(runtime, "MOST_RECORDED_TOKENS", 5)
+    prompts = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    for _ in range(3):
+        torch.testing.assert_close(model.prefill(prompts)[0], plain.prefill(prompts)[0])
+    assert model.record.recorded == 0
+
+
+def test_the_memory_of_prompts_is_bounded() -> None:
+    prompts, made = Prompts(), []
+
+    def make(batch: int, length: int) -> object:
+        made.append(length)
+        return object()
+
+    for length in range(1, recording.MOST_PROMPTS + 3):
+        assert prompts.again((1, length), make) is None
+        assert prompts.again((1, length), make) is prompts.again((1, length), make)
+    assert made == list(range(1, recording.MOST_PROMPTS + 3))
+    assert sum(one is not None for one in prompts.seen.values()) == recording.MOST_PROMPTS
+    prompts.again((1, 1), make)  # its memory was given up, its size is known
+    assert made[-1] == 1
+    for length in range(100, 101 + recording.MOST_SEEN):
+        prompts.again((1, length), make)
+    assert len(prompts.seen) == recording.MOST_SEEN and prompts.again((1, 1), make) is None
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 250, 256, 257, 2049, 4096])
+def test_padding_costs_an_eighth_at_most(length: int) -> None:
+    padded = padded_length(length)
+    assert 0 <= padded - length <= max(15, length // 8)
+    assert padded_length(padded) == padded
 
 
 def test_two_caches_at_a_time_do_not_share_memory(model: Model, plain: Model) -> None:
@@ -90,7 +142,7 @@ def test_two_caches_at_a_time_do_not_share_memory(model: Model, plain: Model) ->
     expected = [plain.decode(token, cache)[0] for cache in others for _ in range(2)]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-    assert model.record.recorded == 4  # each at capacities 4 and 8
+    assert model.record.recorded == 5  # steps of each at capacities 4 and 8, and the second prompt
 
 
 def test_logits_that_were_handed_out_stay(model: Model) -> None:
