@@ -19,6 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from codegen.build import EXTENSIONS
+from codegen.direct import DirectLaunches
 from codegen.record import ALIGNMENT
 
 LOGGER = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ def use_stored(module: ModuleType, metadata: Mapping[str, Any], folder: Path) ->
     for name, own in _entries(module, metadata).items():
         kernel = getattr(module, name)
         kernel.device_caches = defaultdict(_binder(kernel, own, folder))
+        if all(entry["file"].endswith(".cubin") for entry in own):
+            kernel.run = DirectLaunches(kernel)
 
 
 def _entries(module: ModuleType, metadata: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

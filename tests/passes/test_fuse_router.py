@@ -69,6 +69,8 @@ def test_behind_a_sum_the_product_alone_becomes_exact():
     graph = module_graph(Router("sum"), tensor("x", "B", "S", D, dtype=torch.float16))
     assert len(apply(FuseRouter(), graph).matches) == 1
     assert count(graph, dsv3.linear) == 1 and count(graph, aten.linear, aten._to_copy) == 0
+    (product,) = (node for node in graph.graph.nodes if node.target is dsv3.linear.default)
+    assert product.args[4] is True and product.meta["val"].dtype == torch.float32
     assert not apply(FuseRouter(), graph).matches
 
 
