@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from passes.base import placeholders
 
 FUNCTION = "run"
+END = (1 << 63) - 1  # of an axis, as export writes it
 LARGEST_CONSTANT = 4096  # elements; larger tensors are weights and have no place in source text
 WIDTH = 110
 COMMENT_COLUMN = 72
@@ -39,6 +40,22 @@ OPERATORS = {
     operator.ge: ">=",
 }
 """Arithmetic on sizes."""
+
+aten = torch.ops.aten
+METHODS = {
+    aten.expand.default: "expand",
+    aten.flatten.using_ints: "flatten",
+    aten.permute.default: "permute",
+    aten.reshape.default: "reshape",
+    aten.select.int: "select",
+    aten.split_with_sizes.default: "split_with_sizes",
+    aten.transpose.int: "transpose",
+    aten.unbind.int: "unbind",
+    aten.unflatten.int: "unflatten",
+    aten.unsqueeze.default: "unsqueeze",
+    aten.view.default: "view",
+}
+"""Views that a tensor has as methods: shorter to read than the operator, and faster to call."""
 
 UNSAID = {"pin_memory": False}
 """Keyword arguments that export writes out although they are the default."""
@@ -165,9 +182,22 @@ def _expression(node: fx.Node, callees: Mapping[str, str]) -> str:
         return f"{_argument(node.args[0])}[{_argument(node.args[1])}]"
     if target in OPERATORS and len(node.args) == 2:
         return f"{_argument(node.args[0])} {OPERATORS[target]} {_argument(node.args[1])}"
+    if target is aten.sym_size.int:
+        return f"{_argument(node.args[0])}.shape[{node.args[1]}]"
+    if target is aten.slice.Tensor and not node.kwargs:
+        return _slice(*node.args)
     arguments = [_argument(a) for a in node.args]
+    if target in METHODS and not node.kwargs:
+        return f"{arguments[0]}.{METHODS[target]}({', '.join(arguments[1:])})"
     arguments += [f"{k}={_keyword(k, v, node.graph)}" for k, v in node.kwargs.items() if UNSAID.get(k, ...) != v]
     return f"{callees.get(node.name) or _callee(node)}({', '.join(arguments)})"
+
+
+def _slice(x: fx.Node, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> str:
+    axis = dim % len(x.meta["val"].shape)
+    begin = "" if start in (None, 0) else _argument(start)
+    end = "" if stop is None or (isinstance(stop, int) and stop == END) else _argument(stop)
+    return f"{x.name}[{':, ' * axis}{begin}:{end}{'' if step == 1 else f':{step}'}]"
 
 
 def _keyword(name: str, value: Any, graph: fx.Graph) -> str:

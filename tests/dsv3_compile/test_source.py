@@ -47,6 +47,14 @@ def test_sizes_are_named_by_the_legend(tmp_path: Path) -> None:
     assert "[2*B, S]" in text
 
 
+def test_views_are_written_as_python(tmp_path: Path) -> None:
+    module = captured(lambda x: x.unsqueeze(-1).expand(-1, -1, 4)[..., 1::2] + x.shape[1])
+    text = graph_source(module, "Views.")
+    assert all(part in text for part in (".unsqueeze(-1)", "[:, :, 1::2]", ".expand([-1, -1, 4])", "x_BS.shape[1]"))
+    x = torch.randn(2, 5)
+    assert torch.equal(reloaded(module, tmp_path)(x)[0], module(x)[0])
+
+
 def test_infinities_survive(tmp_path: Path) -> None:
     module = captured(lambda x: x.masked_fill(x > 0, float("-inf")))
     found = reloaded(module, tmp_path)(torch.tensor([[1.0, -2.0]]))
