@@ -24,6 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.boxes import in_boxes
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
+from codegen.kernels.sm_90.rings import advance, make_barriers
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,7 @@ def _load(
                     more_desc, [row + ROWS, step * BLOCK_D], full.index(slot), more_smem.index(slot), pred=many
                 )
             count += 1
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -163,10 +161,7 @@ def _accumulate(
             first, second, first_more, second_more, PARTS * (2 if MANY else 1), PARTS, MANY
         )
         mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = advance(slot, phase, STAGES)
     first, second, first_more, second_more = _settle(first, second, first_more, second_more, 0, PARTS, MANY)
     mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
     return first, second, first_more, second_more, slot, phase
@@ -284,11 +279,7 @@ def product_kernel(
     more_smem = x_smem
     if MORE_ROWS > 0:
         more_smem = gl.allocate_shared_memory(dtype, [STAGES, MORE_ROWS, BLOCK_D], more_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     if AFTER_PLAN:
         # The plan itself is the predecessor's output; after this the successor may rely on it.
         gdc_wait()

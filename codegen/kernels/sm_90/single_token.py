@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.kernels.sm_90.rings import advance, make_barriers
 
 ROWS = 8  # of a weight, in a tile: few, so that all multiprocessors get about as many
 COLUMNS = 512  # of a weight, in a step
@@ -52,10 +53,7 @@ def _stream_row_tile(
             tma.async_copy_global_to_shared(
                 weight_desc, [row + part * PART_ROWS, step * COLUMNS], full.index(slot), smem.index(slot * PARTS + part)
             )
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            phase ^= 1
+        slot, phase = advance(slot, phase, STAGES)
     return slot, phase
 
 
@@ -126,10 +124,7 @@ def _multiply_gate_up(
             mbarrier.arrive(empty.index(slot))
             gate += one.to(gl.float32) * x[None, :]
             up += other.to(gl.float32) * x[None, :]
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
         gated = gl.sum(gate, 1)
         hidden = gated / (1.0 + gl.exp(-gated)) * gl.sum(up, 1)
         output = item % TILES * ROWS + row
@@ -155,11 +150,7 @@ def single_gate_up_kernel(
     COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
     STEPS: gl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
     smem = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * 2, ROWS, COLUMNS], weight_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     gdc_launch_dependents()
     gl.warp_specialize(
         [
@@ -242,10 +233,7 @@ def _multiply_down(
                 weight = smem.index(slot).load(layout)
                 mbarrier.arrive(empty.index(slot))
                 total += weight.to(gl.float32) * (hidden * pair_weight)[None, :]
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
+                slot, phase = advance(slot, phase, STAGES)
         out = gl.sum(total, 1)
         output = item * ROWS + row
         if ADD:
@@ -274,11 +262,7 @@ def single_down_kernel(
     COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
     STEPS: gl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     smem = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, ROWS, COLUMNS], weight_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     gdc_launch_dependents()
     gl.warp_specialize(
         [

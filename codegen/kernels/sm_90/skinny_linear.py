@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.boxes import box_layout
+from codegen.kernels.sm_90.rings import advance, make_barriers
 
 BLOCK_D = 64
 MOST_ROWS = 64
@@ -86,10 +87,7 @@ def _load_slices(
                        BLOCK_D, PAIR)  # fmt: skip
             tma.async_copy_global_to_shared(x_desc, [0, 0, step * BLOCK_D], full.index(slot), x_smem.index(slot))
             count += 1
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -137,10 +135,7 @@ def _multiply_slices(
             # One step stays in flight; the step before it has been read.
             total = warpgroup_mma_wait(1, deps=(total,))
             mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = advance(slot, phase, STAGES)
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
         if SLICES > 1:
@@ -191,11 +186,7 @@ def skinny_linear_kernel(
     OUTPUTS: gl.constexpr = 64 // SLICES
     weight_smem = gl.allocate_shared_memory(dtype, [STAGES, OUTPUTS, SLICES, BLOCK_D], weight_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, SLICES, BLOCK_D], x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     gdc_launch_dependents()
     STEP_BYTES: gl.constexpr = (64 + ROWS * SLICES) * BLOCK_D * (dtype.primitive_bitwidth // 8)
     gl.warp_specialize(
