@@ -67,7 +67,7 @@ def test_the_second_launch_of_a_kind_is_direct_and_gets_its_own_arguments(launch
         {"SCALE": 0.25},
         {"num_warps": 8},
     ],
-    ids=str,
+    ids=["half", "unaligned", "one", "odd", "large", "number", "tensor", "block", "scale", "warps"],
 )
 def test_another_kind_goes_through_triton(launches, changed):
     usual = {"x": torch.randn(64), "n": 48}
