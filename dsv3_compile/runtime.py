@@ -98,6 +98,7 @@ class Model:
         }
         self.record: Recorder | None = CudaRecorder() if self.device.type == "cuda" else None
         self.slots, self.prompts = Slots(), Prompts()
+        self.prompt_rows: list[Layer] | None = None
         tensors = {
             name: tensor for shard in artifact.listed("weights") for name, tensor in _tensors(shard, self.device)
         }
@@ -181,35 +182,47 @@ class Model:
         if queries > self.max_length:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
         lengths = _checked_lengths(lengths, batch, queries)
-        if self.record is not None and batch * queries <= MOST_RECORDED_TOKENS:
-            padded = min(padded_length(queries), self._capacity(queries))
+        padded = min(padded_length(queries), self._capacity(queries))
+        if self.record is not None and batch * padded <= MOST_RECORDED_TOKENS:
             x, layers = self._prefilled_again(self.record, pad(input_ids, (0, padded - queries)))
             x = x[:, :queries]
         else:
-            x, layers = self._prefilled(self._empty_prompt(batch, queries), input_ids)
+            x, layers = self._prefilled(self._prompt(batch, queries, self._rows(batch * queries)), input_ids)
         cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
         self._resize(cache, self._capacity(min(queries + room, self.max_length)))
         return x, cache
 
-    def _empty_prompt(self, batch: int, queries: int) -> Prompt:
-        layers = [
+    def _rows(self, count: int) -> list[Layer]:
+        """Per layer, room for so many cached positions: [count, ...]."""
+        return [
             tuple(
-                torch.zeros(batch, queries, *port.shape[2:], dtype=getattr(torch, port.dtype), device=self.device)
+                torch.zeros(count, *port.shape[2:], dtype=getattr(torch, port.dtype), device=self.device)
                 for port in self.graphs[step.block, "prefill"].caches()
             )
             for step in self._layer_steps()
         ]
+
+    def _prompt(self, batch: int, queries: int, rows: list[Layer]) -> Prompt:
+        """The memory of a prompt, whose caches are the first of these rows."""
+        layers = [tuple(one[: batch * queries].view(batch, queries, *one.shape[1:]) for one in layer) for layer in rows]
         positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
         return Prompt(torch.zeros_like(positions), positions, layers)
+
+    def _recorded_prompt(self, batch: int, queries: int) -> Prompt:
+        """All of them write the same rows, which are copied to a slot before the next prompt."""
+        if self.prompt_rows is None:
+            self.prompt_rows = self._rows(MOST_RECORDED_TOKENS)
+        return self._prompt(batch, queries, self.prompt_rows)
 
     def _prefilled(self, prompt: Prompt, ids: Tensor) -> tuple[Tensor, list[Layer]]:
         return self._layers("prefill", ids, prompt.positions, prompt.layers)
 
     def _prefilled_again(self, record: Recorder, ids: Tensor) -> tuple[Tensor, list[Layer]]:
         """The same as a replay if prompts of this size have come before; it lasts until the next one."""
-        prompt = self.prompts.again((ids.shape[0], ids.shape[1]), self._empty_prompt)
+        batch, queries = ids.shape
+        prompt = self.prompts.again((batch, queries), self._recorded_prompt)
         if prompt is None:
-            return self._prefilled(self._empty_prompt(*ids.shape), ids)
+            return self._prefilled(self._prompt(batch, queries, self._rows(batch * queries)), ids)
         prompt.ids.copy_(ids)
         if prompt.recording is None:
             prompt.recording = record(partial(self._prefilled_in_place, prompt))

@@ -99,6 +99,16 @@ def test_prompts_that_are_padded_and_replayed_give_the_same(model: Model, plain:
     assert model.record.replayed == 2  # the first one only told the size
 
 
+def test_prompts_of_all_sizes_share_the_rows_that_they_write(model: Model) -> None:
+    for length in (3, 3, 9, 9):
+        model.prefill(torch.ones(2, length, dtype=torch.int64))
+    first, second = model.prompts.seen.values()
+    assert first.ids.shape != second.ids.shape
+    assert [x.data_ptr() for layer in first.layers for x in layer] == [
+        x.data_ptr() for layer in second.layers for x in layer
+    ]
+
+
 def test_long_prompts_are_neither_padded_nor_recorded(model: Model, plain: Model, monkeypatch) -> None:
     monkeypatch.setattr(runtime, "MOST_RECORDED_TOKENS", 5)
     prompts = torch.tensor([[3, 4, 5], [6, 7, 8]])
