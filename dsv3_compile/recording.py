@@ -106,11 +106,11 @@ class Prompts:
 
     seen: dict[tuple[int, int], Prompt | None] = field(default_factory=dict)
 
-    def again(self, sizes: tuple[int, int], make: Callable[[int, int], Prompt]) -> Prompt | None:
+    def again(self, sizes: tuple[int, int], make: Callable[[], Prompt]) -> Prompt | None:
         """The memory of a size, made when it comes for the second time; None when it comes for the first."""
         known = sizes in self.seen
         prompt = self.seen.pop(sizes, None)
-        self.seen[sizes] = make(*sizes) if known and prompt is None else prompt
+        self.seen[sizes] = make() if known and prompt is None else prompt
         for old in list(self.seen)[:-MOST_SEEN]:
             del self.seen[old]
         for old in [one for one, memory in self.seen.items() if memory is not None][:-MOST_PROMPTS]:

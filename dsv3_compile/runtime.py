@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,6 @@ class Model:
         }
         self.record: Recorder | None = CudaRecorder() if self.device.type == "cuda" else None
         self.slots, self.prompts = Slots(), Prompts()
-        self.prompt_rows: list[Layer] | None = None
         tensors = {
             name: tensor for shard in artifact.listed("weights") for name, tensor in _tensors(shard, self.device)
         }
@@ -187,7 +186,7 @@ class Model:
             x, layers = self._prefilled_again(self.record, pad(input_ids, (0, padded - queries)))
             x = x[:, :queries]
         else:
-            x, layers = self._prefilled(self._prompt(batch, queries, self._rows(batch * queries)), input_ids)
+            x, layers = self._prefilled(self._prompt(input_ids, self._rows(batch * queries)))
         cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
         self._resize(cache, self._capacity(min(queries + room, self.max_length)))
         return x, cache
@@ -202,27 +201,27 @@ class Model:
             for step in self._layer_steps()
         ]
 
-    def _prompt(self, batch: int, queries: int, rows: list[Layer]) -> Prompt:
+    @cached_property
+    def _recorded_rows(self) -> list[Layer]:
+        """What all recorded prompts write: it is copied to a slot before the next one."""
+        return self._rows(MOST_RECORDED_TOKENS)
+
+    def _prompt(self, ids: Tensor, rows: list[Layer]) -> Prompt:
         """The memory of a prompt, whose caches are the first of these rows."""
+        batch, queries = ids.shape
         layers = [tuple(one[: batch * queries].view(batch, queries, *one.shape[1:]) for one in layer) for layer in rows]
         positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
-        return Prompt(torch.zeros_like(positions), positions, layers)
+        return Prompt(ids, positions, layers)
 
-    def _recorded_prompt(self, batch: int, queries: int) -> Prompt:
-        """All of them write the same rows, which are copied to a slot before the next prompt."""
-        if self.prompt_rows is None:
-            self.prompt_rows = self._rows(MOST_RECORDED_TOKENS)
-        return self._prompt(batch, queries, self.prompt_rows)
-
-    def _prefilled(self, prompt: Prompt, ids: Tensor) -> tuple[Tensor, list[Layer]]:
-        return self._layers("prefill", ids, prompt.positions, prompt.layers)
+    def _prefilled(self, prompt: Prompt) -> tuple[Tensor, list[Layer]]:
+        return self._layers("prefill", prompt.ids, prompt.positions, prompt.layers)
 
     def _prefilled_again(self, record: Recorder, ids: Tensor) -> tuple[Tensor, list[Layer]]:
         """The same as a replay if prompts of this size have come before; it lasts until the next one."""
         batch, queries = ids.shape
-        prompt = self.prompts.again((batch, queries), self._recorded_prompt)
+        prompt = self.prompts.again((batch, queries), lambda: self._prompt(ids.clone(), self._recorded_rows))
         if prompt is None:
-            return self._prefilled(self._prompt(batch, queries, self._rows(batch * queries)), ids)
+            return self._prefilled(self._prompt(ids, self._rows(batch * queries)))
         prompt.ids.copy_(ids)
         if prompt.recording is None:
             prompt.recording = record(partial(self._prefilled_in_place, prompt))
@@ -230,7 +229,7 @@ class Model:
         return prompt.recording.output, prompt.layers
 
     def _prefilled_in_place(self, prompt: Prompt) -> Tensor:
-        x, written = self._prefilled(prompt, prompt.ids)
+        x, written = self._prefilled(prompt)
         _keep(prompt.layers, written)
         return x
 

@@ -19,6 +19,8 @@ from torch import Tensor, fx
 
 from passes.base import placeholders
 
+aten = torch.ops.aten
+
 FUNCTION = "run"
 END = (1 << 63) - 1  # of an axis, as export writes it
 LARGEST_CONSTANT = 4096  # elements; larger tensors are weights and have no place in source text
@@ -41,7 +43,6 @@ OPERATORS = {
 }
 """Arithmetic on sizes."""
 
-aten = torch.ops.aten
 METHODS = {
     aten.expand.default: "expand",
     aten.flatten.using_ints: "flatten",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +11,7 @@ from torch import fx
 
 from passes.base import Context, call, is_call, shape_of, source_line
 from passes.fuse_norm import is_residual_sum
-from passes.launches import FEW_ROWS, FuseLaunches, only_reader, regroup, regrouped_from
+from passes.launches import FuseLaunches, has_many_rows, only_reader, regroup, regrouped_from
 from passes.nodes import dtype_of, erase_dead, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -52,10 +51,9 @@ class FuseResidual(FuseLaunches):
         product = first_that_fits(node).product
         if not is_call(node, dsv3.add_rms_norm) or not is_call(product, aten.linear):
             return None
-        rows = math.prod(shape_of(product)[:-1])
-        if context.phase == "prefill" or (isinstance(rows, int) and rows > FEW_ROWS):
-            return f"{product.name} has many rows, and {node.name} reads the residual anyway"
-        return None
+        if not has_many_rows(shape_of(product)[:-1], context):
+            return None
+        return f"{product.name} has many rows, and {node.name} reads the residual anyway"
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         one = first_that_fits(node)

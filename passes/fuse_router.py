@@ -13,6 +13,7 @@ from codegen.ops.registry import compute_dtype
 from passes.base import call, is_call, source_line
 from passes.launches import FuseLaunches, regroup_like, regrouped_from
 from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only
+from passes.stream_products import streamed
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -52,9 +53,9 @@ class FuseRouter(FuseLaunches):
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         norm, views = regrouped_from(uncast(node.args[0]))
-        weight = uncast(node.args[1])
         if not is_call(norm, dsv3.rms_norm):
-            return after_sum(graph, node, weight)
+            return told(node, streamed(graph, node))
+        weight = uncast(node.args[1])
         bring_before(norm, weight)
         bring_before(norm, norm.args[1])
         with graph.inserting_before(norm):
@@ -67,18 +68,12 @@ class FuseRouter(FuseLaunches):
         for dead in (node, norm):
             if not dead._erased:
                 erase_dead(graph, dead)
-        where = source_line(both)
-        return f"{node.name} → {both.name}" + (f" ({where})" if where else "")
+        return told(node, both)
 
 
-def after_sum(graph: fx.Graph, node: fx.Node, weight: fx.Node) -> str:
-    """The product alone, of the numbers before their cast: the norm stays with the sum that it is of."""
-    with graph.inserting_before(node):
-        product = call(graph, dsv3.linear.default, uncast(node.args[0]), weight, None, None, True, like=node)
-    node.replace_all_uses_with(product)
-    erase_dead(graph, node)
-    where = source_line(product)
-    return f"{node.name} → {product.name}" + (f" ({where})" if where else "")
+def told(node: fx.Node, new: fx.Node) -> str:
+    where = source_line(new)
+    return f"{node.name} → {new.name}" + (f" ({where})" if where else "")
 
 
 def readers(norm: fx.Node, views: list[fx.Node]) -> list[fx.Node]:

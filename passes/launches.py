@@ -78,12 +78,18 @@ def runs_kernel(node: Any, target: Target) -> bool:
 def why_not_few(product: fx.Node, sizes: Sequence[Any], context: Context) -> str | None:
     """The reason why a product of so many tokens, by axis, has not few rows; '' in prefill, where that goes without
     saying; or None."""
-    if context.phase != "any":
-        return None if context.phase == "decode" else ""
+    if context.phase == "decode":
+        return None
     rows = math.prod(sizes)
-    if not isinstance(rows, int):
-        return f"nothing says that {product.name} has few rows"
-    return None if rows <= FEW_ROWS else f"{product.name} has {rows} rows; up to {FEW_ROWS} are few"
+    if has_many_rows(sizes, context):
+        return "" if context.phase == "prefill" else f"{product.name} has {rows} rows; up to {FEW_ROWS} are few"
+    return None if isinstance(rows, int) else f"nothing says that {product.name} has few rows"
+
+
+def has_many_rows(sizes: Sequence[Any], context: Context) -> bool:
+    """Is a product of so many tokens, by axis, known to have more rows than are few?"""
+    rows = math.prod(sizes)
+    return context.phase == "prefill" or (isinstance(rows, int) and rows > FEW_ROWS)
 
 
 def regrouped_from(value: Any) -> tuple[Any, list[fx.Node]]:

@@ -40,8 +40,8 @@ class SplitHeads(FuseLaunches):
             reason = why_not_two_parts(joined) or why_not_alone(joined, node)
             if reason is not None:
                 return reason
-        widths = [shape_of(part)[-1] for joined in node.args[:2] for part in joined.args[0]]
-        return None if widths[:2] == widths[2:] else f"queries are cut at {widths[0]}, keys at {widths[2]}"
+        queries, keys = ([shape_of(part)[-1] for part in joined.args[0]] for joined in node.args[:2])
+        return None if all(map(same_size, queries, keys)) else f"queries are cut at {queries[0]}, keys at {keys[0]}"
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         (q, q_rope), (k, k_rope) = (joined.args[0] for joined in node.args[:2])
@@ -78,4 +78,4 @@ def shared_row(part: fx.Node) -> fx.Node:
     others = [axis for axis in range(len(after)) if axis != HEADS]
     if len(before) != len(after) or not all(same_size(before[axis], after[axis]) for axis in others):
         return part
-    return source if before[HEADS] == 1 else part
+    return source if same_size(before[HEADS], 1) else part

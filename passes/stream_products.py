@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.base import Context, call, is_call, shape_of, source_line
 from passes.launches import FuseLaunches, why_not_few
-from passes.nodes import CASTS, bring_before, dtype_of, erase_dead, users, weights_only
+from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -82,7 +82,5 @@ def streamed_together(graph: fx.Graph, first: fx.Node, second: fx.Node) -> fx.No
 
 def factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Both factors of a product, of a float32 product behind the casts that widen them."""
-    both = node.args[:2]
-    if dtype_of(node) == torch.float32 and all(is_call(factor, *CASTS) for factor in both):
-        both = tuple(factor.args[0] for factor in both)
-    return both
+    first, second = node.args[:2]
+    return (uncast(first), uncast(second)) if dtype_of(node) == torch.float32 else (first, second)

@@ -107,7 +107,7 @@ def attention_kernel(
 
 
 def in_parts(
-    q: Tensor, k: Tensor, q_rope: Tensor | None, k_rope: Tensor | None
+    q: Tensor, k: Tensor, q_rope: Tensor | None = None, k_rope: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(q, k, q_rope, k_rope), where a single part whose width is no power of two is cut in two."""
     width = q.shape[3]

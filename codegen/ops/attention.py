@@ -53,15 +53,7 @@ def mla_attention(
     return torch.bmm(scores.softmax(-1), latent).view(q_latent.shape).to(q_latent.dtype)
 
 
-def _value_output(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    scale: float,
-    q_rope: Tensor | None = None,
-    k_rope: Tensor | None = None,
-) -> Tensor:
+def _value_output(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> Tensor:
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
 

@@ -40,6 +40,10 @@ class Heads(nn.Module):
         k_rope = row.unsqueeze(2).expand(-1, -1, H, -1)
         if twist == "own keys":
             k_rope = k[..., :R]
+        if twist == "dtype":
+            k_rope = k_rope.half()
+        if twist == "axis":
+            return dsv3.attention(torch.cat([q, q], 2), torch.cat([k, k], 2), torch.cat([v, v], 2), positions, 0.3)
         if twist == "whole keys":
             keys = kv.unflatten(-1, (H, P + V))[..., : P + R]
             return dsv3.attention(torch.cat([q, q_rope], -1), keys, v, positions, 0.3)
@@ -77,6 +81,8 @@ def test_parts_are_read_where_they_are(twist, heads):
         ("leak", "is read by output as well"),
         ("whole keys", "is not put together from parts"),
         ("three", "has 3 parts"),
+        ("dtype", "differ in dtype"),
+        ("axis", "is not over the last axis"),
         ("cut elsewhere", "queries are cut at 4, keys at 5"),
         ("whole queries", ""),
     ],

@@ -11,21 +11,14 @@ from codegen.kernels.attention import in_parts
 from codegen.kernels.sm_90.boxes import box_layout
 from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, KEYS, STAGES, TILE_ROWS, prefill_attention_kernel
 
-# Keys and values of the heads that run side by side should stay in the cache before memory: 40 MB was the fastest.
+# Keys and values of the heads that run side by side should stay in the cache before memory. With all of 128 heads side
+# by side the kernel took a fifth longer on an H200.
 CACHED_BYTES = 40 << 20
 
 
-def serves(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    scale: float,
-    q_rope: Tensor | None = None,
-    k_rope: Tensor | None = None,
-) -> str | None:
+def serves(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *rope: Tensor | None) -> str | None:
     """Why this form does not serve a call, or None."""
-    q, k, q_rope, k_rope = in_parts(q, k, q_rope, k_rope)
+    q, k, q_rope, k_rope = in_parts(q, k, *rope)
     if q.dtype not in (torch.bfloat16, torch.float16):
         return "neither bfloat16 nor float16"
     if q.shape[3] not in (64, 128) or (q_rope is not None and q_rope.shape[3] not in (32, 64)):

@@ -236,7 +236,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
-    max_tiles = max(2, min(pairs, experts + pairs // rows))
+    max_tiles = max(2, min(pairs, experts + pairs // rows))  # the row of numbers has two
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty((5, max_tiles), dtype=torch.int32, device=x.device)
     block_e = triton.next_power_of_2(experts)
