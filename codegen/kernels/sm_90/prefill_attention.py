@@ -217,7 +217,10 @@ def _attend(
             mixed, _ = warpgroup_mma_wait(0, deps=(mixed, p))
             mbarrier.arrive(v_empty.index(v_slot))
             v_slot, v_phase = advance(v_slot, v_phase, STAGES)
-    p, fade, highest, weight = _softmax(scores, highest, weight, 0, position, KEYS, LOG2_SCALE, True)
+    if unmasked > 0:
+        p, fade, highest, weight = _softmax(scores, highest, weight, 0, position, KEYS, LOG2_SCALE, False)
+    else:
+        p, fade, highest, weight = _softmax(scores, highest, weight, 0, position, KEYS, LOG2_SCALE, True)
     p, mixed = _mix(p, fade, mixed, values, v_slot, v_phase, KEYS, V)
     mixed = warpgroup_mma_wait(0, deps=[mixed])
     mixed = mixed * gl.convert_layout(1.0 / weight, gl.SliceLayout(1, out_mma))[:, None]
