@@ -27,14 +27,14 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from routes import Routes, watched
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -62,7 +62,6 @@ ROUTED = "  same experts {same} of {tokens}, weights {weights:.0e}"
 ANSWERED = "{questions} questions: {right[target]:.1%} right, on the CPU {right[cpu]:.1%}; {differ} differ"
 
 Graphs = Mapping[tuple[str, str], Graph]
-Routes = list[tuple[Tensor, Tensor]]  # indices and weights [N, K], one pair for a layer that routes
 
 
 def compiled(config: ModelConfig, target: str, folder: Path) -> tuple[Program, Graphs]:
@@ -108,24 +107,6 @@ def bound(program: Program, step: Occurrence, state: Mapping[str, Tensor]) -> di
         return state[f"{stacked[1]}.gate_up_proj"].chunk(2, 1)[stacked[2] == "up"]
 
     return {name: bind_one(node, load) for name, node in program.weights(step.block).items()}
-
-
-@contextmanager
-def watched(graph: Graph) -> Iterator[Routes]:
-    """Collects what the graph's routing chooses."""
-    found: Routes = []
-
-    def recording(route: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            found.append(route(*arguments))
-            return found[-1]
-
-        return run
-
-    names, op = graph.function.__globals__, torch.ops.dsv3.route
-    kernels = {name: recording(value) for name, value in names.items() if name.startswith("route_kernel")}
-    with mock.patch.dict(names, kernels), mock.patch.object(op, "default", recording(op.default)):
-        yield found
 
 
 @contextmanager
@@ -192,7 +173,7 @@ def layers(config: ModelConfig, target: str, device: str) -> Iterator[dict[str, 
             for phase in PHASES:
                 x, graph = batch.x[phase], graphs[step.block, phase]
                 known = {port.name: cache for port, cache in zip(graph.caches(), caches, strict=True)}
-                with watched(graph) as routes:
+                with watched([graph.function]) as routes:
                     found, *caches = graph({**weights, **batch.values[phase], **known, "x_BSD": x})
                 # What lies behind a prompt is undefined: nothing may read it.
                 caches = [F.pad(cache, (0, 0, 0, SMALLEST_CAPACITY - cache.shape[1]), value=1e3) for cache in caches]

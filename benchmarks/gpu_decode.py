@@ -11,7 +11,8 @@ to uniform. A step is embedding, every layer, head and the most likely token. Ti
 and the cached context, over the bandwidth of a copy measured in the same run. With --peer, transformers with
 a StaticCache under torch.compile in a CUDA graph runs beside it, with the faster of its grouped expert forms; compiling
 it takes half a minute a batch. `memory` is the most that was allocated, beside weights and cached context. `error`:
-every distinct block's kernels against the references of the vocabulary on the same inputs, the largest relative error.
+every distinct block's kernels against the references of the vocabulary on the same inputs and with the same experts,
+the largest relative error; `rerouted`: tokens that the references' own routers would have sent to other experts.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from routes import forced, rerouted, watched
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact, Port
@@ -112,25 +112,10 @@ class Decoder:
         return values["x_BSD"].argmax(-1).flatten()
 
     def chosen_experts(self) -> list[int]:
-        """How many experts every layer that routes needs for this batch, shared ones included; nothing on the CPU,
-        whose graphs call no kernels."""
-        found = []
-
-        def watched(route: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*arguments: Any) -> Any:
-                indices, weights = route(*arguments)
-                found.append(indices.unique().numel())
-                return indices, weights
-
-            return run
-
-        with ExitStack() as stack:
-            for function in self.functions.values():
-                names = function.__globals__
-                routes = {name: watched(value) for name, value in names.items() if name.startswith("route_kernel")}
-                stack.enter_context(mock.patch.dict(names, routes))
+        """How many experts every layer that routes needs for this batch, shared ones included."""
+        with watched(self.functions.values()) as routes:
             self.step()
-        return found
+        return [indices.unique().numel() for indices, _ in routes]
 
     def bytes_read(self, batch: int, context: int) -> float:
         """What a step must read: the weights that its tokens need once, and the cached context of every row."""
@@ -150,9 +135,11 @@ class Decoder:
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for weights in self.weights for tensor in weights.values())
 
-    def errors(self) -> dict[str, float]:
-        """Per block, how far its kernels are from the references in the same graph, on the same random inputs."""
-        found = {}
+    def errors(self) -> tuple[dict[str, float], int]:
+        """Per block, how far its kernels are from the references in the same graph, on the same random inputs; and how
+        many tokens the references would have sent to other experts: they are given the kernels' choice, since rounding
+        decides between experts whose scores are close."""
+        found, others = {}, 0
         for (block, entry), weights, cache in zip(self.steps, self.weights, self.caches, strict=True):
             if block in found:
                 continue
@@ -165,13 +152,19 @@ class Decoder:
                         if port.role == "cache"
                         else torch.randn(size, dtype=getattr(torch, port.dtype), device=self.device)
                     )
-            outputs = []
-            for run in (self.functions[block], references(self.artifact.path(entry.source))):
-                copies = [known[p.name].clone() if p.role == "cache" else known[p.name] for p in entry.inputs]
-                outputs.append(run(*copies))
-            pairs = [(one.double(), other.double()) for one, other in zip(*outputs, strict=True)]
+
+            def outputs(run: Callable[..., Any], known: dict[str, Tensor] = known, entry: Any = entry) -> Any:
+                return run(*[known[p.name].clone() if p.role == "cache" else known[p.name] for p in entry.inputs])
+
+            kernels, expected = self.functions[block], references(self.artifact.path(entry.source))
+            with watched([kernels]) as routes:
+                ours = outputs(kernels)
+            with forced([expected], routes) as own:
+                theirs = outputs(expected)
+            others += rerouted(routes, own)
+            pairs = [(one.double(), other.double()) for one, other in zip(ours, theirs, strict=True)]
             found[block] = max(float((one - other).norm() / other.norm()) for one, other in pairs)
-        return found
+        return found, others
 
 
 def references(path: Path) -> Callable[..., Any]:
@@ -349,7 +342,7 @@ def main() -> None:
         decoder = Decoder(artifact, device)
         for batch in args.batch:
             decoder.start(batch, args.context, config.vocab_size)
-            errors = decoder.errors()
+            errors, others = decoder.errors()
             floor = decoder.bytes_read(batch, args.context) / report["copy_TBps"] / 1e9
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -357,7 +350,7 @@ def main() -> None:
             run = graphed(decoder.step)
             took = milliseconds(run)
             row = {"batch": batch, "context": args.context, "ms": took, "floor_ms": floor}
-            row["errors"] = errors
+            row |= {"errors": errors, "rerouted": others}
             row["tokens_per_s"] = batch * 1e3 / took
             if device == "cuda":
                 row["memory_GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -386,7 +379,8 @@ def main() -> None:
         if "memory_GB" in row:
             line += f"  memory {row['memory_GB']:.1f} of {row['must_memory_GB']:.1f} GB"
         worst = max(row["errors"], key=row["errors"].__getitem__)
-        print(f"{line}  {row['tokens_per_s']:8.0f} tok/s  error {row['errors'][worst]:.1e} ({worst})")
+        line += f"  {row['tokens_per_s']:8.0f} tok/s  error {row['errors'][worst]:.1e} ({worst})"
+        print(f"{line}  rerouted {row['rerouted']}")
         for kernel in row.get("kernels", [])[:12]:
             print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
 
