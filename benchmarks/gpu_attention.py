@@ -26,7 +26,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_moe import ceilings, emitted, graphed, microseconds, print_table, relative_error
+from emitted import emitted, print_table, relative_error
+from timing import copy_speed, empty_launch, graphed, microseconds, product_speed, queued_microseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,7 +42,6 @@ Kernel = Callable[..., Any]
 PAGE = 64
 SCALE = 192**-0.5
 TOLERANCE = 4e-3
-SLEEP_CYCLES = 150_000
 CHECKED_REQUESTS = 3
 CHAINED_CALLS = 16
 
@@ -178,20 +178,6 @@ def flashinfer_decode(shape: Shape, inputs: Inputs) -> Kernel | None:
     return partial(wrapper.run, q_latent, q_rope, *inputs.pages(), return_lse=False)
 
 
-def queued_microseconds(run: Kernel, repeats: int = 20) -> float:
-    """A replay's time without the host's share: the GPU sleeps until all of it has been submitted."""
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(SLEEP_CYCLES)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
-
-
 def timed(run: Kernel | None) -> tuple[float, float, float]:
     """(event to event, queued, chained) in microseconds; NaN for what is not there or does not run."""
     if run is None:
@@ -260,11 +246,6 @@ def time_prefill(heads: int, length: int, machine: Target, flops: float) -> dict
     }  # fmt: skip
 
 
-@triton.jit
-def _nothing():
-    pass
-
-
 def main() -> None:
     parts = ("decode", "ragged", "paged", "odd", "prefill")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -274,8 +255,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     machine = target("sm_90")
-    bandwidth, flops = ceilings()
-    empty = graphed(lambda: _nothing[(1,)]())
+    bandwidth, flops = copy_speed(), product_speed()
+    empty = empty_launch()
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

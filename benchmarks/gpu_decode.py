@@ -21,24 +21,21 @@ import argparse
 import dataclasses
 import json
 import re
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import compiled, drawn, peer_model
 from routes import forced, rerouted, watched
+from timing import breakdown, copy_speed, graphed, milliseconds
 from torch import Tensor
 
-from dsv3_compile.artifact import Artifact, Port
+from dsv3_compile.artifact import Artifact
 from dsv3_compile.backend import dsv3
-from dsv3_compile.driver import build
 from dsv3_compile.loading import load_graph
-from dsv3_compile.options import Options
-from dsv3_compile.packaging import write_artifact
 from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 
@@ -47,26 +44,7 @@ Step = Callable[[], Tensor]
 # As itself, since the project need not be installed where this runs; without certificates, which the tests are for.
 REGISTERED: dict[str, Any] = {"dsv3": partial(dsv3, options={"verify": False})}
 
-REPEATS = 20
 HEAD_ROOM = 64  # cache rows behind the context
-
-
-def compiled(config: ModelConfig, target: str, batch: int, length: int, folder: Path) -> tuple[Artifact, float]:
-    """An artifact without weights, and the seconds it took."""
-    begin = time.perf_counter()
-    options = Options(target=target, max_batch=batch, max_length=length, no_weights=True, verify=False)
-    program = build(config, options)
-    passes = [record.spec for record in program.records["embed", "prefill"]]
-    artifact = write_artifact(program, folder, passes=passes, max_batch=batch, max_length=length)
-    return artifact, time.perf_counter() - begin
-
-
-def drawn(port: Port, device: str) -> Tensor:
-    """A weight: matrices of deviation fan_in^-1/2, so that nothing saturates; norms around 1, biases around 0."""
-    out = torch.empty(tuple(int(size) for size in port.shape), dtype=getattr(torch, port.dtype), device=device)
-    if out.dim() > 1:
-        return out.normal_(0, out.shape[-1] ** -0.5)
-    return out.normal_(0, 0.05).add_(1.0 if "norm" in port.name else 0.0)
 
 
 class Decoder:
@@ -175,95 +153,6 @@ def references(path: Path) -> Callable[..., Any]:
     return names["run"]  # type: ignore[no-any-return]
 
 
-def graphed(step: Step) -> Step:
-    """The step as a CUDA graph's replay; on the CPU the step itself."""
-    if not torch.cuda.is_available():
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
-
-
-def milliseconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median between device events, or of a clock on the CPU."""
-    for _ in range(3):
-        run()
-    return statistics.median(_once(run) for _ in range(repeats))
-
-
-def _once(run: Callable[[], Any]) -> float:
-    if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        run()
-        return (time.perf_counter() - begin) * 1e3
-    events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    events[0].record()
-    run()
-    events[1].record()
-    events[1].synchronize()
-    return events[0].elapsed_time(events[1])
-
-
-def bandwidth(device: str) -> float:
-    """Bytes per second of a copy, reads and writes counted."""
-    source = torch.ones((2 << 30) if device == "cuda" else (1 << 26), dtype=torch.int8, device=device)
-    copy = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: copy.copy_(source)) * 1e3
-
-
-def breakdown(run: Step, trace: Path | None = None, replays: int = 5) -> Iterator[dict[str, Any]]:
-    """Kernels of a step by the time they are resident; kernels that overlap count twice."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(replays):
-            run()
-        torch.cuda.synchronize()
-    if trace:
-        profiler.export_chrome_trace(str(trace))
-    found = [event for event in profiler.key_averages() if event.device_time_total > 0]
-    for event in sorted(found, key=lambda event: -event.device_time_total):
-        yield {"kernel": event.key, "launches": event.count / replays, "us": event.device_time_total / replays}
-
-
-def peer_model(config: ModelConfig) -> tuple[Any, Any]:
-    """The model of transformers with random weights on the GPU, and its config."""
-    import transformers
-
-    family = "DeepseekV2" if config.model_type == "deepseek_v2" else "DeepseekV3"
-    # Its default would be a rank: a config without one has to say so.
-    absent = {"q_lora_rank": config.q_lora_rank}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None} | absent
-    for name in ("model_type", "attention", "rope_theta", "rope_scaling", "quantization", "torch_dtype"):
-        fields.pop(name, None)
-    hf = getattr(transformers, f"{family}Config")(**fields, attn_implementation="sdpa")
-    with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForCausalLM")(hf).to(torch.bfloat16)
-    model.to_empty(device="cuda").eval()
-    for tensor in model.parameters():
-        tensor.data.normal_(0.0 if tensor.dim() > 1 else 1.0, 0.02)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(0, 0.02)
-    for module in model.modules():
-        if hasattr(module, "original_inv_freq"):
-            fresh = type(module)(hf)
-            module.inv_freq = module.original_inv_freq = fresh.inv_freq.to("cuda")
-    return model, hf
-
-
 def peer_milliseconds(
     config: ModelConfig, batch: int, context: int, backends: Sequence[str], forms: Sequence[str]
 ) -> dict[str, float]:
@@ -335,7 +224,7 @@ def main() -> None:
         return
     device = "cpu" if args.target == "cpu" else "cuda"
     report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target}
-    report |= {"torch": torch.__version__, "copy_TBps": bandwidth(device) / 1e12, "rows": []}
+    report |= {"torch": torch.__version__, "copy_TBps": copy_speed(device) / 1e12, "rows": []}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         artifact, report["compile_s"] = compiled(config, args.target, max(args.batch), length, path)

@@ -25,65 +25,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from emitted import emitted, operands_of, print_table, relative_error
+from timing import copy_speed, empty_launch, graphed, microseconds, product_speed
 from torch import Tensor
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.build import imported
 from codegen.emit import write_kernel
-from codegen.record import Operand, TensorSpec, spec_of
 from codegen.targets import Target, target
 
 Kernel = Callable[..., Any]
 
 CHAIN = 20
 ROUTE = {"scoring": "sigmoid", "group_score": "top2", "masked": -math.inf, "normalise": True, "epsilon": 1e-20}
-
-
-def emitted(stack: ExitStack, op: str, arguments: list[Any], free: list[str], machine: Target) -> Kernel:
-    """The launcher that the compiler writes for a call with these arguments."""
-    written = write_kernel(op, operands_of(arguments, free), machine)
-    return getattr(stack.enter_context(imported(written.source)), op)
-
-
-def operands_of(arguments: list[Any], free: list[str]) -> list[Operand]:
-    """Operands as the compiler has them. free: for each of the first arguments the letters of its first sizes, which
-    are open there: "BT" is a tensor of any batch and any length."""
-    operands = [spec_of(argument) for argument in arguments]
-    for number, letters in enumerate(free):
-        one = operands[number]
-        assert isinstance(one, TensorSpec)
-        operands[number] = TensorSpec((*letters, *one.shape[len(letters) :]), one.dtype)
-    return operands
-
-
-def graphed(run: Kernel, calls: int = 1) -> Kernel:
-    """`calls` runs as one CUDA graph; returns its replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    return graph.replay
-
-
-def microseconds(run: Kernel, repeats: int = 15) -> float:
-    for _ in range(5):
-        run()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return sorted(times)[repeats // 2]
 
 
 def fastest(forms: dict[str, Kernel]) -> tuple[float, str]:
@@ -96,16 +49,6 @@ def fastest(forms: dict[str, Kernel]) -> tuple[float, str]:
             print(f"  {name} does not run: {str(error).splitlines()[0][:100]}")
     name = min(times, key=times.__getitem__)
     return times[name], name
-
-
-def ceilings() -> tuple[float, float]:
-    """Bytes per second of a copy, reads and writes counted, and FLOP per second of a bf16 product."""
-    source = torch.empty(2 << 30, dtype=torch.int8, device="cuda").random_(0, 100)
-    copy = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / microseconds(lambda: copy.copy_(source)) * 1e6
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn_like(a)
-    return bandwidth, 2 * 8192**3 / microseconds(lambda: a @ b) * 1e6
 
 
 def grouped_mm(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -129,10 +72,6 @@ def exact(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Te
         y = (F.silu(gate) * up) @ down[expert].float().T
         out.index_add_(0, token, y * weights[token, place].float().unsqueeze(1))
     return out
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 def time_experts(args: argparse.Namespace, machine: Target, bandwidth: float, flops: float) -> list[dict[str, Any]]:
@@ -207,25 +146,6 @@ def dry_run(args: argparse.Namespace, machine: Target) -> None:
         print(f"{kernel.name}: {', '.join(launch.kernel for launch in kernel.launches)}")
 
 
-@triton.jit
-def _nothing():
-    pass
-
-
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{title}")
-    cells = [[name for name in rows[0]]] + [[_shown(value) for value in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.1e}" if value < 0.1 else f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
-    return str(value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=256)
@@ -246,8 +166,8 @@ def main() -> None:
     if args.dry_run:
         dry_run(args, machine)
         return
-    bandwidth, flops = ceilings()
-    launch = microseconds(graphed(lambda: _nothing[(1,)]()))
+    bandwidth, flops = copy_speed(), product_speed()
+    launch = microseconds(empty_launch())
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_decode import bandwidth, breakdown, compiled, drawn, graphed, milliseconds, peer_model
+from random_models import compiled, drawn, peer_model
+from timing import breakdown, copy_speed, graphed, milliseconds, product_speed
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact, GraphEntry
@@ -130,13 +131,6 @@ def head_widths(attention: MlaSpec | GqaSpec) -> tuple[int, int]:
     return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
 
 
-def product_speed(device: str) -> float:
-    """FLOP per second of a matrix product."""
-    side, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / milliseconds(lambda: a @ b) * 1e3
-
-
 def peer_milliseconds(config: ModelConfig, length: int) -> dict[str, float]:
     """transformers over the same prompt, compiled: replayed as a CUDA graph where it can be one, and called."""
     model, hf = peer_model(config)
@@ -190,7 +184,7 @@ def main() -> None:
     device = "cpu" if args.target == "cpu" else "cuda"
     config = dataclasses.replace(PRESETS[args.model], num_nextn_predict_layers=0, quantization=None)
     report: dict[str, Any] = {"model": args.model, "target": args.target, "torch": torch.__version__}
-    report |= {"copy_TBps": bandwidth(device) / 1e12, "TFLOPs": product_speed(device) / 1e12}
+    report |= {"copy_TBps": copy_speed(device) / 1e12, "TFLOPs": product_speed(device) / 1e12}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"

@@ -1,0 +1,64 @@
+"""Models with random weights: an artifact of ours compiled without any, and transformers' of the same config."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3_compile.artifact import Artifact, Port
+from dsv3_compile.driver import build
+from dsv3_compile.options import OptionError, Options
+from dsv3_compile.packaging import write_artifact
+from model_def.config import ModelConfig
+
+
+def compiled(config: ModelConfig, target: str, batch: int, length: int, folder: Path) -> tuple[Artifact, float]:
+    """An artifact without weights, and the seconds it took. Ends the program where the model is too small for it."""
+    begin = time.perf_counter()
+    options = Options(target=target, max_batch=batch, max_length=length, no_weights=True, verify=False)
+    try:
+        program = build(config, options)
+    except OptionError as error:
+        raise SystemExit(str(error)) from None
+    passes = [record.spec for record in program.records["embed", "prefill"]]
+    artifact = write_artifact(program, folder, passes=passes, max_batch=batch, max_length=length)
+    return artifact, time.perf_counter() - begin
+
+
+def drawn(port: Port, device: str) -> Tensor:
+    """A weight: matrices of deviation fan_in^-1/2, so that nothing saturates; norms around 1, biases around 0."""
+    out = torch.empty(tuple(int(size) for size in port.shape), dtype=getattr(torch, port.dtype), device=device)
+    if out.dim() > 1:
+        return out.normal_(0, out.shape[-1] ** -0.5)
+    return out.normal_(0, 0.05).add_(1.0 if "norm" in port.name else 0.0)
+
+
+def peer_model(config: ModelConfig) -> tuple[Any, Any]:
+    """The model of transformers with random weights on the GPU, and its config."""
+    import transformers
+
+    family = "DeepseekV2" if config.model_type == "deepseek_v2" else "DeepseekV3"
+    # Its default would be a rank: a config without one has to say so.
+    absent = {"q_lora_rank": config.q_lora_rank}
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None} | absent
+    for name in ("model_type", "attention", "rope_theta", "rope_scaling", "quantization", "torch_dtype"):
+        fields.pop(name, None)
+    hf = getattr(transformers, f"{family}Config")(**fields, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}ForCausalLM")(hf).to(torch.bfloat16)
+    model.to_empty(device="cuda").eval()
+    for tensor in model.parameters():
+        tensor.data.normal_(0.0 if tensor.dim() > 1 else 1.0, 0.02)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.02)
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq"):
+            fresh = type(module)(hf)
+            module.inv_freq = module.original_inv_freq = fresh.inv_freq.to("cuda")
+    return model, hf

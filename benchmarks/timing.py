@@ -1,0 +1,112 @@
+"""Timing on one device: CUDA-graph replays between events, the device's ceilings, and where a replay's time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+Run = Callable[[], Any]
+
+REPEATS = 20
+SLEEP_CYCLES = 150_000
+SIDES = {"cuda": 8192, "cpu": 512}  # of the matrices of `product_speed`
+COPIED = {"cuda": 2 << 30, "cpu": 1 << 26}  # bytes
+
+
+def graphed(run: Run, calls: int = 1) -> Run:
+    """`calls` runs as one CUDA graph; returns its replay, which gives the last run's result. On the CPU, run itself."""
+    if not torch.cuda.is_available():
+        return run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            out = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def milliseconds(run: Run, repeats: int = REPEATS) -> float:
+    """Median between device events, or of a clock on the CPU."""
+    for _ in range(3):
+        run()
+    return statistics.median(_once(run) for _ in range(repeats))
+
+
+def microseconds(run: Run, repeats: int = REPEATS) -> float:
+    """The same in microseconds."""
+    return milliseconds(run, repeats) * 1e3
+
+
+def queued_microseconds(run: Run, repeats: int = REPEATS) -> float:
+    """A replay's time without the host's share: the GPU sleeps until all of it has been submitted."""
+    return statistics.median(_once(run, SLEEP_CYCLES) for _ in range(repeats)) * 1e3
+
+
+def _once(run: Run, sleep: int = 0) -> float:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if sleep:
+        torch.cuda._sleep(sleep)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def copy_speed(device: str = "cuda") -> float:
+    """Bytes per second of a copy, reads and writes counted."""
+    source = torch.empty(COPIED[device], dtype=torch.int8, device=device).random_(0, 100)
+    copy = torch.empty_like(source)
+    return 2 * source.numel() / milliseconds(lambda: copy.copy_(source)) * 1e3
+
+
+def product_speed(device: str = "cuda") -> float:
+    """FLOP per second of a large matrix product, bfloat16 on a GPU."""
+    side, dtype = SIDES[device], torch.bfloat16 if device == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / milliseconds(lambda: a @ b) * 1e3
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+def empty_launch() -> Run:
+    """The replay of a kernel that does nothing."""
+    return graphed(lambda: _nothing[(1,)]())
+
+
+def breakdown(run: Run, trace: Path | None = None, replays: int = 5) -> Iterator[dict[str, Any]]:
+    """Kernels of a replay by the time they are resident; kernels that overlap count twice."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(replays):
+            run()
+        torch.cuda.synchronize()
+    if trace:
+        profiler.export_chrome_trace(str(trace))
+    found = [event for event in profiler.key_averages() if event.device_time_total > 0]
+    for event in sorted(found, key=lambda event: -event.device_time_total):
+        yield {"kernel": event.key, "launches": event.count / replays, "us": event.device_time_total / replays}
