@@ -2,6 +2,11 @@
 
 Part i of a query row is its output Oᵢ over the part's positions, its largest score mᵢ, and the sum lᵢ of
 2^(score − mᵢ). The whole is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = lᵢ · 2^(mᵢ − max m).
+
+A launch of its own, because what was tried in its place is worse in general. One cluster of programs per request,
+joined through its shared memory, wins where requests are equally long and loses more where they are not; and the chip
+fits fewer clusters of eight than its multiprocessors would allow. Parts that carry a mark, so that the programs of the
+decode kernel can wait for each other's, cost more to write than the launch.
 """
 
 from __future__ import annotations
