@@ -179,10 +179,10 @@ def writing(output: str | Path) -> Iterator[Path]:
     """A folder to fill that becomes `output` at once when the block ends, or vanishes if it fails.
 
     A process killed in between leaves a hidden sibling, which the next write to `output` removes. An artifact
-    that is already there is replaced. Raises ArtifactError when something else is in the way.
+    that is already there is replaced, behind a link too. Raises ArtifactError when something else is in the way.
     """
-    output = Path(output)
     check_output(output)
+    output = Path(output).resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(output)
     partial = _sibling(output, "partial")
@@ -205,6 +205,8 @@ def check_output(output: str | Path) -> None:
     """Raises ArtifactError when something that is not an artifact is in the way."""
     output = Path(output)
     if output.is_dir() and (is_artifact(output) or not any(output.iterdir())):
+        if Path.cwd().is_relative_to(output.resolve()):
+            raise ArtifactError(f"{output}: holds the current folder; expected one that can be put in its place")
         return
     if output.exists() or output.is_symlink():
         raise ArtifactError(f"{output}: exists and is not an artifact; expected a new folder or an artifact")

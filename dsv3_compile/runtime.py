@@ -83,7 +83,7 @@ class Model:
         if manifest.weights == "none":
             raise ArtifactError(f"{artifact.folder}: has no weights; compile it without --no-weights to run it")
         self.artifact = artifact
-        self.device = torch.device(device or _device_for(artifact))
+        self.device = torch.device(_device_for(artifact, device))
         self.config = manifest.config
         self.max_length = manifest.max_length
         self.max_batch = manifest.max_batch
@@ -324,8 +324,9 @@ class Model:
         cache.release = weakref.finalize(cache, self.slots.give_back, slot)
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
-        if ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
-            raise ValueError(f"token ids are {ids.dtype} {list(ids.shape)}; expected int64 [batch, tokens]")
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
+            given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+            raise ValueError(f"token ids are {given}; expected a tensor int64 [batch, tokens]")
         if len(ids) > self.max_batch:
             raise ValueError(f"the batch has {len(ids)} rows; this artifact was made for {self.max_batch}")
         low, high = int(ids.min()), int(ids.max())
@@ -371,14 +372,19 @@ def _larger(layers: list[Layer], capacity: int) -> list[Layer]:
 def _checked_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:
     if lengths is None:
         return torch.full((batch,), queries, dtype=torch.int64)
-    lengths = torch.as_tensor(lengths, dtype=torch.int64)
-    if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > queries:
-        raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} numbers from 1 to {queries}")
-    return lengths
+    lengths = torch.as_tensor(lengths)
+    whole = lengths.shape == (batch,) and not lengths.is_floating_point()
+    if not whole or int(lengths.min()) < 1 or int(lengths.max()) > queries:
+        raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} whole numbers from 1 to {queries}")
+    return lengths.to(torch.int64)
 
 
-def _device_for(artifact: Artifact) -> str:
+def _device_for(artifact: Artifact, wanted: str | None) -> str:
     """Where an artifact runs. Raises ArtifactError when this machine cannot run it."""
+    if wanted is not None:
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ArtifactError(f"{artifact.folder}: device is {wanted}; this machine has no GPU that torch can use")
+        return wanted
     made_for = target(artifact.manifest.target)
     if made_for.backend == "cpu":
         return "cpu"

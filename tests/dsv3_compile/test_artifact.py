@@ -116,6 +116,25 @@ def test_a_write_refuses_to_replace_anything_else(tmp_path: Path) -> None:
         check_output(tmp_path / "notes.txt")
 
 
+def test_a_write_through_a_link_replaces_the_artifact_behind_it(copy: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copy)
+    with writing(link) as folder:
+        (folder / "new").touch()
+    assert link.readlink() == copy
+    assert [path.name for path in copy.iterdir()] == ["new"]
+
+
+def test_a_write_refuses_to_replace_the_folder_one_stands_in(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(copy / "graphs")
+    for output in ("..", copy):
+        with pytest.raises(ArtifactError, match="holds the current folder"), writing(output):
+            pass
+    Artifact.open(copy)
+
+
 def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_kept(tmp_path: Path) -> None:
     dead = multiprocessing.get_context("fork").Process(target=int)
     dead.start()

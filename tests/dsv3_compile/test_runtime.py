@@ -147,7 +147,12 @@ def test_impossible_prompts_are_refused(model: Model, ids: Tensor, message: str)
         model.prefill(ids)
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 3], [3, 4], [[1, 2]]])
+def test_prompts_that_are_no_tensor_are_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"token ids are a list; expected a tensor int64 \[batch, tokens\]"):
+        model.prefill([[1, 2]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 3], [3, 4], [[1, 2]], [1.5, 3.0]])
 def test_impossible_lengths_are_refused(model: Model, lengths: list) -> None:
     with pytest.raises(ValueError, match="lengths is"):
         model.prefill(torch.zeros(2, 3, dtype=torch.int64), lengths)
@@ -158,6 +163,12 @@ def test_decode_takes_one_token_per_row(model: Model) -> None:
     for shape in ((1, 1), (2, 2)):
         with pytest.raises(ValueError, match=r"expected \[2, 1\]"):
             model.decode(torch.zeros(shape, dtype=torch.int64), cache)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(model: Model) -> None:
+    with pytest.raises(ArtifactError, match="device is cuda; this machine has no GPU"):
+        Model(model.artifact, device="cuda")
 
 
 def test_an_artifact_without_weights_is_refused(tmp_path: Path) -> None:
