@@ -59,6 +59,7 @@ class CompiledModule(nn.Module):
         return tree_unflatten(list(self._function(*self._state, *given)), self._signature.results)
 
 
+@torch.no_grad()  # or Inductor would trace a backward pass that nobody may call
 def compile_module(
     module: nn.Module,
     example_inputs: Sequence[Any],
@@ -79,9 +80,8 @@ def compile_module(
         raise ModuleError(f"example_inputs is a {type(example_inputs).__name__}; expected a tuple of arguments")
     settings, others = backend.split_options(options)
     try:
-        with torch.no_grad():
-            exported = torch.export.export(module.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes)
-            exported = exported.run_decompositions({})
+        exported = torch.export.export(module.eval(), tuple(example_inputs), dynamic_shapes=dynamic_shapes)
+        exported = exported.run_decompositions({})
     except Exception as error:  # whatever tracing somebody's code raises
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModuleError(f"torch.export cannot capture {type(module).__name__}: {first[0]}") from error

@@ -19,6 +19,7 @@ from codegen import dispatch
 from codegen.targets import TARGETS
 from dsv3_compile import backend
 from dsv3_compile.inspection import table
+from dsv3_compile.options import OptionError
 from passes.pipeline import PassError, RequirementError
 from tests.foreign.models import deepseek_v2, deepseek_v3, kimi_like, randomised
 
@@ -247,6 +248,7 @@ def test_no_report_before_anything_was_compiled() -> None:
     ("options", "error", "message"),
     [
         ({"disable": ("absorb",)}, PassError, "unknown pass 'absorb'"),
+        ({"disable": "fuse-swiglu"}, OptionError, "disable is 'fuse-swiglu'; accepted: a list of strings"),
         ({"require": ("fuse-experts",)}, RequirementError, "required pass fuse-experts did not fire"),
     ],
 )

@@ -87,6 +87,20 @@ def test_what_cannot_be_captured_whole_is_refused() -> None:
         dsv3_compile.compile(nn.Linear(2, 2), torch.randn(3, 2))
 
 
+def test_no_backward_pass_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced = []
+
+    def inductor(module: Any, *_: Any) -> Any:
+        traced.append(torch.is_grad_enabled())
+        return module.forward
+
+    monkeypatch.setattr(backend, "inductor", inductor)
+    with torch.enable_grad():
+        found = dsv3_compile.compile(nn.Linear(2, 3), (torch.randn(5, 2),))
+        assert not found(torch.randn(5, 2)).requires_grad
+    assert traced == [False]
+
+
 def test_attention_on_a_latent_is_absorbed_in_a_module_of_ones_own() -> None:
     batch, context = 3, 200
     module, positions = Mla().eval(), torch.tensor([[199], [17], [0]])
