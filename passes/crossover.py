@@ -18,6 +18,7 @@ from passes.fuse_attention import FuseAttention
 from passes.hoist_weights import HoistWeights
 from passes.order_contractions import OrderContractions
 from passes.pipeline import apply
+from passes.plan import NoSuchForm
 from passes.verify import clone
 
 
@@ -52,18 +53,21 @@ def price_forms(module: fx.GraphModule, context: Context) -> list[FormCost]:
     totals, nodes = {}, {}
     for form in FORMS:
         graph_module = clone(module)
-        for one in (OrderContractions(prefill=form, decode=form), FuseAttention(), HoistWeights()):
-            apply(one, graph_module, context)
+        try:
+            for one in (OrderContractions(prefill=form, decode=form), FuseAttention(), HoistWeights()):
+                apply(one, graph_module, context)
+        except NoSuchForm:
+            continue
         totals[form] = cost(graph_module.graph)
         found = node_costs(graph_module.graph, symbolic_sizes(graph_module.graph))
         nodes[form] = {node.name: priced for node, priced in found.items()}
     shared = {
         name
-        for name, priced in nodes[FORMS[0]].items()
+        for name, priced in next(iter(nodes.values())).items()
         if all(name in others and others[name] == priced for others in nodes.values())
     }
     prices = []
-    for form in FORMS:
+    for form in nodes:
         own = tuple(priced for name, priced in nodes[form].items() if name not in shared and _costs(priced))
         flops, moved = (sympy.expand(sum((sympy.sympify(e) for e in each), sympy.Integer(0))) for each in _columns(own))
         prices.append(FormCost(form, flops, moved, totals[form].weight_bytes, own))

@@ -18,6 +18,10 @@ from passes.nodes import is_probability
 from passes.regions import Region, groups_of
 
 
+class NoSuchForm(ValueError):
+    """A chain that cannot be multiplied in the form asked for: with a single head there is nothing to fold."""
+
+
 @dataclass(frozen=True)
 class Price:
     """What one order of one chain costs; equal keys are the same thing, paid once by all chains."""
@@ -111,7 +115,7 @@ class Plan:
         if form != "auto":
             fitting = [o for o in orders if o.form == form]
             if not fitting:
-                raise ValueError(f"order-contractions: {chain.root.name} has no {form} form")
+                raise NoSuchForm(f"order-contractions: {chain.root.name} has no {form} form")
             orders = fitting
         return sorted(orders, key=lambda o: not o.kept)
 

@@ -105,18 +105,17 @@ def price(report: dict[str, Any]) -> Answer | None:
     plan = report["phase_plans"][0]
     forms = {form["form"]: form for form in plan["forms"]}
     extra = forms["absorbed"]["weight_bytes"] - forms["expanded"]["weight_bytes"]
-    folded = forms["folded"]["weight_bytes"] - forms["expanded"]["weight_bytes"]
+    priced = [f"{name}: {forms[name]['flops']} FLOPs" for name in ("expanded", "absorbed")]
+    if "folded" in forms:  # with a single head there is nothing to fold
+        folded = forms["folded"]["weight_bytes"] - forms["expanded"]["weight_bytes"]
+        priced.append(f"folded: {forms['folded']['flops']} FLOPs, and {short(folded)}B more weights per layer")
     storage = "No stored bytes" if extra <= 0 else f"{short(extra)}B of weights per layer"
     words = crossover_words(plan)
     return Answer(
         "What does absorption cost?",
         f"{storage}, but wider dot products for every pair of query and cached position, so it pays only while few "
         f"queries share a context. {words}",
-        (
-            f"expanded: {forms['expanded']['flops']} FLOPs",
-            f"absorbed: {forms['absorbed']['flops']} FLOPs",
-            f"folded: {forms['folded']['flops']} FLOPs, and {short(folded)}B more weights per layer",
-        ),
+        tuple(priced),
         (plan["blocks"][0], "prefill", ABSORPTION),
     )
 

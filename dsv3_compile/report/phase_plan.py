@@ -54,7 +54,7 @@ def phase_plan(module: fx.GraphModule, context: Context, batches: Sequence[int],
     canonical = clone(module)
     apply(Canonicalise(), canonical, context)
     prices = price_forms(canonical, context)
-    if not prices:
+    if not {"absorbed", "expanded"} <= {price.form for price in prices}:
         return None
     contexts = [length for length in CONTEXTS if length <= longest] or [longest]
     by_name = {price.form: price for price in prices}

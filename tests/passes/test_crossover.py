@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -38,6 +39,13 @@ def test_even_forms_need_the_same_operations():
     for context in (1024, 100_000):
         at = {B: 1, T: context, sympy.Symbol("S", positive=True, integer=True): even.subs(T, context)}
         assert sympy.simplify(absorbed.flops.subs(at) - expanded.flops.subs(at)) == 0
+
+
+def test_a_single_head_has_nothing_to_fold():
+    config = dataclasses.replace(PRESETS["toy"], num_attention_heads=1)
+    graph = layer_graph(config, 0, torch.float32)
+    Pipeline((Canonicalise(),)).run(graph, CONTEXT)
+    assert [price.form for price in price_forms(graph, CONTEXT)] == ["expanded", "absorbed"]
 
 
 def test_folding_stores_more_and_computes_more():
