@@ -24,7 +24,7 @@ from dsv3_compile.functional import Functional, NotFunctional, callable_again, f
 from dsv3_compile.held import hold_shared
 from dsv3_compile.in_place import count_together, write_in_place
 from dsv3_compile.inspection import block_document, header, print_graph
-from dsv3_compile.options import OptionError
+from dsv3_compile.options import strings
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
 from passes.pipeline import FOREIGN_GPU_PIPELINE, FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
@@ -39,13 +39,17 @@ _reports: deque[dict[str, Any]] = deque(maxlen=KEPT_REPORTS)
 class Settings:
     """Options of the backend: `torch.compile(model, backend="dsv3", options={"disable": ("fuse-swiglu",)})`.
 
-    Options with other names are Inductor's.
+    Options with other names are Inductor's. Raises OptionError for a string where several are meant.
     """
 
     set: tuple[str, ...] = ()  # pass.field=value
     disable: tuple[str, ...] = ()  # passes left out
     require: tuple[str, ...] = ()  # passes that must fire in every graph
     verify: bool = True  # certify every pass
+
+    def __post_init__(self) -> None:
+        for name in ("set", "disable", "require"):
+            object.__setattr__(self, name, strings(name, getattr(self, name)))
 
 
 def dsv3(
@@ -84,11 +88,8 @@ def dsv3(
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
-    """Those of the backend, and those of Inductor. Raises OptionError for a string where several are meant."""
+    """Those of the backend, and those of Inductor."""
     own = {name: value for name, value in (options or {}).items() if name in Settings.__dataclass_fields__}
-    for name, value in own.items():
-        if isinstance(value, str):
-            raise OptionError(f"{name} is {value!r}; accepted: a list of strings")
     return Settings(**own), {name: value for name, value in (options or {}).items() if name not in own}
 
 

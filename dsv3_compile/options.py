@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class OptionError(ValueError):
     """An option that does not exist, or a value it does not take."""
+
+
+def strings(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    """The value of an option that takes several strings; OptionError for a single one."""
+    if isinstance(value, str):
+        raise OptionError(f"{name} is {value!r}; accepted: a list of strings")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,7 @@ class Options:
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise OptionError(f"{name} is {value!r}; accepted: a whole number from 1")
         for name in ("set", "disable", "require", "repeat"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise OptionError(f"{name} is {value!r}; accepted: a list of strings")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, strings(name, getattr(self, name)))
         if self.aot and self.target != "cpu":
             raise OptionError(f"aot is for target cpu; the target is {self.target}")
 
