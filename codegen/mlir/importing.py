@@ -6,6 +6,8 @@ import re
 import warnings
 from typing import Any
 
+import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 DIALECTS = {"torch": "torch", "linalg": "linalg-on-tensors", "stablehlo": "stablehlo", "tosa": "tosa"}
@@ -38,7 +40,29 @@ def decomposed(exported: ExportedProgram) -> ExportedProgram:
             raise MlirError(f"{node.target} has no MLIR form: node {node.name}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own pytrees
-        return exported.run_decompositions(get_decomposition_table())
+        program = exported.run_decompositions(get_decomposition_table())
+    _merge_free_axes(program.graph_module)
+    return program
+
+
+def _merge_free_axes(module: fx.GraphModule) -> None:
+    """Views that merge axes of free size go through one flat axis.
+
+    Of [?, ?, 8] → [?, 8] torch-mlir takes the first free size of either side for the same, so the second for 1.
+    """
+    view = torch.ops.aten.view.default
+    for node in module.graph.find_nodes(op="call_function", target=view):
+        (source, shape), value = node.args, node.args[0].meta["val"]
+        if _free(value) > _free(node.meta["val"]) > 0:
+            with module.graph.inserting_before(node):
+                flat = module.graph.call_function(view, (source, [-1]))
+                flat.meta["val"] = value.reshape(-1)
+            node.args = (flat, shape)
+    module.recompile()
+
+
+def _free(value: torch.Tensor) -> int:
+    return sum(isinstance(size, torch.SymInt) for size in value.shape)
 
 
 def to_mlir(program: ExportedProgram, dialect: str, name: str) -> str:
@@ -49,7 +73,8 @@ def to_mlir(program: ExportedProgram, dialect: str, name: str) -> str:
     if dialect not in DIALECTS:
         raise MlirError(f"dialect {dialect!r}; accepted: {', '.join(DIALECTS)}")
     require_torch_mlir()
-    from torch_mlir import fx, ir
+    from torch_mlir import fx as torch_mlir_fx
+    from torch_mlir import ir
     from torch_mlir.dialects import torch as torch_dialect
     from torch_mlir.extras.fx_importer import FxImporter
 
@@ -63,7 +88,7 @@ def to_mlir(program: ExportedProgram, dialect: str, name: str) -> str:
     handler = context.attach_diagnostic_handler(hear)
     try:
         importer = FxImporter(context=context)
-        module = fx.export_and_import(
+        module = torch_mlir_fx.export_and_import(
             program, fx_importer=importer, decomposition_table={}, output_type=DIALECTS[dialect], func_name=name
         )
     except Exception as error:  # torch-mlir raises nothing more specific

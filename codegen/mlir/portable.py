@@ -34,17 +34,13 @@ def write_cache(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dsv3.write_cache; where sizes are fixed, with one index per row, as TOSA scatters along one axis.
+    """dsv3.write_cache, scattered along the axis of slots.
 
-    Where they are free that form is not for torch-mlir, which takes a merged pair of free axes for [B, 1].
+    Not by index_put: torch-mlir broadcasts its indices, and where they are of free length takes [B, S] for [B, 1].
     """
-    if any(isinstance(size, torch.SymInt) for size in latent.shape):
-        return cache.write_cache(kv, weight, cos, sin, positions, latent, rope_key, eps, interleaved)
-    batch, slots = latent.shape[:2]
-    where = (torch.arange(batch).unsqueeze(-1) * slots + positions).reshape(-1)
     rows = cache.cache_rows(kv, weight, cos, sin, eps, interleaved)
     first, second = (
-        old.flatten(0, 1).index_put((where,), new.flatten(0, 1).to(old.dtype)).reshape(old.shape)
+        old.scatter(1, positions.unsqueeze(-1).expand(-1, -1, old.shape[2]), new.to(old.dtype))
         for old, new in zip((latent, rope_key), rows, strict=True)
     )
     return first, second

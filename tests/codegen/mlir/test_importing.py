@@ -33,3 +33,16 @@ def test_an_operator_that_a_dialect_does_not_take_is_named(dialect, capfd):
         mlir.to_mlir(program, dialect, "main")
     assert refused.value.operator == "aten.sort"
     assert capfd.readouterr().err == ""  # the one line is all that is said
+
+
+class Merged(torch.nn.Module):
+    def forward(self, x, weight):
+        return x.flatten(0, 1) @ weight
+
+
+def test_merging_axes_of_free_size_fixes_none_of_them():
+    free = {0: torch.export.Dim("B"), 1: torch.export.Dim("S", min=2)}
+    exported = torch.export.export(Merged(), (torch.ones(2, 3, 8), torch.ones(8, 4)), dynamic_shapes=(free, {}))
+    text = mlir.to_mlir(mlir.decomposed(exported), "linalg", "main")
+    assert "[[0, 1], [2]] : tensor<?x?x8xf32> into tensor<?x8xf32>" in text
+    assert "tensor<?x1x8xf32>" not in text
