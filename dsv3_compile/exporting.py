@@ -50,6 +50,8 @@ def functional(
     found = open_model(_checkpoint_of(model, refusal), options)
     if found.checkpoint is None:
         raise refusal(f"{model}: an export needs weights; name a folder with a checkpoint")
+    if is_artifact(model) and found.config.to_dict() != dict(read_manifest(Path(model)).config):
+        raise refusal(f"{found.checkpoint.folder}: its config is no longer the one that {model} was compiled from")
     return build(found.config, options, progress), found.checkpoint
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -145,19 +146,24 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """From a config.json, or from the folder that holds one."""
+        """From a config.json, or from the folder that holds one.
+
+        End tokens in the folder's generation_config.json go before those of its config.json, as in transformers.
+        """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"{file}: is not JSON ({error})") from error
-        try:
-            return cls.from_dict(document)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from error
+        config = _read(file, cls.from_dict)
+        generation = path / "generation_config.json"
+        return _read(generation, config.with_end_tokens) if generation.is_file() else config
+
+    def with_end_tokens(self, document: dict[str, Any]) -> ModelConfig:
+        """The end tokens of a generation_config.json in place of the config's own, if it names any."""
+        if not isinstance(document, dict):
+            raise ConfigError(f"expected a JSON object, got {type(document).__name__}")
+        ends = document.get("eos_token_id")
+        if ends is None:
+            return self
+        return dataclasses.replace(self, eos_token_id=tuple(ends) if isinstance(ends, list) else ends)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json that `from_dict`, and transformers for its own types, read back."""
@@ -254,6 +260,19 @@ class ModelConfig:
         )
         width = _given(self.moe_intermediate_size)
         return MoeSpec(routing, width, width * self.n_shared_experts)
+
+
+def _read(file: Path, parse: Callable[[Any], ModelConfig]) -> ModelConfig:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not JSON ({error})") from error
+    try:
+        return parse(document)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
 
 
 def forced_fields(model_type: Any) -> dict[str, Any]:

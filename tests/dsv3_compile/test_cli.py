@@ -363,6 +363,20 @@ def test_export_of_an_artifact_whose_checkpoint_moved_says_where_it_was(
     assert f"{checkpoint_folder} is not there; name the checkpoint's folder" in line
 
 
+def test_export_of_an_artifact_whose_checkpoint_is_another_now_is_refused(
+    artifact_folder: Path, checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = checkpoint_folder / "config.json"
+    before = file.read_text()
+    file.write_text(json.dumps(json.loads(before) | {"routed_scaling_factor": 3.5}))
+    try:
+        line = error_of(capsys, "export", artifact_folder, "--format", "onnx", "-o", tmp_path / "model")
+    finally:
+        file.write_text(before)
+    assert f"{checkpoint_folder}: its config is no longer the one that {artifact_folder} was compiled from" in line
+    assert not (tmp_path / "model").exists()
+
+
 def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Capture) -> None:
     with patch.object(driver, "capture", tiny.captured_before):
         assert main(["verify", str(artifact_folder), "--json"]) == 0

@@ -229,3 +229,23 @@ def test_unreadable_files_are_named(content: str | None, message: str, tmp_path:
         ModelConfig.from_file(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(7, 7), ([7, 9], (7, 9)), (None, 5)])
+def test_generation_config_says_where_text_ends(ends: Any, expected: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE | {"eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "do_sample": True}))
+    assert ModelConfig.from_file(tmp_path).eos_token_id == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "expected a JSON object, got list"), ('{"eos_token_id": "end"}', "eos_token_id")],
+)
+def test_a_generation_config_that_cannot_be_used_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_file(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'generation_config.json'}: ")
+    assert message in str(caught.value)
