@@ -138,6 +138,14 @@ def test_the_fused_graphs_of_hopper_compute_what_the_definition_says(definition:
     assert_rows(found, definition, tokens, lengths.tolist(), 2e-2)
 
 
+def test_hopper_takes_float32() -> None:
+    """There the router's product is joined with others, so that its logits are columns of a wider matrix."""
+    program = driver.build(tiny.TINY, replace(OPTIONS, target="sm_90"))
+    with patch.object(kernels, "compile_kernels", without_machine_code):
+        calls = bind_kernels(program, lambda line: None).calls
+    assert {call.op for call in calls["moe", "decode"].values()} >= {"route", "routed_swiglu", "mla_attention"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu_is_told_so(folder: Path) -> None:
     with pytest.raises(ArtifactError, match="made for sm_80; this machine has no GPU"):

@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import packed
+
 _LOWEST = tl.constexpr(-(2**31))
 _BEHIND = tl.constexpr(2**31 - 1)
 
@@ -34,6 +36,7 @@ def route_kernel(
     masked: tl.constexpr,
     epsilon: tl.constexpr,
     scale: tl.constexpr,
+    STRIDE: tl.constexpr,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     ALWAYS: tl.constexpr,
@@ -66,7 +69,7 @@ def route_kernel(
         gdc_wait()
         gdc_launch_dependents()
     inside = (row < tokens)[:, None] & is_expert[None, :]
-    logits = tl.load(logits_ptr + row[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0).to(tl.float32)
+    logits = tl.load(logits_ptr + row[:, None] * STRIDE + expert[None, :], mask=inside, other=0.0).to(tl.float32)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
@@ -108,7 +111,7 @@ def route_kernel(
         key = tl.where(expert[None, :] == index[:, None], _LOWEST, key)
     # Reading the chosen logits again is one cached load; carrying their scores would be a reduction each.
     written = (row < tokens)[:, None] & (slot < TOP_K)
-    chosen_ptr = logits_ptr + row[:, None] * EXPERTS + chosen_experts
+    chosen_ptr = logits_ptr + row[:, None] * STRIDE + chosen_experts
     chosen_logits = tl.load(chosen_ptr, mask=written, other=float("-inf")).to(tl.float32)
     if SIGMOID:
         weights = 1.0 / (1.0 + tl.exp(-chosen_logits))
@@ -147,13 +150,14 @@ def route(
     inside it.
     """
     tokens, experts = logits.shape
+    logits = packed(logits)
     indices = torch.empty((tokens, top_k + always), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, top_k + always), dtype=torch.float32, device=logits.device)
     if tokens == 0:
         return indices, weights
     block_n = 2 if tokens > 1 else 1
     route_kernel[(triton.cdiv(tokens, block_n),)](
-        logits.contiguous(),
+        logits,
         bias,
         indices,
         weights,
@@ -161,6 +165,7 @@ def route(
         masked=masked,
         epsilon=epsilon,
         scale=scale,
+        STRIDE=logits.stride(0),
         EXPERTS=experts,
         TOP_K=top_k,
         ALWAYS=always,

@@ -44,6 +44,12 @@ def test_routes_agree(tokens, experts, top_k, groups, top_groups, biased, settin
     torch.testing.assert_close(found, expected)
 
 
+def test_logits_are_columns_of_a_wider_product():
+    wide = torch.randn(5, 19)
+    found, expected = both_routes(wide[:, 4:16], torch.randn(12), 3, 4, 2, SIGMOID)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
 def test_lowest_index_wins_ties(settings):
     logits = torch.randint(-1, 2, (16, 12)).float()
