@@ -33,6 +33,7 @@ from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from model_def.validate import ConfigError
 from passes.pipeline import DEFAULT_PIPELINE, PassError, RequirementError
+from passes.plan import NoSuchForm
 from passes.verify import CertificateError
 
 DONE, FAILED = 0, 1
@@ -49,7 +50,7 @@ def at_fault() -> tuple[type[Exception], ...]:
     from dsv3_compile.transformers_layers import TransformersError
 
     own = (ArtifactError, CaptureError, ExportError, MlirError, OptionError, TokenizerError, UsageError)
-    return (*own, CheckpointError, ConfigError, PassError, TransformersError, OSError)
+    return (*own, CheckpointError, ConfigError, NoSuchForm, PassError, TransformersError, OSError)
 
 
 def failures() -> tuple[type[Exception], ...]:

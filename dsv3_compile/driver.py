@@ -29,7 +29,7 @@ from model_def.decoder import Layer
 from model_def.presets import PRESETS
 from model_def.specs import LayerSpec
 from passes.base import Context, Workload
-from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_required
+from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_forms, check_required
 from passes.verify import EXACT, CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
@@ -152,7 +152,9 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         program.records[name, phase] = records
         program.graphs[name, phase] = history.document()
         dump(name, phase, records, program.graphs[name, phase])
-    check_required([record for records in program.records.values() for record in records], options.require)
+    everything = [record for records in program.records.values() for record in records]
+    check_forms(pipeline.passes, everything)
+    check_required(everything, options.require)
     for name in dict.fromkeys(name for name, _ in blocks):
         share_weights(program.phases(name))
     return program
