@@ -116,6 +116,13 @@ def test_a_write_refuses_to_replace_anything_else(tmp_path: Path) -> None:
         check_output(tmp_path / "notes.txt")
 
 
+def test_the_check_of_an_output_leaves_nothing(copy: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for output in (copy, tmp_path / "new", tmp_path / "far" / "below"):
+        check_output(output)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_write_through_a_link_replaces_the_artifact_behind_it(copy: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(copy)

@@ -190,6 +190,18 @@ def test_an_output_that_is_in_the_way_is_left_alone(checkpoint_folder: Path, tmp
     assert (tmp_path / "output" / "diary.txt").read_text() == "dear diary"
 
 
+@pytest.mark.parametrize("command", [["compile"], ["export", "--format", "onnx"]], ids=lambda command: command[0])
+def test_an_output_that_cannot_be_made_is_found_before_the_work(
+    command: list[str], checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "below" / "it", Path("/proc/output"), tmp_path / ("x" * 300)):
+        with patch("model_def.checkpoint.Checkpoint.open", side_effect=AssertionError("begun")):
+            line = error_of(capsys, *command, checkpoint_folder, "-o", output)
+        assert line.startswith(f"{output}: no folder can be made in ") or "name too long" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("error", [CertificateError, RequirementError, NativeError])
 def test_work_that_failed_has_status_1(
     error: type[Exception], checkpoint_folder: Path, tmp_path: Path, capsys: Capture
@@ -346,9 +358,10 @@ def test_export_replaces_nothing_and_says_so_before_it_compiles(
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with patch("dsv3_compile.exporting.build", side_effect=AssertionError("compiled")):
-        for output, reason in ((tmp_path, "is not an artifact"), (artifact_folder, "an export does not replace")):
+        for output in (tmp_path, tmp_path / "notes.txt", artifact_folder):
             before = sorted(output.rglob("*"))
-            assert reason in error_of(capsys, "export", "toy", "--format", form, "-o", output)
+            line = error_of(capsys, "export", "toy", "--format", form, "-o", output)
+            assert line == f"{output}: exists, and an export replaces nothing; expected a new folder"
             assert sorted(output.rglob("*")) == before
 
 
