@@ -89,8 +89,9 @@ def test_quantization() -> None:
     assert config.quantization == BlockQuantization((128, 128), "ue8m0")
 
 
-def test_v5_dtype_key() -> None:
-    document = {k: v for k, v in BASE.items() if k != "torch_dtype"} | {"dtype": "float16"}
+@pytest.mark.parametrize("dtype", [{"torch_dtype": "torch.float16"}, {"dtype": "float16"}])
+def test_other_ways_to_write_the_dtype(dtype: dict[str, str]) -> None:
+    document = {k: v for k, v in BASE.items() if k != "torch_dtype"} | dtype
     assert ModelConfig.from_dict(document).dtype == torch.float16
 
 
