@@ -201,6 +201,22 @@ def writing(output: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_whole(file: str | Path, text: str) -> None:
+    """Write a file at once or not at all, behind a link too; a pipe or a device is simply written to."""
+    file = Path(file)
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    target = file.resolve()
+    partial = _sibling(target, "partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def check_output(output: str | Path) -> None:
     """Raises ArtifactError when something that is not an artifact is in the way, or no folder can be made there."""
     output = Path(output)
