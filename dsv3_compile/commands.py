@@ -124,7 +124,11 @@ def generate(options: Namespace) -> int:
         raise UsageError("--prompt is empty")
     model = load(options.artifact)
     tokenizer = open_tokenizer(model.artifact.path("tokenizer"))
-    prompt = torch.tensor([tokenizer.encode(options.prompt)])
+    ids = tokenizer.encode(options.prompt)
+    known = model.config["vocab_size"]
+    if max(ids, default=0) >= known:
+        raise UsageError(f"the tokenizer gives token id {max(ids)}; the model's vocabulary has {known} tokens")
+    prompt = torch.tensor([ids], dtype=torch.int64)
     start = time.perf_counter()
     tokens: list[int] = []
     shown = ""

@@ -22,6 +22,7 @@ from dsv3_compile.report.dumps import dump
 from dsv3_compile.report.history import History
 from dsv3_compile.report.phase_plan import phase_plans
 from dsv3_compile.repro import explain
+from dsv3_compile.tokenizer import check_tokenizer
 from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
@@ -63,9 +64,9 @@ class Model:
 def compile(model: str | Path, output: str | Path, progress: Progress = silent, **settings: Any) -> Artifact:
     """Compile a preset or a Hugging Face folder into an artifact folder.
 
-    `settings` are the fields of Options. Raises ConfigError, CheckpointError, OptionError, PassError or
-    ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed; then
-    no artifact is written. Beside it, a failed certificate leaves a script that shows the failure again.
+    `settings` are the fields of Options. Raises ConfigError, CheckpointError, TokenizerError, OptionError,
+    PassError or ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed;
+    then no artifact is written. Beside it, a failed certificate leaves a script that shows the failure again.
     """
     options = options_from(settings)
     check_output(output)
@@ -112,7 +113,8 @@ def _layers(config: ModelConfig, options: Options) -> Callable[[LayerSpec, torch
 
 
 def open_model(model: str | Path, options: Options) -> Model:
-    """A preset by name, or a folder. Opens the checkpoint and compares it with what the config asks for."""
+    """A preset by name, or a folder. Opens the checkpoint, compares it with what the config asks for, and looks whether
+    its tokenizer can be read."""
     if str(model) in PRESETS and not Path(model).exists():
         if options.no_weights:
             return Model(PRESETS[str(model)], None)
@@ -125,6 +127,7 @@ def open_model(model: str | Path, options: Options) -> Model:
         return Model(ModelConfig.from_file(model), None)
     checkpoint = Checkpoint.open(model)
     checkpoint.validate()
+    check_tokenizer(checkpoint.folder)
     return Model(checkpoint.config, checkpoint)
 
 

@@ -22,6 +22,7 @@ from dsv3_compile.commands import at_fault
 from dsv3_compile.native import NativeError
 from dsv3_compile.program import BlockGraph
 from dsv3_compile.recertify import recertify
+from model_def.toy_task import tokenizer_json
 from passes.pipeline import DEFAULT_PIPELINE, Pipeline, RequirementError
 from passes.verify import CertificateError
 from tests.dsv3_compile import tiny
@@ -147,6 +148,13 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Capture) ->
     assert "no such folder" in compile_error(capsys, tmp_path / "nowhere", tmp_path)
     (tmp_path / "file").touch()
     assert "file" in compile_error(capsys, tmp_path / "file", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", json.dumps(tokenizer_json()).replace('"!"', '"\u0416"')])
+def test_a_broken_tokenizer_is_refused(text: str, checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    (checkpoint / "tokenizer.json").write_text(text)
+    assert "tokenizer.json: " in compile_error(capsys, checkpoint, tmp_path)
+    assert "tokenizer.json: " in error_of(capsys, "export", checkpoint, "--format", "onnx", "-o", tmp_path / "output")
 
 
 def test_a_checkpoint_without_weights_is_refused(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -280,14 +288,20 @@ def test_generate_prints_what_follows_the_prompt(artifact_folder: Path, capsys: 
         (["--temperature", "-1"], "temperature"),
         (["--top-p", "0"], "top_p"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
-        ([], "token id 256"),  # the byte tokenizer's begin token is more than the tiny model knows
     ],
     ids=str,
 )
 def test_impossible_generation_is_refused(
     options: list[str], message: str, artifact_folder: Path, capsys: Capture
 ) -> None:
-    assert message in error_of(capsys, "generate", artifact_folder, "--prompt", "1", *options)
+    with patch("dsv3_compile.commands.open_tokenizer") as tokenizer:
+        tokenizer.return_value.encode = lambda text: [1]
+        assert message in error_of(capsys, "generate", artifact_folder, "--prompt", "1", *options)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_named(artifact_folder: Path, capsys: Capture) -> None:
+    line = error_of(capsys, "generate", artifact_folder, "--prompt", "1")
+    assert line == "the tokenizer gives token id 256; the model's vocabulary has 61 tokens"
 
 
 def test_generate_without_a_tokenizer_is_refused(
