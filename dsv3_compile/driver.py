@@ -120,7 +120,9 @@ def open_model(model: str | Path, options: Options) -> Model:
             return Model(PRESETS[str(model)], None)
         model = EMBEDDED / str(model)
         if not model.exists():
-            raise OptionError(f"{model.name} is a preset, which has no weights; name a folder, or set no_weights")
+            raise OptionError(
+                f"{model.name} is a preset, which has no weights; name a folder: only compile --no-weights needs none"
+            )
     if not Path(model).exists():
         raise OptionError(f"{model}: no such folder; accepted: a folder, or {', '.join(PRESETS)}")
     if options.no_weights:

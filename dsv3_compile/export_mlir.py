@@ -121,7 +121,7 @@ def export_mlir(
     if dialect not in DIALECTS:
         raise MlirError(f"dialect {dialect!r}; accepted: {', '.join(DIALECTS)}")
     require_torch_mlir()
-    program, checkpoint = functional(model, output, dtype, progress, settings, MlirError)
+    program, checkpoint = functional(model, output, dtype, progress, settings, MlirError, sizes.slots if sizes else 0)
     weights = {name: tensor.clone() for name, tensor in bind(program, checkpoint.tensor)}
     write_mlir(program, output, weights, dialect, inline, sizes, progress)
     return Exported(Path(output), dtype, conversion(program.config, dtype))

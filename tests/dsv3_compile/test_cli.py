@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsv3_compile.driver as driver
+from codegen.mlir import MlirError
 from dsv3_compile.artifact import Artifact
 from dsv3_compile.cli import main
 from dsv3_compile.commands import at_fault
@@ -188,7 +189,8 @@ def test_impossible_options_are_refused(
 
 
 def test_a_preset_has_no_weights_to_compile(tmp_path: Path, capsys: Capture) -> None:
-    assert "no weights" in compile_error(capsys, "deepseek-v3", tmp_path)
+    line = compile_error(capsys, "deepseek-v3", tmp_path)
+    assert line == "deepseek-v3 is a preset, which has no weights; name a folder: only compile --no-weights needs none"
 
 
 def test_an_output_that_is_in_the_way_is_left_alone(checkpoint_folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -366,6 +368,17 @@ def test_export_refuses_sizes_it_cannot_read(sizes: str, tmp_path: Path, capsys:
     assert "sizes" in line and sizes in line and "expected" in line
 
 
+@NEEDS_TORCH_MLIR
+def test_export_refuses_more_slots_than_the_model_has_positions(
+    checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = ("export", checkpoint_folder, "--format", "mlir", "-o", tmp_path / "model")
+    with patch("dsv3_compile.exporting.build", side_effect=MlirError("compiled")):
+        line = error_of(capsys, *arguments, "--sizes", "1,8,65")
+        assert line == "sizes ask for 65 slots; the model has 64 positions"
+        assert error_of(capsys, *arguments, "--sizes", "1,8,64") == "compiled"
+
+
 @pytest.mark.parametrize("form", ["onnx", pytest.param("mlir", marks=NEEDS_TORCH_MLIR)])
 def test_export_replaces_nothing_and_says_so_before_it_compiles(
     form: str, artifact_folder: Path, tmp_path: Path, capsys: Capture
@@ -399,6 +412,13 @@ def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Captu
     repeated = report["certificates"]
     assert repeated["certificates"] == 8 * len(DEFAULT_PIPELINE) and 0 < repeated["largest"] <= 1e-10
     assert not repeated["changed"]
+
+
+def test_verify_says_of_a_checkpoint_that_was_named_what_is_wrong_with_it(
+    artifact_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    line = error_of(capsys, "verify", artifact_folder, "--checkpoint", tmp_path / "nope")
+    assert line.startswith(f"{tmp_path / 'nope'}: not a folder; expected one with config.json")
 
 
 def test_verify_names_graphs_that_another_compiler_made(artifact_folder: Path, capsys: Capture) -> None:
