@@ -201,23 +201,52 @@ def writing(output: str | Path) -> Iterator[Path]:
         raise
 
 
+def write_whole(file: str | Path, text: str) -> None:
+    """Write a file at once or not at all, behind a link too; a pipe or a device is simply written to."""
+    file = Path(file)
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    target = file.resolve()
+    partial = _sibling(target, "partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def check_output(output: str | Path) -> None:
-    """Raises ArtifactError when something that is not an artifact is in the way."""
+    """Raises ArtifactError when something that is not an artifact is in the way, or no folder can be made there."""
     output = Path(output)
     if output.is_dir() and (is_artifact(output) or not any(output.iterdir())):
         if Path.cwd().is_relative_to(output.resolve()):
             raise ArtifactError(f"{output}: holds the current folder; expected one that can be put in its place")
-        return
-    if output.exists() or output.is_symlink():
+    elif output.exists() or output.is_symlink():
         raise ArtifactError(f"{output}: exists and is not an artifact; expected a new folder or an artifact")
+    _try_folder(output)
 
 
 def new_folder(output: str | Path) -> None:
     """Raises ArtifactError unless an export may write there: nothing is replaced, not even an artifact."""
     output = Path(output)
-    if is_artifact(output):
-        raise ArtifactError(f"{output}: is an artifact, which an export does not replace; expected a new folder")
+    taken = any(output.iterdir()) if output.is_dir() else output.exists() or output.is_symlink()
+    if taken:
+        raise ArtifactError(f"{output}: exists, and an export replaces nothing; expected a new folder")
     check_output(output)
+
+
+def _try_folder(output: Path) -> None:
+    """Raises ArtifactError where no folder can be made. Permissions would not tell: root has all of them in /proc."""
+    target = output.resolve()
+    there = next(folder for folder in target.parents if folder.exists())
+    trial = _sibling(there / target.name, "trial")
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise ArtifactError(f"{output}: no folder can be made in {there} ({error.strerror})") from error
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:
@@ -244,7 +273,7 @@ def _sibling(output: Path, kind: str) -> Path:
 
 
 def _remove_leftovers(output: Path) -> None:
-    for kind in ("partial", "old"):
+    for kind in ("trial", "partial", "old"):
         for path in output.parent.glob(f".{output.name}.*.{kind}"):
             owner = path.name.split(".")[-2]
             if owner.isdigit() and not Path(f"/proc/{owner}").exists():

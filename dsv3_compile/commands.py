@@ -33,6 +33,7 @@ from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from model_def.validate import ConfigError
 from passes.pipeline import DEFAULT_PIPELINE, PassError, RequirementError
+from passes.plan import NoSuchForm
 from passes.verify import CertificateError
 
 DONE, FAILED = 0, 1
@@ -49,7 +50,7 @@ def at_fault() -> tuple[type[Exception], ...]:
     from dsv3_compile.transformers_layers import TransformersError
 
     own = (ArtifactError, CaptureError, ExportError, MlirError, OptionError, TokenizerError, UsageError)
-    return (*own, CheckpointError, ConfigError, PassError, TransformersError, OSError)
+    return (*own, CheckpointError, ConfigError, NoSuchForm, PassError, TransformersError, OSError)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -123,7 +124,11 @@ def generate(options: Namespace) -> int:
         raise UsageError("--prompt is empty")
     model = load(options.artifact)
     tokenizer = open_tokenizer(model.artifact.path("tokenizer"))
-    prompt = torch.tensor([tokenizer.encode(options.prompt)])
+    ids = tokenizer.encode(options.prompt)
+    known = model.config["vocab_size"]
+    if max(ids, default=0) >= known:
+        raise UsageError(f"the tokenizer gives token id {max(ids)}; the model's vocabulary has {known} tokens")
+    prompt = torch.tensor([ids], dtype=torch.int64)
     start = time.perf_counter()
     tokens: list[int] = []
     shown = ""

@@ -22,6 +22,7 @@ from dsv3_compile.report.dumps import dump
 from dsv3_compile.report.history import History
 from dsv3_compile.report.phase_plan import phase_plans
 from dsv3_compile.repro import explain
+from dsv3_compile.tokenizer import check_tokenizer
 from model_def import names
 from model_def.checkpoint import Checkpoint
 from model_def.config import ModelConfig
@@ -29,7 +30,7 @@ from model_def.decoder import Layer
 from model_def.presets import PRESETS
 from model_def.specs import LayerSpec
 from passes.base import Context, Workload
-from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_required
+from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_forms, check_required
 from passes.verify import EXACT, CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
@@ -63,9 +64,9 @@ class Model:
 def compile(model: str | Path, output: str | Path, progress: Progress = silent, **settings: Any) -> Artifact:
     """Compile a preset or a Hugging Face folder into an artifact folder.
 
-    `settings` are the fields of Options. Raises ConfigError, CheckpointError, OptionError, PassError or
-    ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed; then
-    no artifact is written. Beside it, a failed certificate leaves a script that shows the failure again.
+    `settings` are the fields of Options. Raises ConfigError, CheckpointError, TokenizerError, OptionError,
+    PassError or ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed;
+    then no artifact is written. Beside it, a failed certificate leaves a script that shows the failure again.
     """
     options = options_from(settings)
     check_output(output)
@@ -112,19 +113,23 @@ def _layers(config: ModelConfig, options: Options) -> Callable[[LayerSpec, torch
 
 
 def open_model(model: str | Path, options: Options) -> Model:
-    """A preset by name, or a folder. Opens the checkpoint and compares it with what the config asks for."""
+    """A preset by name, or a folder. Opens the checkpoint, compares it with what the config asks for, and looks whether
+    its tokenizer can be read."""
     if str(model) in PRESETS and not Path(model).exists():
         if options.no_weights:
             return Model(PRESETS[str(model)], None)
         model = EMBEDDED / str(model)
         if not model.exists():
-            raise OptionError(f"{model.name} is a preset, which has no weights; name a folder, or set no_weights")
+            raise OptionError(
+                f"{model.name} is a preset, which has no weights; name a folder: only compile --no-weights needs none"
+            )
     if not Path(model).exists():
         raise OptionError(f"{model}: no such folder; accepted: a folder, or {', '.join(PRESETS)}")
     if options.no_weights:
         return Model(ModelConfig.from_file(model), None)
     checkpoint = Checkpoint.open(model)
     checkpoint.validate()
+    check_tokenizer(checkpoint.folder)
     return Model(checkpoint.config, checkpoint)
 
 
@@ -152,7 +157,9 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         program.records[name, phase] = records
         program.graphs[name, phase] = history.document()
         dump(name, phase, records, program.graphs[name, phase])
-    check_required([record for records in program.records.values() for record in records], options.require)
+    everything = [record for records in program.records.values() for record in records]
+    check_forms(pipeline.passes, everything)
+    check_required(everything, options.require)
     for name in dict.fromkeys(name for name, _ in blocks):
         share_weights(program.phases(name))
     return program

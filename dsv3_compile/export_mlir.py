@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -36,6 +35,7 @@ from codegen.onnx.translate import model_line, module_path
 from dsv3_compile.artifact import writing
 from dsv3_compile.driver import Event, Progress, silent
 from dsv3_compile.exporting import Exported, conversion, functional
+from dsv3_compile.packaging import save_tensors
 from dsv3_compile.program import PHASES, Occurrence, Program, bind
 from passes.base import Role
 
@@ -121,7 +121,7 @@ def export_mlir(
     if dialect not in DIALECTS:
         raise MlirError(f"dialect {dialect!r}; accepted: {', '.join(DIALECTS)}")
     require_torch_mlir()
-    program, checkpoint = functional(model, output, dtype, progress, settings, MlirError)
+    program, checkpoint = functional(model, output, dtype, progress, settings, MlirError, sizes.slots if sizes else 0)
     weights = {name: tensor.clone() for name, tensor in bind(program, checkpoint.tensor)}
     write_mlir(program, output, weights, dialect, inline, sizes, progress)
     return Exported(Path(output), dtype, conversion(program.config, dtype))
@@ -152,7 +152,7 @@ def write_mlir(
         document = {"dialect": dialect, "config": program.config.to_dict(), "functions": signature}
         (folder / "signature.json").write_text(json.dumps(document, indent=1) + "\n")
         if not inline:
-            save_file(weights, folder / "weights.safetensors")
+            save_tensors(weights, folder / "weights.safetensors")
 
 
 def whole_program(

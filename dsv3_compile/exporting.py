@@ -36,11 +36,13 @@ def functional(
     progress: Progress,
     settings: dict[str, Any],
     refusal: type[ValueError],
+    slots: int = 0,
 ) -> tuple[Program, Checkpoint]:
     """A preset, a Hugging Face folder or an artifact's checkpoint compiled to pure functions, and its weights.
 
     Says at once, by raising `refusal` or ArtifactError, what would otherwise be found out after the passes: a dtype
-    that is not in DTYPES, an output that exists, weights that are missing.
+    that is not in DTYPES, an output that exists, weights that are missing, caches of more slots than the model has
+    positions.
     """
     if dtype not in DTYPES:
         raise refusal(f"dtype {dtype!r}; accepted: {', '.join(DTYPES)}")
@@ -52,6 +54,9 @@ def functional(
         raise refusal(f"{model}: an export needs weights; name a folder with a checkpoint")
     if is_artifact(model) and found.config.to_dict() != dict(read_manifest(Path(model)).config):
         raise refusal(f"{found.checkpoint.folder}: its config is no longer the one that {model} was compiled from")
+    longest = found.config.max_position_embeddings
+    if slots > longest:
+        raise refusal(f"sizes ask for {slots} slots; the model has {longest} positions")
     return build(found.config, options, progress), found.checkpoint
 
 

@@ -9,11 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from codegen.targets import Target
-from dsv3_compile.artifact import Artifact, GraphEntry, Manifest, Port, Progress, Step, seal, writing
+from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry, Manifest, Port, Progress, Step, seal, writing
 from dsv3_compile.kernels import bind_kernels, write_kernels
 from dsv3_compile.native import compile_native, cpu_identity
 from dsv3_compile.program import BlockGraph, Occurrence, Program, Reader, bind
@@ -121,13 +122,21 @@ def _write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     size = number = 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
-            save_file(shard, folder / f"model-{number:05d}.safetensors")
+            save_tensors(shard, folder / f"model-{number:05d}.safetensors")
             shard, size, number = {}, 0, number + 1
         # Two bound tensors may be parts of one, which the file format refuses; cloning all would double the memory.
         shared = any(_storage(tensor) == _storage(other) for other in shard.values())
         shard[name] = tensor.clone() if shared else tensor
         size += tensor.nbytes
-    save_file(shard, folder / f"model-{number:05d}.safetensors")
+    save_tensors(shard, folder / f"model-{number:05d}.safetensors")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises ArtifactError where there is no room for it."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # also of what the operating system refused
+        raise ArtifactError(f"{path.name}: cannot be written ({error})") from error
 
 
 def _storage(tensor: Tensor) -> int:

@@ -152,8 +152,8 @@ class Model:
         temperature 0 takes the most likely token; otherwise tokens are drawn from the smallest set whose
         probabilities reach top_p. eos: end tokens, the model's own where omitted, none where empty.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected a number from 1")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number from 1")
         sampler = Sampler(temperature, top_p, seed, self.device)
         ends = self._ends(eos)
         x, cache = self._prefill_trunk(input_ids, lengths, max_new_tokens)

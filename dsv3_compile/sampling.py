@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LOWEST_TEMPERATURE = 1e-30  # logits divided by less are no longer float32 numbers
+SEEDS = range(-(1 << 63), 1 << 64)
+
 
 class Sampler:
     """Greedy at temperature 0, else nucleus sampling, on the logits' device; equal seeds give equal tokens there."""
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device | str = "cpu") -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature}; expected 0 or a positive number")
+        if not (temperature == 0.0 or LOWEST_TEMPERATURE <= temperature < float("inf")):
+            raise ValueError(f"temperature is {temperature}; expected 0 or a number from {LOWEST_TEMPERATURE}")
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p is {top_p}; expected a number above 0, at most 1")
+        if not isinstance(seed, int) or seed not in SEEDS:
+            raise ValueError(f"seed is {seed!r}; expected a whole number from -2^63 to 2^64 - 1")
         self.temperature = temperature
         self.top_p = top_p
         self.generator = torch.Generator(device).manual_seed(seed)

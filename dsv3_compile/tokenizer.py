@@ -5,15 +5,22 @@ The `tokenizers` library reads any of them. A plain byte vocabulary, such as the
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FILE = "tokenizer.json"
+
 
 class TokenizerError(ValueError):
     """No tokenizer, or one that cannot be read."""
+
+
+class LibraryMissing(TokenizerError):
+    """A tokenizer that only the `tokenizers` library reads, which is not installed."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,16 @@ class Tokenizer:
     decode: Callable[[Sequence[int]], str]
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raises TokenizerError for a tokenizer that is there and broken, as far as it can be read here."""
+    if (folder / FILE).exists():
+        with contextlib.suppress(LibraryMissing):
+            open_tokenizer(folder)
+
+
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint or of an artifact's tokenizer/ folder. Raises TokenizerError."""
-    path = folder / "tokenizer.json"
+    path = folder / FILE
     try:
         text = path.read_text(encoding="utf-8")
         document = json.loads(text)
@@ -35,11 +49,14 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     except ValueError as error:
         raise TokenizerError(f"{path}: is not JSON ({error})") from error
     if _is_plain_bytes(document):
-        return _byte_tokenizer(document)
+        try:
+            return _byte_tokenizer(document)
+        except (KeyError, TypeError) as error:
+            raise TokenizerError(f"{path}: not a whole tokenizer ({type(error).__name__}: {error})") from error
     try:
         import tokenizers
     except ImportError as error:
-        raise TokenizerError(f"{path}: needs the tokenizers package (pip install tokenizers)") from error
+        raise LibraryMissing(f"{path}: needs the tokenizers package (pip install tokenizers)") from error
     try:
         general = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more specific

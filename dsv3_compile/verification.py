@@ -48,12 +48,13 @@ def verify(
 
     checkpoint: where the checkpoint lies, if not where it was when the artifact was written.
     certificates: repeat those of the passes, which takes as long as compiling.
-    Raises ArtifactError when the folder is not intact or the checkpoint is not to be found.
+    Raises ArtifactError when the folder is not intact or the checkpoint is not to be found, and CheckpointError or
+    ConfigError for what is wrong with it.
     """
     model = load(folder)
     manifest = model.artifact.manifest
     source = Path(checkpoint or manifest.checkpoint)
-    if not source.is_dir():
+    if not checkpoint and not source.is_dir():
         raise ArtifactError(f"{source}: the checkpoint is not there; name its folder with --checkpoint")
     opened = Checkpoint.open(source)
     if opened.config.to_dict() != dict(manifest.config):

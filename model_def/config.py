@@ -126,6 +126,8 @@ class ModelConfig:
         for ours, theirs in (("torch_dtype", "dtype"), ("num_nextn_predict_layers", "num_mtp_layers")):
             if document.get(theirs) is not None:
                 values.setdefault(ours, document[theirs])
+        if isinstance(values.get("torch_dtype"), str):
+            values["torch_dtype"] = values["torch_dtype"].removeprefix("torch.")  # written so by some tools
         for name in ("kv_lora_rank", "eos_token_id"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])

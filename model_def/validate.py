@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import types
 import typing
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Every field has its declared type. Whole numbers where a fraction may stand become floats."""
+    """Fields have their declared types, floats are finite. Whole numbers where a fraction may stand become floats."""
     for name in config.__dataclass_fields__:
         value, accepted = getattr(config, name), alternatives(config.__class__, name)
         if float in accepted and int not in accepted and _is_a(value, int):
@@ -85,13 +86,15 @@ def check_types(config: Any, prefix: str = "") -> None:
         elif not any(_is_a(value, kind) for kind in accepted):
             words = " or ".join("null" if k is types.NoneType else getattr(k, "__name__", "list") for k in accepted)
             raise ConfigError(f"{prefix}{name} is {value!r}; accepted: {words}")
+        elif isinstance(value, float):
+            require(math.isfinite(value), f"{prefix}{name} is {value}; accepted: a finite number")
 
 
 def check_scaling(scaling: RopeScaling, prefix: str) -> RopeScaling:
     check_types(scaling, prefix)
     for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
         value = getattr(scaling, name)
-        require(0 < value < float("inf"), f"{prefix}{name} is {value}; accepted: a positive number")
+        require(value > 0, f"{prefix}{name} is {value}; accepted: a positive number")
     return scaling
 
 
@@ -103,7 +106,7 @@ def check_model(config: ModelConfig) -> None:
         require(value in accepted, f"{name} is {value!r}; accepted: {words}")
     for name in SIZES:
         value = getattr(config, name)
-        require(value is None or 0 < value < float("inf"), f"{name} is {value}; accepted: a positive number")
+        require(value is None or value > 0, f"{name} is {value}; accepted: a positive number")
     for name in ("n_shared_experts", "first_k_dense_replace"):
         value = getattr(config, name)
         require(value >= 0, f"{name} is {value}; accepted: zero or more")

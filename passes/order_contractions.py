@@ -26,8 +26,8 @@ class OrderContractions(Pass):
     Every chain of products between two activations is multiplied out in the order that is cheapest for the phase:
     *expanded* (weights meet the cached operand), *absorbed* (weights meet the query or the result) or *folded*
     (weights meet each other, ahead of time). `prefill` and `decode` force a form: one for all chains of a block, or
-    one per chain in graph order, joined by "+". Folding is considered only while the weights the phase reads grow by
-    at most `storage_growth` of their size.
+    one per chain in graph order, joined by "+", in the blocks that have as many chains. Folding is considered only
+    while the weights the phase reads grow by at most `storage_growth` of their size.
     """
 
     prefill: str = "auto"
@@ -36,7 +36,7 @@ class OrderContractions(Pass):
 
     def __post_init__(self) -> None:
         for name in ("prefill", "decode"):
-            for form in getattr(self, name).split("+"):
+            for form in self.forms(name):
                 if form not in ("auto", *FORMS):
                     raise ValueError(f"order-contractions.{name}: {form!r} is none of auto, {', '.join(FORMS)}")
 
@@ -44,7 +44,7 @@ class OrderContractions(Pass):
         graph, outcome = graph_module.graph, Outcome()
         chains = find_chains(graph)
         plan = Plan(graph, chains, context)
-        wanted = self._forms(context.phase, sum(c.has_form for c in chains))
+        wanted = self._forms_of(sum(c.has_form for c in chains), context.phase)
         chosen = plan.choose(wanted, self.storage_growth)
         report_near_misses(chains, outcome)
         asked = iter(wanted)
@@ -63,13 +63,15 @@ class OrderContractions(Pass):
             outcome.decision = {context.phase: "+".join(self_forms) or "auto"}
         return outcome
 
-    def _forms(self, phase: str, count: int) -> list[str]:
-        forms = getattr(self, phase, "auto").split("+")
+    def forms(self, phase: str) -> list[str]:
+        """What is asked for: one form for all chains, or one for each."""
+        return getattr(self, phase, "auto").split("+")
+
+    def _forms_of(self, count: int, phase: str) -> list[str]:
+        forms = self.forms(phase)
         if len(forms) == 1:
             return forms * count
-        if len(forms) != count:
-            raise ValueError(f"order-contractions.{phase} names {len(forms)} forms; this block has {count} chains")
-        return forms
+        return forms if len(forms) == count else ["auto"] * count
 
 
 def write(graph: fx.Graph, chain: Chain, order: Order) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -140,6 +141,7 @@ class PassRecord:
     cost_before: Cost
     cost_after: Cost
     certificate: Certificate | None  # None when certificates are off
+    decision: Mapping[str, Any]  # options that would repeat the choices made here
     text_before: str  # the graph as text; empty without a printer
     text_after: str
 
@@ -288,6 +290,7 @@ def _record(
         cost_before=before.cost,
         cost_after=after.cost,
         certificate=certificate,
+        decision=outcome.decision,
         text_before=before.text,
         text_after=after.text,
     )
@@ -319,6 +322,21 @@ def check_required(records: Sequence[PassRecord], required: Iterable[str]) -> No
             continue
         misses = [refusal for record in mine for refusal in record.refusals]
         raise RequirementError(f"required pass {name} did not fire: {_nearest(misses)}")
+
+
+def check_forms(passes: Iterable[Pass], records: Sequence[PassRecord]) -> None:
+    """Raises PassError for a list of forms that is as long as the chains of no block."""
+    for one, phase in itertools.product(passes, ("prefill", "decode")):
+        if isinstance(one, OrderContractions):
+            asked = len(one.forms(phase))
+            found = {_chains(record.decision[phase]) for record in records if phase in record.decision}
+            if asked > 1 and asked not in found:
+                numbers = " or ".join(map(str, sorted(found)))
+                raise PassError(f"{one.name()}.{phase} names {asked} forms; the blocks have {numbers} chains")
+
+
+def _chains(decision: str) -> int:
+    return 0 if decision == "auto" else len(decision.split("+"))
 
 
 def _nearest(misses: Sequence[Refusal]) -> str:

@@ -112,9 +112,13 @@ class Builder:
         return self.op("Transpose", value, perm=[*range(rank - 2), rank - 1, rank - 2])
 
     def unique(self, name: str) -> str:
-        count = self._taken.get(name, 0)
-        self._taken[name] = count + 1
-        return f"{name}_{count}" if count else name
+        # A name with a number may be somebody's own: constants are called after what they hold, [1, 1] is "1_1".
+        free = name
+        while free in self._taken:
+            free = f"{name}_{self._taken[name]}"
+            self._taken[name] += 1
+        self._taken[free] = 1
+        return free
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What the whole model shares, such as the causal mask: made where it is first asked for."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import networkx as nx
 
-from dsv3_compile.artifact import Artifact
+from dsv3_compile.artifact import Artifact, write_whole
 from dsv3_compile.inspection import inspect, inspect_graphs
 from dsv3_compile.report.answers import answers, crossover_words, decode_words
 from dsv3_compile.report.kernels import kernels
@@ -26,7 +26,7 @@ SCRIPTS = ("diff.js", "charts.js", "graph.js", "views.js", "page.js")
 def write_page(artifact: str | Path, file: str | Path) -> int:
     """Write the page; returns its size in bytes. Raises ArtifactError for a folder that is not intact."""
     text = page(page_data(Artifact.open(artifact)))
-    Path(file).write_text(text, encoding="utf-8")
+    write_whole(file, text)
     return len(text.encode())
 
 

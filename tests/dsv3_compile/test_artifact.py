@@ -95,6 +95,13 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_find_no_room_are_one_line_and_leave_nothing(tmp_path: Path, definition: Decoder) -> None:
+    program, read = tiny.program(), tiny.checkpoint_of(definition).__getitem__
+    with tiny.no_room(50_000), pytest.raises(ArtifactError, match=r"model-00000\.safetensors: cannot be written"):
+        write_artifact(program, tmp_path / "out", passes=[], max_batch=3, max_length=32, read=read)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_write_replaces_an_artifact(copy: Path) -> None:
     with writing(copy) as folder:
         (folder / "new").touch()
@@ -114,6 +121,13 @@ def test_a_write_refuses_to_replace_anything_else(tmp_path: Path) -> None:
         check_output(tmp_path)
     with pytest.raises(ArtifactError, match="exists and is not an artifact"):
         check_output(tmp_path / "notes.txt")
+
+
+def test_the_check_of_an_output_leaves_nothing(copy: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for output in (copy, tmp_path / "new", tmp_path / "far" / "below"):
+        check_output(output)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_write_through_a_link_replaces_the_artifact_behind_it(copy: Path, tmp_path: Path) -> None:

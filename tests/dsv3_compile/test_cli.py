@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsv3_compile.driver as driver
+from codegen.mlir import MlirError
 from dsv3_compile.artifact import Artifact
 from dsv3_compile.cli import main
 from dsv3_compile.commands import at_fault
 from dsv3_compile.native import NativeError
 from dsv3_compile.program import BlockGraph
 from dsv3_compile.recertify import recertify
+from model_def.toy_task import tokenizer_json
 from passes.pipeline import DEFAULT_PIPELINE, Pipeline, RequirementError
 from passes.verify import CertificateError
 from tests.dsv3_compile import tiny
@@ -149,6 +151,13 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Capture) ->
     assert "file" in compile_error(capsys, tmp_path / "file", tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{", "{}", json.dumps(tokenizer_json()).replace('"!"', '"\u0416"')])
+def test_a_broken_tokenizer_is_refused(text: str, checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    (checkpoint / "tokenizer.json").write_text(text)
+    assert "tokenizer.json: " in compile_error(capsys, checkpoint, tmp_path)
+    assert "tokenizer.json: " in error_of(capsys, "export", checkpoint, "--format", "onnx", "-o", tmp_path / "output")
+
+
 def test_a_checkpoint_without_weights_is_refused(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     (checkpoint / WEIGHTS).unlink()
     assert WEIGHTS in compile_error(capsys, checkpoint, tmp_path)
@@ -180,7 +189,8 @@ def test_impossible_options_are_refused(
 
 
 def test_a_preset_has_no_weights_to_compile(tmp_path: Path, capsys: Capture) -> None:
-    assert "no weights" in compile_error(capsys, "deepseek-v3", tmp_path)
+    line = compile_error(capsys, "deepseek-v3", tmp_path)
+    assert line == "deepseek-v3 is a preset, which has no weights; name a folder: only compile --no-weights needs none"
 
 
 def test_an_output_that_is_in_the_way_is_left_alone(checkpoint_folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -188,6 +198,18 @@ def test_an_output_that_is_in_the_way_is_left_alone(checkpoint_folder: Path, tmp
     (tmp_path / "output" / "diary.txt").write_text("dear diary")
     assert "is not an artifact" in compile_error(capsys, checkpoint_folder, tmp_path)
     assert (tmp_path / "output" / "diary.txt").read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("command", [["compile"], ["export", "--format", "onnx"]], ids=lambda command: command[0])
+def test_an_output_that_cannot_be_made_is_found_before_the_work(
+    command: list[str], checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file" / "below" / "it", Path("/proc/output"), tmp_path / ("x" * 300)):
+        with patch("model_def.checkpoint.Checkpoint.open", side_effect=AssertionError("begun")):
+            line = error_of(capsys, *command, checkpoint_folder, "-o", output)
+        assert line.startswith(f"{output}: no folder can be made in ") or "name too long" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("error", [CertificateError, RequirementError, NativeError])
@@ -268,14 +290,20 @@ def test_generate_prints_what_follows_the_prompt(artifact_folder: Path, capsys: 
         (["--temperature", "-1"], "temperature"),
         (["--top-p", "0"], "top_p"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
-        ([], "token id 256"),  # the byte tokenizer's begin token is more than the tiny model knows
     ],
     ids=str,
 )
 def test_impossible_generation_is_refused(
     options: list[str], message: str, artifact_folder: Path, capsys: Capture
 ) -> None:
-    assert message in error_of(capsys, "generate", artifact_folder, "--prompt", "1", *options)
+    with patch("dsv3_compile.commands.open_tokenizer") as tokenizer:
+        tokenizer.return_value.encode = lambda text: [1]
+        assert message in error_of(capsys, "generate", artifact_folder, "--prompt", "1", *options)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_named(artifact_folder: Path, capsys: Capture) -> None:
+    line = error_of(capsys, "generate", artifact_folder, "--prompt", "1")
+    assert line == "the tokenizer gives token id 256; the model's vocabulary has 61 tokens"
 
 
 def test_generate_without_a_tokenizer_is_refused(
@@ -340,15 +368,27 @@ def test_export_refuses_sizes_it_cannot_read(sizes: str, tmp_path: Path, capsys:
     assert "sizes" in line and sizes in line and "expected" in line
 
 
+@NEEDS_TORCH_MLIR
+def test_export_refuses_more_slots_than_the_model_has_positions(
+    checkpoint_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = ("export", checkpoint_folder, "--format", "mlir", "-o", tmp_path / "model")
+    with patch("dsv3_compile.exporting.build", side_effect=MlirError("compiled")):
+        line = error_of(capsys, *arguments, "--sizes", "1,8,65")
+        assert line == "sizes ask for 65 slots; the model has 64 positions"
+        assert error_of(capsys, *arguments, "--sizes", "1,8,64") == "compiled"
+
+
 @pytest.mark.parametrize("form", ["onnx", pytest.param("mlir", marks=NEEDS_TORCH_MLIR)])
 def test_export_replaces_nothing_and_says_so_before_it_compiles(
     form: str, artifact_folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with patch("dsv3_compile.exporting.build", side_effect=AssertionError("compiled")):
-        for output, reason in ((tmp_path, "is not an artifact"), (artifact_folder, "an export does not replace")):
+        for output in (tmp_path, tmp_path / "notes.txt", artifact_folder):
             before = sorted(output.rglob("*"))
-            assert reason in error_of(capsys, "export", "toy", "--format", form, "-o", output)
+            line = error_of(capsys, "export", "toy", "--format", form, "-o", output)
+            assert line == f"{output}: exists, and an export replaces nothing; expected a new folder"
             assert sorted(output.rglob("*")) == before
 
 
@@ -386,6 +426,13 @@ def test_verify_passes_on_what_was_compiled(artifact_folder: Path, capsys: Captu
     repeated = report["certificates"]
     assert repeated["certificates"] == 8 * len(DEFAULT_PIPELINE) and 0 < repeated["largest"] <= 1e-10
     assert not repeated["changed"]
+
+
+def test_verify_says_of_a_checkpoint_that_was_named_what_is_wrong_with_it(
+    artifact_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    line = error_of(capsys, "verify", artifact_folder, "--checkpoint", tmp_path / "nope")
+    assert line.startswith(f"{tmp_path / 'nope'}: not a folder; expected one with config.json")
 
 
 def test_verify_names_graphs_that_another_compiler_made(artifact_folder: Path, capsys: Capture) -> None:

@@ -159,6 +159,14 @@ def test_settings_reach_the_passes(captured):
     assert "decode='expanded'" in record.spec and not any("absorbed" in match for match in record.matches)
 
 
+def test_forms_by_chain_go_to_the_blocks_with_as_many_chains(captured):
+    program = compiled(set=("order-contractions.decode=absorbed+expanded",), verify=False)
+    decisions = {name: program.records[name, "decode"][1].decision["decode"] for name in ("embed", "moe", "head")}
+    assert decisions == {"embed": "auto", "moe": "absorbed+expanded", "head": "auto"}
+    with pytest.raises(PassError, match=r"decode names 3 forms; the blocks have 0 or 2 chains"):
+        compiled(set=("order-contractions.decode=absorbed+auto+auto",), verify=False)
+
+
 def test_an_unknown_setting_is_refused_before_any_work():
     with pytest.raises(PassError, match="unknown pass 'fuse-everything'"):
         build(TINY, replace(OPTIONS, disable=("fuse-everything",)))

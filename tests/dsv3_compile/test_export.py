@@ -53,8 +53,14 @@ CASES = {
     "v3": TINY,
     "v2-greedy, queries not compressed": replace(PRESETS["deepseek-v2-lite"], **SMALL, n_routed_experts=11),
     "v2-group-limited": V2_GROUPED,
-    "kimi-like": replace(
-        TINY, num_hidden_layers=2, n_group=1, topk_group=1, n_routed_experts=64, num_experts_per_tok=4
+    "kimi-like, one rotary pair": replace(
+        TINY,
+        num_hidden_layers=2,
+        n_group=1,
+        topk_group=1,
+        n_routed_experts=64,
+        num_experts_per_tok=4,
+        qk_rope_head_dim=2,
     ),
 }
 
@@ -245,7 +251,7 @@ def products(model: onnx.ModelProto, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def test_decode_computes_the_chosen_experts_and_attends_in_the_latent_space(case_of: Callable[[str], Case]) -> None:
-    case = case_of("kimi-like")
+    case = case_of("kimi-like, one rotary pair")
     config, context = case.config, 1000
     sizes = dict(batch=1, past_sequence=context - 1, total_sequence=context)
     flops = products(case.proto("decode"), sizes)

@@ -69,7 +69,7 @@ from dsv3_compile.report.dumps import dump
 from passes.cost import Cost
 from passes.pipeline import PassRecord
 cost = Cost(0, 0, 0, 0, 0)
-record = PassRecord("fuse-norm", "FuseNorm()", ("a",), (), 0.1, 2, 1, cost, cost, None, "", "")
+record = PassRecord("fuse-norm", "FuseNorm()", ("a",), (), 0.1, 2, 1, cost, cost, None, {}, "", "")
 states = [{"text": f"def run(): return {n}", "nodes": []} for n in range(2)]
 dump("moe", "decode", [record], {"snapshots": states, "states": [0, 1]})
 """

@@ -11,6 +11,7 @@ import pytest
 from dsv3_compile.artifact import Artifact
 from dsv3_compile.report.page import page, page_data, write_page
 from tests.dsv3_compile.browser import CHROMIUM, Page, browser
+from tests.dsv3_compile.tiny import no_room
 
 ACCESSIBILITY = Path(__file__).with_name("accessibility.js").read_text()
 ABSORBED = "#/moe/decode/order-contractions"
@@ -45,6 +46,16 @@ def test_the_page_is_small_and_needs_nothing_else(page_file):
     assert len(text.encode()) < 5_000_000
     assert "default-src 'none'" in text
     assert not any(f'{attribute}="http' in text for attribute in ("src", "href"))
+
+
+def test_a_page_that_finds_no_room_leaves_the_one_before(artifact_folder, tmp_path):
+    file = tmp_path / "report.html"
+    file.write_text("before")
+    with no_room(), pytest.raises(OSError):
+        write_page(artifact_folder, file)
+    assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+    write_page(artifact_folder, file)
+    assert file.read_text().startswith("<!doctype html>") and list(tmp_path.iterdir()) == [file]
 
 
 def test_data_cannot_end_its_script(artifact_folder):

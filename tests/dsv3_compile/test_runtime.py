@@ -94,8 +94,9 @@ def test_generation_ends_when_the_context_is_full(model: Model) -> None:
 
 
 def test_generation_of_nothing_is_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        model.generate(torch.tensor([[1]]), 0)
+    for number in (0, 2.5, "3"):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {number!r}; expected a whole number"):
+            model.generate(torch.tensor([[1]]), number)  # type: ignore[arg-type]
 
 
 def test_generation_is_greedy_decoding(model: Model, definition: Decoder) -> None:

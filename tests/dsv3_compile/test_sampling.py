@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from dsv3_compile.sampling import Sampler
+from dsv3_compile.sampling import LOWEST_TEMPERATURE, Sampler
 
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]).log()
 
@@ -37,7 +39,21 @@ def test_a_low_temperature_sharpens() -> None:
     assert set(drawn(Sampler(0.02, 1.0, 0))[:, 0].tolist()) == {0}
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, 1.1)])
+def test_the_lowest_temperature_takes_the_largest() -> None:
+    assert Sampler(LOWEST_TEMPERATURE, 1.0, 0)(1e4 * LOGITS).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"),
+    [(-1.0, 1.0), (1e-300, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, 1.1)],
+)
 def test_impossible_settings_are_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(ValueError, match=r"temperature is|top_p is"):
         Sampler(temperature, top_p, 0)
+
+
+@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 1.5, None])
+def test_a_seed_that_torch_does_not_take_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed is .*expected a whole number"):
+        Sampler(1.0, 1.0, seed)
+    Sampler(1.0, 1.0, (1 << 64) - 1)

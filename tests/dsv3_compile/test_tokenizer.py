@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from dsv3_compile.tokenizer import TokenizerError, open_tokenizer
+from dsv3_compile.tokenizer import TokenizerError, check_tokenizer, open_tokenizer
 from model_def.toy_task import BOS, EOS, tokenizer_json
 
 TEXTS = ["", "12+34=", "naïve ☃\n", "\x00\x7f"]
@@ -53,3 +54,15 @@ def test_an_unreadable_tokenizer_is_named(tmp_path: Path, text: str | None, mess
         (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(TokenizerError, match=message):
         open_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_only_checked_as_far_as_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    check_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="needs the tokenizers package"):
+        open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="is not JSON"):
+        check_tokenizer(tmp_path)

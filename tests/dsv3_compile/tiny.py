@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -68,6 +71,17 @@ def captured_before(
 def program() -> Program:
     with patch.object(driver, "capture", captured_before):
         return driver.build(TINY, OPTIONS)
+
+
+@contextmanager
+def no_room(limit: int = 10_000) -> Iterator[None]:
+    """The operating system takes no file of more bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def trained_looking(config: ModelConfig, seed: int = 0) -> Decoder:

@@ -1,6 +1,7 @@
 """Reading every dialect of config.json, deriving layer specs, refusing what cannot be."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def test_quantization() -> None:
     assert config.quantization == BlockQuantization((128, 128), "ue8m0")
 
 
-def test_v5_dtype_key() -> None:
-    document = {k: v for k, v in BASE.items() if k != "torch_dtype"} | {"dtype": "float16"}
+@pytest.mark.parametrize("dtype", [{"torch_dtype": "torch.float16"}, {"dtype": "float16"}])
+def test_other_ways_to_write_the_dtype(dtype: dict[str, str]) -> None:
+    document = {k: v for k, v in BASE.items() if k != "torch_dtype"} | dtype
     assert ModelConfig.from_dict(document).dtype == torch.float16
 
 
@@ -125,6 +127,7 @@ def test_one_group_and_all_groups_mean_no_group_limit() -> None:
     assert specs[0] == specs[1] != SMALL.layer(1)
 
 
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
 IMPOSSIBLE = [
     ({"model_type": "llama"}, "model_type is 'llama'; accepted: deepseek_v2, deepseek_v3, kimi_k2, custom"),
     ({"model_type": ["deepseek_v3"]}, "model_type is ['deepseek_v3']; accepted"),
@@ -133,7 +136,11 @@ IMPOSSIBLE = [
     ({"hidden_size": "20"}, "hidden_size is '20'; accepted: int"),
     ({"hidden_size": True}, "hidden_size is True; accepted: int"),
     ({"hidden_size": -4}, "hidden_size is -4; accepted: a positive number"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; accepted: a positive number"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; accepted: a positive number"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan; accepted: a finite number"),
+    ({"rope_theta": math.inf}, "rope_theta is inf; accepted: a finite number"),
+    ({"routed_scaling_factor": math.nan}, "routed_scaling_factor is nan; accepted: a finite number"),
+    ({"routed_scaling_factor": -math.inf}, "routed_scaling_factor is -inf; accepted: a finite number"),
     ({"n_shared_experts": -1}, "n_shared_experts is -1; accepted: zero or more"),
     ({"kv_lora_rank": None}, "kv_lora_rank is missing, which attention 'mla' needs"),
     ({"kv_lora_rank": [10, 4]}, "kv_lora_rank has 2 entries; accepted: one number, or one per layer (3)"),
@@ -168,6 +175,8 @@ IMPOSSIBLE = [
         {"rope_scaling": {"type": "yarn", "factor": 0, "original_max_position_embeddings": 16}},
         "rope_scaling.factor is 0.0; accepted: a positive number",
     ),
+    ({"rope_scaling": YARN | {"factor": math.inf}}, "rope_scaling.factor is inf; accepted: a finite number"),
+    ({"rope_scaling": YARN | {"mscale": math.nan}}, "rope_scaling.mscale is nan; accepted: a finite number"),
     (
         {"rope_parameters": {"rope_type": "yarn", "factor": 4, "ramp": 2}},
         "rope_parameters has ramp, which is not supported",

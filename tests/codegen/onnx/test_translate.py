@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codegen.onnx import ExportError
+from codegen.onnx import Builder, ExportError
 from tests.codegen.onnx.run import activation, check, graph_of, model_of
 
 B, S = 2, 3
@@ -65,6 +65,11 @@ def test_writes_into_a_cache_of_keys():
 def test_constants_are_computed_before_the_model_runs():
     model = model_of(graph_of(lambda x: x * (torch.arange(6) * 2.0).cos().exp(), activation("x", "B", "S", 6)))
     assert [node.op_type for node in model.graph.node if node.op_type != "Shape"] == ["Mul"]
+
+
+def test_constants_that_differ_have_names_that_differ():
+    b = Builder()
+    assert len({b.constant(1), b.ints(1), b.ints(1, 1), b.ints(1, 1, 1)}) == len(b.initializers) == 4
 
 
 def from_line_7(graph):
