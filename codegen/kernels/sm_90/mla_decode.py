@@ -32,6 +32,69 @@ from codegen.kernels.sm_90.rings import advance
 
 
 @gluon.jit
+def _store_output(
+    out_ptr, acc, weight, line, first_row, total, UNITS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr
+):  # fmt: skip
+    """A request that one program did alone, from out's row `line` on."""
+    # Four neighbours of a row per thread, 16 in a row, where the products leave one and 8. Exchanging one bit of the
+    # lane's number at a time keeps this within registers.
+    MORE: gl.constexpr = ([[0, 8]] if ROWS == 16 else []) + [[64, 0], [128, 0]][: 2 if WIDTH == 256 else WIDTH // 128]
+    halfway: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [0, 1]] + MORE, [[0, 2], [0, 4], [8, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [WIDTH, ROWS]
+    )
+    stored: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0]] + MORE, [[0, 2], [0, 4], [8, 0], [0, 1], [4, 0]], [[16, 0], [32, 0]], [], [WIDTH, ROWS]
+    )
+    sums = gl.sum(weight, 0)
+    inverse = 1.0 / gl.where(sums > 0, sums, 1.0)  # a row of the tile may be no query
+    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, stored))
+    for unit in gl.static_range(UNITS):
+        values = gl.convert_layout(gl.convert_layout(acc[unit] * inverse[None, :], halfway), stored)
+        column = unit * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, stored))
+        at = (line + row)[None, :] * (UNITS * WIDTH) + column[:, None]
+        gl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=(row < total)[None, :])
+
+
+@gluon.jit
+def _store_part(
+    part_ptr, stat_ptr, acc, weight, highest, line, first_row, total,
+    UNITS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, ACROSS: gl.constexpr,
+):  # fmt: skip
+    """A part of a request, from row `line` of the parts on: all programs do this last, and the merge waits for it.
+
+    Hence no exchange between threads. Columns lie as the products leave them, WIDTH / 32 neighbours of a row per
+    thread, and each warp leaves a sum of its own: mla_merge puts columns in order and adds up.
+    """
+    NEAR: gl.constexpr = WIDTH // 32
+    near: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0], [4, 0]][: 3 if WIDTH == 256 else WIDTH // 64]
+        + [[0, 1]] + ([[0, 8]] if ROWS == 16 else []),
+        [[0, 2], [0, 4], [NEAR, 0], [2 * NEAR, 0], [4 * NEAR, 0]],
+        [[8 * NEAR, 0], [16 * NEAR, 0]],
+        [],
+        [WIDTH, ROWS],
+    )  # fmt: skip
+    sums: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1]] + ([[0, 8]] if ROWS == 16 else []), [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]], [[1, 0], [2, 0]], [],
+        [4, ROWS],
+    )  # fmt: skip
+    row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, near))
+    for unit in gl.static_range(UNITS):
+        values = acc[unit].to(part_ptr.dtype.element_ty).reshape([WIDTH // 64, 4, 2, 8, ROWS])
+        values = values.permute([1, 3, 0, 2, 4]).reshape([WIDTH, ROWS])
+        column = unit * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, near))
+        at = (line + row)[None, :] * (UNITS * WIDTH) + column[:, None]
+        gl.store(part_ptr + at, gl.convert_layout(values, near), mask=(row < total)[None, :])
+    summed = gl.convert_layout(gl.sum(weight.reshape([4, 16, ROWS]), 1), sums)
+    warp = gl.arange(0, 4, layout=gl.SliceLayout(1, sums))
+    summed_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, sums))
+    at = (line + summed_row)[None, :] * 8 + 4 + warp[:, None]
+    gl.store(stat_ptr + at, summed, mask=(summed_row < total)[None, :])
+    highest_row = first_row + gl.arange(0, ROWS, layout=ACROSS)
+    gl.store(stat_ptr + (line + highest_row) * 8, highest, mask=highest_row < total)
+
+
+@gluon.jit
 def _consume(
     latents, ropes, query, p_smem, q_latent_desc, q_rope_desc, positions_ptr, out_ptr, part_ptr, stat_ptr,
     schedule, queries, scale: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SPAN: gl.constexpr,
@@ -48,16 +111,6 @@ def _consume(
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     across: gl.constexpr = gl.SliceLayout(0, mma)
     down: gl.constexpr = gl.SliceLayout(1, mma)
-    RANK: gl.constexpr = UNITS * WIDTH
-    # Four neighbours of a row per thread, 16 in a row, where the products leave one and 8. Exchanging one bit of the
-    # lane's number at a time keeps this within registers.
-    MORE: gl.constexpr = ([[0, 8]] if ROWS == 16 else []) + [[64, 0], [128, 0]][: 2 if WIDTH == 256 else WIDTH // 128]
-    halfway: gl.constexpr = gl.DistributedLinearLayout(
-        [[1, 0], [0, 1]] + MORE, [[0, 2], [0, 4], [8, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [WIDTH, ROWS]
-    )
-    stored: gl.constexpr = gl.DistributedLinearLayout(
-        [[1, 0], [2, 0]] + MORE, [[0, 2], [0, 4], [8, 0], [0, 1], [4, 0]], [[16, 0], [32, 0]], [], [WIDTH, ROWS]
-    )
     LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
     slot = gl.to_tensor(0)
@@ -133,7 +186,6 @@ def _consume(
                 mbarrier.arrive(latent_empty.index(slot))
                 slot, phase = advance(slot, phase, SLOTS)
 
-        weight = gl.sum(weight, 0)
         whole = (begin == origin) & (stop == origin + tiles)
         piece = gl.program_id(1) * 2 + gl.where(begin == start, 0, 1)
         out_line = request * total
@@ -142,23 +194,11 @@ def _consume(
         request += 1
         if begin < end:
             load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
-        inverse = 1.0 / gl.where(weight > 0, weight, 1.0)  # a part may hold nothing that a row sees
-        row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, stored))
-        line = gl.where(whole, out_line, piece * total) + row
-        inside = (row < total)[None, :]
-        for unit in gl.static_range(UNITS):
-            values = gl.convert_layout(gl.convert_layout(acc[unit] * inverse[None, :], halfway), stored)
-            column = unit * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, stored))
-            at = line[None, :] * RANK + column[:, None]
-            if whole:
-                gl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
-            else:
-                gl.store(part_ptr + at, values.to(part_ptr.dtype.element_ty), mask=inside)
-        if not whole:
-            part_row = first_row + gl.arange(0, ROWS, layout=across)
-            stat = stat_ptr + (piece * total + part_row) * 2
-            gl.store(stat, highest, mask=part_row < total)
-            gl.store(stat + 1, weight, mask=part_row < total)
+        if whole:
+            _store_output(out_ptr, acc, weight, out_line, first_row, total, UNITS, WIDTH, ROWS)
+        else:
+            line = piece * total
+            _store_part(part_ptr, stat_ptr, acc, weight, highest, line, first_row, total, UNITS, WIDTH, ROWS, across)
 
 
 @gluon.jit

@@ -119,12 +119,14 @@ def _score(
             load_query(query, q_latent_desc, q_rope_desc, request * total + first_row, UNITS, WIDTH)
         mbarrier.wait(done_empty, done_phase ^ 1)
         done_phase ^= 1
-        inverse_smem.store(1.0 / gl.where(weight > 0, weight, 1.0))  # a part may hold nothing that a row sees
+        inverse_smem.store(1.0 / gl.where(whole & (weight > 0), weight, 1.0))  # a row of the tile may be no query
         mbarrier.arrive(done_full)
         if not whole:
-            at = stat_ptr + (piece * total + row) * 2
+            at = stat_ptr + (piece * total + row) * 8
             gl.store(at, highest, mask=row < total)
-            gl.store(at + 1, weight, mask=row < total)
+            gl.store(at + 4, weight, mask=row < total)
+            for empty in gl.static_range(5, 8):
+                gl.store(at + empty, gl.zeros([64], gl.float32, layout=down), mask=row < total)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """Joining the parts of requests that several programs of a decode kernel worked on.
 
-Part i of a query row is its output Oᵢ over the part's positions, its largest score mᵢ, and the sum lᵢ of
-2^(score − mᵢ). The whole is Σ wᵢ Oᵢ / Σ wᵢ with wᵢ = lᵢ · 2^(mᵢ − max m).
+Part i of a query row is its largest score mᵢ, the sum lᵢ of p = 2^(score − mᵢ) over the part's positions, and the sum
+Oᵢ of p · latent. The whole is Σ wᵢ Oᵢ / Σ wᵢ lᵢ with wᵢ = 2^(mᵢ − max m).
 
 A launch of its own, because what was tried in its place is worse in general. One cluster of programs per request,
 joined through its shared memory, wins where requests are equally long and loses more where they are not; and the chip
@@ -22,12 +22,14 @@ from codegen.kernels.sm_90.mla_schedule import load_reaches, request_programs
 def mla_merge(
     positions_ptr, part_ptr, stat_ptr, out_ptr, requests, queries, programs,
     TILE_ROWS: gl.constexpr, HEADS: gl.constexpr, SPAN: gl.constexpr, RANK: gl.constexpr, REQUESTS: gl.constexpr,
-    PARTS: gl.constexpr, WIDTH: gl.constexpr, SPREAD: gl.constexpr,
+    PARTS: gl.constexpr, WIDTH: gl.constexpr, SPREAD: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """Grid (requests, row tiles, programs for each). A step joins PARTS parts of WIDTH columns of one row.
 
     The warps share the parts of a step where SPREAD is set, its columns where it is not. Launched while the decode
-    kernel still runs; a request that one program did alone is already in out.
+    kernel still runs; a request that one program did alone is already in out. Of a row's eight numbers in stat the
+    first is mᵢ, and the last four add up to lᵢ. UNIT: how many columns of a part lie together in the order in which
+    mla_decode has them in registers; 0 where all are in place.
     """
     request = gl.program_id(0)
     first_row = gl.program_id(1) * TILE_ROWS
@@ -39,6 +41,10 @@ def mla_merge(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], lanes, warps, [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, layout)
     across: gl.constexpr = gl.SliceLayout(0, layout)
+    # The sums have a part per lane: four of every part in every thread would take too many registers.
+    narrow: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, gl.num_warps()], [1, 0])
+    lane: gl.constexpr = gl.SliceLayout(1, narrow)
+    number = gl.arange(0, 4, layout=gl.SliceLayout(0, narrow))
     gdc_launch_dependents()
     gdc_wait()
     if first < last:
@@ -50,17 +56,29 @@ def mla_merge(
             weight = gl.to_tensor(0.0)
             acc = gl.zeros([WIDTH], gl.float32, layout=across)
             for start in range(first, last + 1, PARTS):
-                program = start + gl.arange(0, PARTS, layout=down)
-                inside = program <= last
-                # The request is a program's first one unless it begins in the middle of the program's range.
-                part = (program * 2 + gl.where(program * quota < origin, 1, 0)) * total + row
+                inside = start + gl.arange(0, PARTS, layout=down) <= last
+                part = _part(start + gl.arange(0, PARTS, layout=down), quota, origin) * total + row
                 values = gl.load(part_ptr + part[:, None] * RANK + column[None, :], mask=inside[:, None], other=0.0)
-                peak = gl.load(stat_ptr + part * 2, mask=inside, other=-1.0e30)
-                sums = gl.load(stat_ptr + part * 2 + 1, mask=inside, other=0.0)
+                peak = gl.load(stat_ptr + part * 8, mask=inside, other=-1.0e30)
+                known = start + gl.arange(0, PARTS, layout=lane) <= last
+                own = (_part(start + gl.arange(0, PARTS, layout=lane), quota, origin) * total + row) * 8
+                own_peak = gl.load(stat_ptr + own, mask=known, other=-1.0e30)
+                sums = gl.load(stat_ptr + own[:, None] + 4 + number[None, :], mask=known[:, None], other=0.0)
                 raised = gl.maximum(highest, gl.max(peak, 0))
-                share = gl.exp2(peak - raised) * sums
                 decay = gl.exp2(highest - raised)
-                weight = weight * decay + gl.sum(share, 0)
+                weight = weight * decay + gl.sum(gl.exp2(own_peak - raised) * gl.sum(sums, 1), 0)
+                share = gl.exp2(peak - raised)
                 acc = acc * decay + gl.sum(values.to(gl.float32) * share[:, None], 0)
                 highest = raised
+            if UNIT > 0:
+                # Per row, a thread of a warp group holds UNIT / 32 neighbours: two in each block of 64 columns.
+                NEAR: gl.constexpr = UNIT // 32
+                thread, value = column % UNIT // NEAR, column % NEAR
+                column += value // 2 * 64 + thread // 8 * 16 + value % 2 * 8 + thread % 8 - column % UNIT
             gl.store(out_ptr + (request * total + row) * RANK + column, (acc / weight).to(gl.bfloat16))
+
+
+@gluon.jit
+def _part(program, quota, origin):
+    """Where a program's part lies: the request is its first one unless it begins in the middle of its range."""
+    return program * 2 + gl.where(program * quota < origin, 1, 0)
