@@ -126,7 +126,8 @@ class ChosenPairs(Pairs):
             return self.pointwise(node, labels, self.value)
         if node not in self.computed and _lead(labels) in (PAIR, self.numbers.grid):
             flat = self.leading(node, labels, _lead(labels))
-            return self.call(aten.index.Tensor, flat, [self.order])
+            number = self.token_of_pair() if self.numbers.one else self.order  # one form for rows of tokens
+            return self.call(aten.index.Tensor, flat, [number])
         raise unknown(node, f"{node.name} may look at several pairs at once")
 
     def moved(self, node: fx.Node, labels: str, of: Any) -> fx.Node | None:
@@ -135,8 +136,10 @@ class ChosenPairs(Pairs):
         if regrouped is not None:
             value = of(node.args[0], regrouped)
             sizes = [size for size, label in zip(shape_of(node), labels, strict=True) if label == FEATURE]
-            same = len(shape_of(value)) == 1 + len(sizes) and all(map(same_size, shape_of(value)[1:], sizes))
-            return value if same else self.call(aten.reshape.default, value, [-1, *sizes])
+            for known in (value, *value.args[:1]) if is_call(value, aten.unsqueeze) else (value,):
+                if len(shape_of(known)) == 1 + len(sizes) and all(map(same_size, shape_of(known)[1:], sizes)):
+                    return known
+            return self.call(aten.reshape.default, value, [-1, *sizes])
         if is_call(node, aten.select):
             return self.one_of(node, labels, of)
         before = None if sources_of_dims(node) is None else self.numbers.before(node, labels)

@@ -123,7 +123,7 @@ def ways_to_sum(node: fx.Node, numbers: PairNumbers, computed: set[fx.Node]) -> 
     if values is not None and values[2] in computed:
         features = FEATURE * (len(shape_of(node)) - 1)
         own = features[: len(shape_of(values[1])) - 1]
-        orders = [order for order in (PAIR, RANK) if PairNumbers(numbers.chosen).reads(values[1], order + own) == TOKEN]
+        orders = [order for order in (PAIR, RANK) if PairNumbers(numbers.chosen).reads_token(values[1], order + own)]
         yield from ({node: TOKEN + features, values[2]: order} for order in orders or (PAIR,))
     product = product_of(node)
     if product is None:
@@ -166,7 +166,7 @@ def rewritten(pairs: ChosenPairs) -> fx.Node:
     order = pairs.path.pop(values)
     features = FEATURE * (len(labels) - 1)
     same = len(shape_of(rows)) in (1, len(labels)) and same_size(shape_of(node)[0], pairs.numbers.sizes[TOKEN])
-    if not same or pairs.numbers.reads(rows, order + features[: len(shape_of(rows)) - 1]) != TOKEN:
+    if not same or not pairs.numbers.reads_token(rows, order + features[: len(shape_of(rows)) - 1]):
         raise Refused(node, f"{rows.name} is not the token of every pair")
     total = pairs.shaped(pairs.sum(*pairs.linear(values, order + features), len(features)), labels)
     if constant_of(base) == 0:

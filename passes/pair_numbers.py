@@ -46,6 +46,7 @@ class PairNumbers:
         self.chosen = chosen
         self.grid = (TOKEN if len(tokens) == 1 else TOKEN_AXES[: len(tokens)]) + CHOICE
         self.top_k, self.experts = top_k, chosen_experts(chosen)
+        self.one = same_size(top_k, 1)  # then the pairs are the tokens, in the same order
         count = prod(tokens)
         self.sizes = {TOKEN: count, CHOICE: top_k, PAIR: count * top_k, RANK: count * top_k, EXPERT: self.experts}
         self.sizes |= dict(zip(self.grid, (*tokens, top_k), strict=True))
@@ -56,7 +57,7 @@ class PairNumbers:
         node = uncast(node)
         if not isinstance(node, fx.Node):
             return None
-        if node is self.chosen and labels == self.grid:
+        if node is self.chosen and self._is_grid(labels):
             return EXPERT
         if counts_up(node, 0) and labels in (TOKEN, CHOICE, PAIR, RANK):
             return labels
@@ -72,6 +73,15 @@ class PairNumbers:
             return RANK if node.args[1] == 1 and self.reads(node.args[0].args[0], RANK) == PAIR else None
         before = self.source(node, labels) or self.before(node, labels)
         return None if before is None else self.reads(*before)
+
+    def reads_token(self, node: Any, labels: str) -> bool:
+        """Do integers with dims `labels` index the tokens? With one expert each, a pair's number is its token's."""
+        read = self.reads(node, labels)
+        return read == TOKEN or (read == PAIR and self.one)
+
+    def _is_grid(self, labels: str) -> bool:
+        """Are these the dims of the top-k? With one expert each, they are those of the pairs and one of size one."""
+        return (labels.replace(PAIR, TOKEN).replace(BROADCAST, CHOICE) if self.one else labels) == self.grid
 
     def _divides(self, node: fx.Node) -> bool:
         floors = is_call(node, aten.floor_divide) or node.kwargs.get("rounding_mode") in ("floor", "trunc")
@@ -162,7 +172,12 @@ class PairNumbers:
         if regrouped is not None:
             return node.args[0], regrouped
         sources = sources_of_dims(node)
-        return None if sources is None else (node.args[0], labels_before(node, labels, sources))
+        if sources is None:
+            return None
+        own = labels_before(node, labels, sources)
+        if self.one and CHOICE in labels and CHOICE not in own:  # what is left of the pairs are the pairs
+            own = own.replace(TOKEN, PAIR)
+        return node.args[0], own
 
     def regrouped(self, node: fx.Node, labels: str) -> str | None:
         """Labels of a reshape's input whose leading dims hold the same pairs or tokens in the same order."""
@@ -171,15 +186,20 @@ class PairNumbers:
             return None
         sizes = shape_of(node.args[0])
         rest = labels[len(lead) :]
-        for own in self._same_order(lead):
-            fits = len(own) <= len(sizes) and all(map(same_size, sizes, (self.sizes[label] for label in own)))
-            width, old = prod(shape_of(node)[len(lead) :]), sizes[len(own) :]
-            if fits and same_size(width, prod(old)):
-                if FEATURE not in rest:
-                    return own + BROADCAST * len(old)
-                if BROADCAST not in rest:
-                    return own + FEATURE * len(old)
-        return None
+        width = prod(shape_of(node)[len(lead) :])
+        fitting = [
+            own
+            for own in self._same_order(lead)
+            if len(own) <= len(sizes)
+            and all(map(same_size, sizes, (self.sizes[label] for label in own)))
+            and same_size(width, prod(sizes[len(own) :]))
+        ]
+        if not fitting or {FEATURE, BROADCAST} <= set(rest):
+            return None
+        if FEATURE in rest:
+            return fitting[0] + FEATURE * (len(sizes) - len(fitting[0]))
+        own = max(fitting, key=len)  # an axis of size one is better known as the only choice than as nothing
+        return own + BROADCAST * (len(sizes) - len(own))
 
     def _same_order(self, lead: str) -> tuple[str, ...]:
         tokens = self.grid[:-1]
