@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import GroupedCall, counted_indices, grouped_call
+from passes.grouped_calls import GroupedCall, grouped_call
 from passes.layouts import EXPERT, FEATURE
 from passes.nodes import CASTS, settled
 from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
@@ -274,18 +274,12 @@ class ChosenPairs(Pairs):
             raise Refused(node, f"{node.name} multiplies weights only")
         if not self.numbers.sorted_by_expert():
             raise Refused(node, f"the rows of {node.name} are not sorted by the experts that its offsets count")
-        counted = counted_indices(found.offsets)
-        if counted is None or not self.counts_pairs(*counted):
+        if not self.numbers.counted_by(found.offsets):
             raise Refused(node, f"the offsets {found.offsets.name} do not count {self.numbers.chosen.name}")
         if found.stack in self.computed or not same_size(shape_of(found.stack)[0], self.numbers.experts):
             raise Refused(node, f"{found.stack.name} does not hold one matrix for each expert")
         stack = self.permuted(found.stack, [0, 2, 1])
         return self.call(dsv3.grouped_linear.default, value, stack, self.offsets), weights
-
-    def counts_pairs(self, indices: fx.Node, only_sorted: bool) -> bool:
-        forms = (RANK,) if only_sorted else (PAIR, RANK, self.numbers.grid, TOKEN + CHOICE)
-        rank = len(shape_of(indices))
-        return any(len(form) == rank and self.numbers.reads(indices, form) == EXPERT for form in forms)
 
 
 def _lead(labels: str) -> str:

@@ -15,7 +15,7 @@ from passes.chosen_pairs import ChosenPairs
 from passes.grouped_calls import grouped_call
 from passes.layouts import FEATURE
 from passes.nodes import constant_of, substitute
-from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_experts
+from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_behind, chosen_experts
 from passes.products import BROADCAST, product_of
 from passes.rewrite import Refused, matched
 from passes.unrolled_experts import unrolled_experts
@@ -77,22 +77,6 @@ def _index_of_matrices(node: fx.Node) -> Any:
     for target, at in INDEXING.items():
         if is_call(node, target) and len(shape_of(node.args[0])) > 2:
             return node.args[at] if at == 1 or node.args[1] == 0 else None
-    return None
-
-
-def chosen_behind(indices: Any) -> fx.Node | None:
-    """The top-k that integers were computed from."""
-    queue = list(indices) if isinstance(indices, (list, tuple)) else [indices]
-    seen: set[fx.Node] = set()
-    while queue:
-        node = queue.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if chosen_experts(node) is not None:
-            return node
-        if node.op == "call_function" and not is_call(node, aten.topk):
-            queue.extend(node.all_input_nodes)
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import counts_up, uncast
+from passes.grouped_calls import counted_indices, counts_up, uncast
 from passes.layouts import EXPERT, FEATURE, labels_before
 from passes.nodes import RESHAPES
 from passes.products import BROADCAST, sources_of_dims
@@ -36,6 +36,22 @@ def chosen_experts(node: Any) -> int | None:
         axis = split.args[2] if len(split.args) > 2 else -1
         return shape_of(split.args[0])[-1] if axis in (-1, len(shape_of(node)) - 1) else None
     return shape_of(split.args[0])[-1] if is_call(split, dsv3.route) and number == 0 else None
+
+
+def chosen_behind(indices: Any) -> fx.Node | None:
+    """The top-k that integers were computed from."""
+    queue = list(indices) if isinstance(indices, (list, tuple)) else [indices]
+    seen: set[fx.Node] = set()
+    while queue:
+        node = queue.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if chosen_experts(node) is not None:
+            return node
+        if node.op == "call_function" and not is_call(node, aten.topk):
+            queue.extend(node.all_input_nodes)
+    return None
 
 
 class PairNumbers:
@@ -104,6 +120,15 @@ class PairNumbers:
         if self.sort is None or self.sort.kwargs.get("descending") or True in self.sort.args[1:]:
             return False
         return self.reads(self.sorted_by(), PAIR) == EXPERT
+
+    def counted_by(self, offsets: fx.Node) -> bool:
+        """Do offsets [E] say where the pairs of each expert end?"""
+        indices, only_sorted = counted_indices(offsets) or (None, False)
+        if indices is None:
+            return False
+        forms = (RANK,) if only_sorted else (PAIR, RANK, self.grid, TOKEN + CHOICE)
+        rank = len(shape_of(indices))
+        return any(len(form) == rank and self.reads(indices, form) == EXPERT for form in forms)
 
     # ---- where dims come from
 
