@@ -84,8 +84,8 @@ class ChosenPairs(Pairs):
     def note(self, node: fx.Node) -> None:
         if node in self.computed:
             self.rebuilt.add(node)
-            if is_call(node, *PUTS) and node.args[0] in self.computed:  # made like a value, only to be overwritten
-                self.rebuilt.add(node.args[0])
+            if is_call(node, *PUTS):  # into what was made like a value, only to be overwritten
+                self.rebuilt |= self.computed & set(node.all_input_nodes)
 
     def value(self, node: fx.Node, labels: str) -> fx.Node:
         node, lead = self.behind(node), _lead(labels)

@@ -177,6 +177,8 @@ class PairNumbers:
     def _put(self, indices: Any, values: fx.Node, labels: str) -> tuple[fx.Node, str] | None:
         """Rows written to the places of all pairs."""
         other = {PAIR: RANK, RANK: PAIR}.get(labels[0])
+        if same_size(self.sizes[PAIR], 1) and is_call(values, *RESHAPES) and len(shape_of(values)) < len(labels):
+            values = values.args[0]  # torch writes a single row without its axis
         if other is None or len(indices) != 1 or len(shape_of(values)) != len(labels):
             return None
         own = other + labels[1 : len(shape_of(indices[0]))]

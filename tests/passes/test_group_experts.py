@@ -249,9 +249,10 @@ def sorted_without_division(m, x, indices, weights):
 
 
 @pytest.mark.parametrize("experts", [*SWIGLU, squeezed_and_summed, sorted_without_division])
-def test_of_one_expert_per_token_the_pairs_are_the_tokens(experts, monkeypatch):
+@pytest.mark.parametrize("tokens", ["B", 1])
+def test_of_one_expert_per_token_the_pairs_are_the_tokens(experts, tokens, monkeypatch):
     monkeypatch.setitem(globals(), "K", 1)
-    graph = graph_with(experts)
+    graph = graph_with(experts, shape=(tokens, D))
     outcome = certified(GroupExperts(), graph)
     assert len(outcome.matches) == 1 and not outcome.refusals
     FuseSwiglu().run(graph, CONTEXT)
