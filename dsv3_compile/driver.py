@@ -15,6 +15,7 @@ from dsv3_compile.artifact import Artifact, check_output
 from dsv3_compile.capture import block_names, capture
 from dsv3_compile.inspection import documents
 from dsv3_compile.options import OptionError, Options, options_from
+from dsv3_compile.own_ops import check_ops
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
@@ -64,9 +65,10 @@ class Model:
 def compile(model: str | Path, output: str | Path, progress: Progress = silent, **settings: Any) -> Artifact:
     """Compile a preset or a Hugging Face folder into an artifact folder.
 
-    `settings` are the fields of Options. Raises ConfigError, CheckpointError, TokenizerError, OptionError,
-    PassError or ArtifactError when the input is at fault, CertificateError or RequirementError when a pass failed;
-    then no artifact is written. Beside it, a failed certificate leaves a script that shows the failure again.
+    `settings` are the fields of Options. Raises ConfigError, CheckpointError, TokenizerError, CaptureError,
+    OptionError, PassError or ArtifactError when the input is at fault, CertificateError or RequirementError when a
+    pass failed; then no artifact is written. Beside it, a failed certificate leaves a script that shows the failure
+    again.
     """
     options = options_from(settings)
     check_output(output)
@@ -151,6 +153,7 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         step = _steps(progress, label, len(pipeline.passes))
         specimen = specimens.get((name, phase))
         records = pipeline.run(block.module, context, label, specimen, step, history)
+        check_ops(block)
         if specimen is not None:
             bound = max((r.certificate.bound for r in records if r.certificate), default=EXACT)
             program.certificates[name, phase] = specimen.certify_whole(label, bound)

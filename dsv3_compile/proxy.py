@@ -25,7 +25,7 @@ def proxy(config: ModelConfig) -> ModelConfig:
     """
     own_keys = config.num_key_value_heads in (None, config.num_attention_heads)
     widths: dict[str, Any] = {
-        "hidden_size": 42,  # transformers wants it divisible by the heads
+        "hidden_size": 42,
         "num_attention_heads": 7 if own_keys else 6,
         "num_key_value_heads": config.num_key_value_heads and (7 if own_keys else 2),
         "head_dim": config.head_dim and 8,

@@ -3,11 +3,13 @@
     dsv3c compile FOLDER --from transformers
 
 What is compiled is what transformers computes, cache update and attention interface included; embedding and output
-head, which have nothing to find, are ours.
+head, which have nothing to find, are ours. So is the order of the layers: where `moe_layer_freq` leaves experts out,
+which transformers passes over, its dense layer stands.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.func import functional_call
 from model_def.attention import write
 from model_def.config import ModelConfig
 from model_def.decoder import Layer
-from model_def.specs import LayerSpec
+from model_def.specs import LayerSpec, MoeSpec
 
 
 class TransformersError(ValueError):
@@ -47,6 +49,8 @@ class TransformersLayer(Layer):
         super().__init__(spec, dtype)
         self._theirs = (layer,)  # in a tuple, so that its parameters are not this module's
         self._complex_rotation = complex_rotation
+        # No weights of ours: without shared experts, theirs are an MLP of width zero.
+        self._empty = {name: weight.shape for name, weight in layer.named_parameters() if not weight.numel()}
 
     def forward(
         self,
@@ -69,7 +73,8 @@ class TransformersLayer(Layer):
             attention_mask=mask, position_ids=positions_BS, past_key_values=cache, use_cache=True,
             position_embeddings=rotation,
         )  # fmt: skip
-        x_BSD = functional_call(layer, self._named(), (x_BSD,), arguments)
+        empty = {name: x_BSD.new_empty(shape) for name, shape in self._empty.items()}
+        x_BSD = functional_call(layer, self._named() | empty, (x_BSD,), arguments)
         return x_BSD, *cache.tensors
 
     def _named(self) -> dict[str, Tensor]:
@@ -90,22 +95,32 @@ class TransformersLayers:
         self.config = config
 
     def __call__(self, spec: LayerSpec, dtype: torch.dtype) -> TransformersLayer:
-        index = self.config.layers().index(spec)
-        model = self._model(index + 1)
+        model = self._model(isinstance(spec.ffn, MoeSpec))
         rotary = model.model.rotary_emb
         table = rotary(torch.empty(1, 1, spec.hidden), torch.zeros(1, 1, dtype=torch.int64))
-        layer = model.model.layers[index].eval()
-        return TransformersLayer(spec, dtype, layer, isinstance(table, Tensor) and table.is_complex())
+        (layer,) = model.model.layers
+        return TransformersLayer(spec, dtype, layer.eval(), isinstance(table, Tensor) and table.is_complex())
 
-    def _model(self, layers: int) -> Any:
+    def _model(self, moe: bool) -> Any:
+        """A model of one layer, with or without experts: transformers knows dense layers in front only, and nothing
+        else in a layer depends on where it stands."""
         try:
+            from huggingface_hub.errors import StrictDataclassError
             from transformers import AutoConfig, AutoModelForCausalLM
         except ImportError as error:
             raise TransformersError("needs transformers: pip install 'dsv3-compile[hf]'") from error
-        document = {**self.config.to_dict(), "num_hidden_layers": layers, "quantization_config": None}
+        document = self.config.to_dict() | {"quantization_config": None}
         kind = {"kimi_k2": "deepseek_v3"}.get(document.pop("model_type"), self.config.model_type)
+        if not moe:
+            del document["n_routed_experts"]  # null in a model without experts, which transformers does not take
+        document |= {"num_hidden_layers": 1, "first_k_dense_replace": 0 if moe else 1}
+        document |= {"num_attention_heads": 1, "num_key_value_heads": 1}
         try:
             config = AutoConfig.for_model(kind, **document, attn_implementation="sdpa")
-            return AutoModelForCausalLM.from_config(config)
-        except (ValueError, KeyError) as error:
-            raise TransformersError(f"transformers refuses this config: {str(error).splitlines()[0]}") from error
+            # Only now: some kinds insist that heads divide the hidden size, which in MLA they need not.
+            config.num_attention_heads = config.num_key_value_heads = self.config.num_attention_heads
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+                return AutoModelForCausalLM.from_config(config)
+        except (ValueError, KeyError, StrictDataclassError) as error:
+            raise TransformersError(f"transformers refuses this config: {' '.join(str(error).split())}") from error

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
-from passes.nodes import same_shape
-from passes.products import part_of
+from passes.nodes import is_tensor, same_shape
+from passes.products import part_of, product_of
 
 aten = torch.ops.aten
 
@@ -22,6 +22,7 @@ class Canonicalise(Pass):
     x.type_as(y)                                                                                →  x.to(dtype of y)
     mm(x, Wᵀ), matmul(x, Wᵀ), addmm(bias, x, Wᵀ)                                                →  linear(x, W[, bias])
     cat([empty, x]), copy(x, y), slice(cat) at its seams                                        →  the part
+    x + a product that sums over no index                                                       →  x
     two equal nodes                                                                             →  one
     """
 
@@ -86,6 +87,12 @@ def the_part(node: fx.Node) -> fx.Node | None:
         filled = [part for part in node.args[0] if shape_of(part) != (0,)]
         same = len(filled) == 1 and filled[0].meta["val"].dtype == node.meta["val"].dtype
         return filled[0] if same else None
+    if is_call(node, aten.add) and len(node.all_input_nodes) == 2 and not node.kwargs:
+        for kept, other in (node.args, node.args[::-1]):
+            same = is_tensor(kept) and same_shape(kept, node) and kept.meta["val"].dtype == node.meta["val"].dtype
+            if same and sums_nothing(other):
+                return kept
+        return None
     if is_call(node, aten.copy):
         target, source = (n.meta["val"] for n in node.args[:2])
         same = same_shape(*node.args[:2]) and (target.dtype, target.device) == (source.dtype, source.device)
@@ -105,6 +112,15 @@ def the_part(node: fx.Node) -> fx.Node | None:
         if not isinstance(start, int) or start > part.start:
             return None
     return None
+
+
+def sums_nothing(node: fx.Node) -> bool:
+    """Is it a product over an axis of size zero, and so zero itself?"""
+    product = product_of(node)
+    if product is None:
+        return False
+    sizes = {c: size for operand, own in product.operands for c, size in zip(own, shape_of(operand), strict=True)}
+    return any(same_size(sizes[c], 0) for c in product.summed())
 
 
 def as_linear(graph: fx.Graph, node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import GroupedCall, counted_indices, grouped_call
+from passes.grouped_calls import GroupedCall, grouped_call
 from passes.layouts import EXPERT, FEATURE
 from passes.nodes import CASTS, settled
 from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
@@ -84,8 +84,8 @@ class ChosenPairs(Pairs):
     def note(self, node: fx.Node) -> None:
         if node in self.computed:
             self.rebuilt.add(node)
-            if is_call(node, *PUTS) and node.args[0] in self.computed:  # made like a value, only to be overwritten
-                self.rebuilt.add(node.args[0])
+            if is_call(node, *PUTS):  # into what was made like a value, only to be overwritten
+                self.rebuilt |= self.computed & set(node.all_input_nodes)
 
     def value(self, node: fx.Node, labels: str) -> fx.Node:
         node, lead = self.behind(node), _lead(labels)
@@ -126,7 +126,8 @@ class ChosenPairs(Pairs):
             return self.pointwise(node, labels, self.value)
         if node not in self.computed and _lead(labels) in (PAIR, self.numbers.grid):
             flat = self.leading(node, labels, _lead(labels))
-            return self.call(aten.index.Tensor, flat, [self.order])
+            number = self.token_of_pair() if self.numbers.one else self.order  # one form for rows of tokens
+            return self.call(aten.index.Tensor, flat, [number])
         raise unknown(node, f"{node.name} may look at several pairs at once")
 
     def moved(self, node: fx.Node, labels: str, of: Any) -> fx.Node | None:
@@ -135,8 +136,10 @@ class ChosenPairs(Pairs):
         if regrouped is not None:
             value = of(node.args[0], regrouped)
             sizes = [size for size, label in zip(shape_of(node), labels, strict=True) if label == FEATURE]
-            same = len(shape_of(value)) == 1 + len(sizes) and all(map(same_size, shape_of(value)[1:], sizes))
-            return value if same else self.call(aten.reshape.default, value, [-1, *sizes])
+            for known in (value, *value.args[:1]) if is_call(value, aten.unsqueeze) else (value,):
+                if len(shape_of(known)) == 1 + len(sizes) and all(map(same_size, shape_of(known)[1:], sizes)):
+                    return known
+            return self.call(aten.reshape.default, value, [-1, *sizes])
         if is_call(node, aten.select):
             return self.one_of(node, labels, of)
         before = None if sources_of_dims(node) is None else self.numbers.before(node, labels)
@@ -271,18 +274,12 @@ class ChosenPairs(Pairs):
             raise Refused(node, f"{node.name} multiplies weights only")
         if not self.numbers.sorted_by_expert():
             raise Refused(node, f"the rows of {node.name} are not sorted by the experts that its offsets count")
-        counted = counted_indices(found.offsets)
-        if counted is None or not self.counts_pairs(*counted):
+        if not self.numbers.counted_by(found.offsets):
             raise Refused(node, f"the offsets {found.offsets.name} do not count {self.numbers.chosen.name}")
         if found.stack in self.computed or not same_size(shape_of(found.stack)[0], self.numbers.experts):
             raise Refused(node, f"{found.stack.name} does not hold one matrix for each expert")
         stack = self.permuted(found.stack, [0, 2, 1])
         return self.call(dsv3.grouped_linear.default, value, stack, self.offsets), weights
-
-    def counts_pairs(self, indices: fx.Node, only_sorted: bool) -> bool:
-        forms = (RANK,) if only_sorted else (PAIR, RANK, self.numbers.grid, TOKEN + CHOICE)
-        rank = len(shape_of(indices))
-        return any(len(form) == rank and self.numbers.reads(indices, form) == EXPERT for form in forms)
 
 
 def _lead(labels: str) -> str:

@@ -15,7 +15,7 @@ from passes.chosen_pairs import ChosenPairs
 from passes.grouped_calls import grouped_call
 from passes.layouts import FEATURE
 from passes.nodes import constant_of, substitute
-from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_experts
+from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_behind, chosen_experts
 from passes.products import BROADCAST, product_of
 from passes.rewrite import Refused, matched
 from passes.unrolled_experts import unrolled_experts
@@ -80,22 +80,6 @@ def _index_of_matrices(node: fx.Node) -> Any:
     return None
 
 
-def chosen_behind(indices: Any) -> fx.Node | None:
-    """The top-k that integers were computed from."""
-    queue = list(indices) if isinstance(indices, (list, tuple)) else [indices]
-    seen: set[fx.Node] = set()
-    while queue:
-        node = queue.pop()
-        if not isinstance(node, fx.Node) or node in seen:
-            continue
-        seen.add(node)
-        if chosen_experts(node) is not None:
-            return node
-        if node.op == "call_function" and not is_call(node, aten.topk):
-            queue.extend(node.all_input_nodes)
-    return None
-
-
 def sums_over_chosen(
     graph: fx.Graph, chosen: fx.Node, seeds: list[fx.Node]
 ) -> Iterator[tuple[fx.Node, fx.Node | Refused]]:
@@ -123,7 +107,7 @@ def ways_to_sum(node: fx.Node, numbers: PairNumbers, computed: set[fx.Node]) -> 
     if values is not None and values[2] in computed:
         features = FEATURE * (len(shape_of(node)) - 1)
         own = features[: len(shape_of(values[1])) - 1]
-        orders = [order for order in (PAIR, RANK) if PairNumbers(numbers.chosen).reads(values[1], order + own) == TOKEN]
+        orders = [order for order in (PAIR, RANK) if PairNumbers(numbers.chosen).reads_token(values[1], order + own)]
         yield from ({node: TOKEN + features, values[2]: order} for order in orders or (PAIR,))
     product = product_of(node)
     if product is None:
@@ -166,7 +150,7 @@ def rewritten(pairs: ChosenPairs) -> fx.Node:
     order = pairs.path.pop(values)
     features = FEATURE * (len(labels) - 1)
     same = len(shape_of(rows)) in (1, len(labels)) and same_size(shape_of(node)[0], pairs.numbers.sizes[TOKEN])
-    if not same or pairs.numbers.reads(rows, order + features[: len(shape_of(rows)) - 1]) != TOKEN:
+    if not same or not pairs.numbers.reads_token(rows, order + features[: len(shape_of(rows)) - 1]):
         raise Refused(node, f"{rows.name} is not the token of every pair")
     total = pairs.shaped(pairs.sum(*pairs.linear(values, order + features), len(features)), labels)
     if constant_of(base) == 0:

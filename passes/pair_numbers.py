@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import counts_up, uncast
+from passes.grouped_calls import counted_indices, counts_up, uncast
 from passes.layouts import EXPERT, FEATURE, labels_before
 from passes.nodes import RESHAPES
 from passes.products import BROADCAST, sources_of_dims
@@ -38,6 +38,22 @@ def chosen_experts(node: Any) -> int | None:
     return shape_of(split.args[0])[-1] if is_call(split, dsv3.route) and number == 0 else None
 
 
+def chosen_behind(indices: Any) -> fx.Node | None:
+    """The top-k that integers were computed from."""
+    queue = list(indices) if isinstance(indices, (list, tuple)) else [indices]
+    seen: set[fx.Node] = set()
+    while queue:
+        node = queue.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if chosen_experts(node) is not None:
+            return node
+        if node.op == "call_function" and not is_call(node, aten.topk):
+            queue.extend(node.all_input_nodes)
+    return None
+
+
 class PairNumbers:
     """Reads indices and rearrangements of the pairs that one top-k chose."""
 
@@ -46,6 +62,7 @@ class PairNumbers:
         self.chosen = chosen
         self.grid = (TOKEN if len(tokens) == 1 else TOKEN_AXES[: len(tokens)]) + CHOICE
         self.top_k, self.experts = top_k, chosen_experts(chosen)
+        self.one = same_size(top_k, 1)  # then the pairs are the tokens, in the same order
         count = prod(tokens)
         self.sizes = {TOKEN: count, CHOICE: top_k, PAIR: count * top_k, RANK: count * top_k, EXPERT: self.experts}
         self.sizes |= dict(zip(self.grid, (*tokens, top_k), strict=True))
@@ -56,7 +73,7 @@ class PairNumbers:
         node = uncast(node)
         if not isinstance(node, fx.Node):
             return None
-        if node is self.chosen and labels == self.grid:
+        if node is self.chosen and self._is_grid(labels):
             return EXPERT
         if counts_up(node, 0) and labels in (TOKEN, CHOICE, PAIR, RANK):
             return labels
@@ -72,6 +89,15 @@ class PairNumbers:
             return RANK if node.args[1] == 1 and self.reads(node.args[0].args[0], RANK) == PAIR else None
         before = self.source(node, labels) or self.before(node, labels)
         return None if before is None else self.reads(*before)
+
+    def reads_token(self, node: Any, labels: str) -> bool:
+        """Do integers with dims `labels` index the tokens? With one expert each, a pair's number is its token's."""
+        read = self.reads(node, labels)
+        return read == TOKEN or (read == PAIR and self.one)
+
+    def _is_grid(self, labels: str) -> bool:
+        """Are these the dims of the top-k? With one expert each, they are those of the pairs and one of size one."""
+        return (labels.replace(PAIR, TOKEN).replace(BROADCAST, CHOICE) if self.one else labels) == self.grid
 
     def _divides(self, node: fx.Node) -> bool:
         floors = is_call(node, aten.floor_divide) or node.kwargs.get("rounding_mode") in ("floor", "trunc")
@@ -94,6 +120,15 @@ class PairNumbers:
         if self.sort is None or self.sort.kwargs.get("descending") or True in self.sort.args[1:]:
             return False
         return self.reads(self.sorted_by(), PAIR) == EXPERT
+
+    def counted_by(self, offsets: fx.Node) -> bool:
+        """Do offsets [E] say where the pairs of each expert end?"""
+        indices, only_sorted = counted_indices(offsets) or (None, False)
+        if indices is None:
+            return False
+        forms = (RANK,) if only_sorted else (PAIR, RANK, self.grid, TOKEN + CHOICE)
+        rank = len(shape_of(indices))
+        return any(len(form) == rank and self.reads(indices, form) == EXPERT for form in forms)
 
     # ---- where dims come from
 
@@ -142,6 +177,8 @@ class PairNumbers:
     def _put(self, indices: Any, values: fx.Node, labels: str) -> tuple[fx.Node, str] | None:
         """Rows written to the places of all pairs."""
         other = {PAIR: RANK, RANK: PAIR}.get(labels[0])
+        if same_size(self.sizes[PAIR], 1) and is_call(values, *RESHAPES) and len(shape_of(values)) < len(labels):
+            values = values.args[0]  # torch writes a single row without its axis
         if other is None or len(indices) != 1 or len(shape_of(values)) != len(labels):
             return None
         own = other + labels[1 : len(shape_of(indices[0]))]
@@ -162,7 +199,12 @@ class PairNumbers:
         if regrouped is not None:
             return node.args[0], regrouped
         sources = sources_of_dims(node)
-        return None if sources is None else (node.args[0], labels_before(node, labels, sources))
+        if sources is None:
+            return None
+        own = labels_before(node, labels, sources)
+        if self.one and CHOICE in labels and CHOICE not in own:  # what is left of the pairs are the pairs
+            own = own.replace(TOKEN, PAIR)
+        return node.args[0], own
 
     def regrouped(self, node: fx.Node, labels: str) -> str | None:
         """Labels of a reshape's input whose leading dims hold the same pairs or tokens in the same order."""
@@ -171,15 +213,20 @@ class PairNumbers:
             return None
         sizes = shape_of(node.args[0])
         rest = labels[len(lead) :]
-        for own in self._same_order(lead):
-            fits = len(own) <= len(sizes) and all(map(same_size, sizes, (self.sizes[label] for label in own)))
-            width, old = prod(shape_of(node)[len(lead) :]), sizes[len(own) :]
-            if fits and same_size(width, prod(old)):
-                if FEATURE not in rest:
-                    return own + BROADCAST * len(old)
-                if BROADCAST not in rest:
-                    return own + FEATURE * len(old)
-        return None
+        width = prod(shape_of(node)[len(lead) :])
+        fitting = [
+            own
+            for own in self._same_order(lead)
+            if len(own) <= len(sizes)
+            and all(map(same_size, sizes, (self.sizes[label] for label in own)))
+            and same_size(width, prod(sizes[len(own) :]))
+        ]
+        if not fitting or {FEATURE, BROADCAST} <= set(rest):
+            return None
+        if FEATURE in rest:
+            return fitting[0] + FEATURE * (len(sizes) - len(fitting[0]))
+        own = max(fitting, key=len)  # an axis of size one is better known as the only choice than as nothing
+        return own + BROADCAST * (len(sizes) - len(own))
 
     def _same_order(self, lead: str) -> tuple[str, ...]:
         tokens = self.grid[:-1]

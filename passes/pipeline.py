@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from passes.adopt_grouped_products import AdoptGroupedProducts
 from passes.base import Context, Outcome, Pass, Refusal, placeholders, state, sweep
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
@@ -112,6 +113,7 @@ IMPORTED_PIPELINE: tuple[Pass, ...] = (
     OrderContractions(),
     SparsifyExperts(),
     GroupExperts(),
+    AdoptGroupedProducts(),
     FuseRouting(),
     FuseAttention(),
     *DEFAULT_PIPELINE[DEFAULT_PIPELINE.index(MergeProjections()) :],

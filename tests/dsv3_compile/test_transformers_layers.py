@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from dsv3_compile import driver
+from dsv3_compile.capture import layer_inputs
+from dsv3_compile.options import Options
+from dsv3_compile.own_ops import check_ops
+from dsv3_compile.program import BlockGraph
 from dsv3_compile.runtime import load
+from dsv3_compile.tracing import CaptureError, capture_fake
 from dsv3_compile.transformers_layers import TransformersError, TransformersLayers
 from dsv3_compile.verification import verify
 from model_def.checkpoint import write
 from model_def.config import ModelConfig
 from model_def.decoder import Layer
 from model_def.rope import cos_sin
+from passes.canonicalise import Canonicalise
+from passes.pipeline import IMPORTED_PIPELINE, Pipeline
 from tests.dsv3_compile.tiny import TINY, checkpoint_of, trained_looking
+from tests.passes.capture import CONTEXT
 
 V3 = replace(TINY, hidden_size=36, moe_intermediate_size=12)  # torch's grouped product wants rows of 16 bytes
 V2 = replace(
@@ -25,8 +37,25 @@ V2 = replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [V3, V2], ids=["V3", "V2"])
-@pytest.mark.parametrize("index", [0, 1], ids=["dense", "moe"])
+V2_FIVE_HEADS = replace(V2, num_attention_heads=5, num_key_value_heads=1)  # 36 is no multiple of five
+EVERY_SECOND = replace(V3, first_k_dense_replace=0, moe_layer_freq=2)
+NO_SHARED = replace(V3, n_shared_experts=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "index"),
+    [
+        pytest.param(V3, 0, id="V3-dense"),
+        pytest.param(V3, 1, id="V3-moe"),
+        pytest.param(V2, 0, id="V2-dense"),
+        pytest.param(V2, 1, id="V2-moe"),
+        pytest.param(V2_FIVE_HEADS, 1, id="V2-five-heads"),
+        pytest.param(EVERY_SECOND, 0, id="first-moe"),
+        pytest.param(EVERY_SECOND, 1, id="second-dense"),
+        pytest.param(NO_SHARED, 1, id="no-shared-experts"),
+        pytest.param(replace(V3, n_routed_experts=None), 1, id="no-experts"),
+    ],
+)
 def test_their_layer_on_our_weights_is_our_layer(config: ModelConfig, index: int) -> None:
     spec = config.layer(index)
     ours = trained_looking(config).layers[index]
@@ -55,6 +84,46 @@ def test_an_artifact_of_their_code_is_verified_against_the_definition(tmp_path: 
     assert verify(tmp_path / "artifact", certificates=False)["passed"]
     model = load(tmp_path / "artifact")
     assert model.generate(torch.tensor([[1, 2, 3]]), 4).shape == (1, 4)
+
+
+def layer_graph(config: ModelConfig, index: int = 0) -> fx.GraphModule:
+    """A layer of theirs, captured."""
+    spec = config.layer(index)
+    build = partial(TransformersLayers(config), spec, torch.float32)
+    return capture_fake(build, layer_inputs(config, spec, torch.float32))
+
+
+@pytest.mark.parametrize(("top_k", "disable"), [(1, ()), (3, ("group-experts",))], ids=["one-expert", "not-grouped"])
+def test_no_graph_calls_an_op_of_transformers(top_k: int, disable: tuple[str, ...]) -> None:
+    graph = layer_graph(replace(V3, first_k_dense_replace=0, num_experts_per_tok=top_k))
+    pipeline = Pipeline(IMPORTED_PIPELINE).configured(disable=disable, until="fuse-routing")
+    matches = {record.name: len(record.matches) for record in pipeline.run(graph, CONTEXT)}
+    expected = {"adopt-grouped-products": 2} if disable else {"group-experts": 1, "adopt-grouped-products": 0}
+    assert expected.items() <= matches.items() and matches["fuse-routing"] == 1
+    check_ops(BlockGraph("moe", "prefill", graph))
+
+
+def test_an_op_that_would_be_left_to_the_artifact_is_named() -> None:
+    config = replace(V3, num_hidden_layers=1, first_k_dense_replace=0)
+    options = Options(origin="transformers", max_length=32, verify=False, until="canonicalise")
+    named = r"^moe prefill still calls transformers::grouped_mm_fallback \(moe.py:\d+\) after the passes"
+    with pytest.raises(CaptureError, match=named):
+        driver.build(config, options)
+
+
+def test_shared_experts_that_are_not_there_leave_nothing_in_the_graph() -> None:
+    with warnings.catch_warnings(action="error"):
+        graph = layer_graph(NO_SHARED, 1)
+    Canonicalise().run(graph, CONTEXT)
+    values = [value for node in graph.graph.nodes for value in tree_leaves(node.meta.get("val"))]
+    assert all(0 not in value.shape for value in values if isinstance(value, torch.Tensor))
+
+
+def test_a_config_that_transformers_refuses_is_one_line() -> None:
+    config = replace(V3, rms_norm_eps=1e-6)
+    object.__setattr__(config, "vocab_size", "many")
+    with pytest.raises(TransformersError, match=r"^transformers refuses this config: .*vocab_size.* expected int"):
+        TransformersLayers(config)(config.layer(0), torch.float32)
 
 
 def test_what_transformers_does_not_have_is_refused() -> None:

@@ -89,3 +89,25 @@ def test_a_cast_to_another_value_s_dtype_is_a_cast():
     assert count(graph, aten.type_as) == 0
     (cast,) = (node for node in graph.graph.nodes if node.target is aten._to_copy.default)
     assert cast.kwargs == {"dtype": torch.float16}
+
+
+class WithoutColumns(nn.Module):
+    """A network of width zero beside x; in the last result it makes x larger."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(0, 6)), nn.Parameter(torch.empty(6, 0))
+        self.wide = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        nothing = nn.functional.linear(nn.functional.silu(nn.functional.linear(x, self.up)), self.down)
+        same = nn.functional.linear(x, self.wide)
+        return x + nothing, nothing + same, x + same, torch.tanh(x[:1, :1]) + nothing
+
+
+def test_what_sums_no_index_adds_nothing():
+    graph = module_graph(WithoutColumns(), X)
+    apply(Canonicalise(), graph)
+    first, second, *_ = graph.graph.output_node().args[0]
+    assert first.op == "placeholder" and second.target is aten.linear.default
+    assert count(graph, aten.add) == 2

@@ -236,6 +236,30 @@ def test_one_token_and_rows_of_tokens(experts):
         assert len(certified(GroupExperts(), graph).matches) == 1
 
 
+def squeezed_and_summed(m, x, indices, weights):
+    ids = indices.squeeze(-1)
+    y = bmm(m.down[ids], swiglu(bmm(m.gate_up[ids], x)))
+    return torch.einsum("nkd,nk->nd", y.unsqueeze(1), weights)
+
+
+def sorted_without_division(m, x, indices, weights):
+    ids, order = indices.flatten().sort()
+    y = multiply_groups(swiglu(multiply_groups(x[order], m.up_t, ends(ids))), m.down_t, ends(ids))
+    return torch.zeros_like(x).index_add(0, order, y * weights.flatten()[order].unsqueeze(-1))
+
+
+@pytest.mark.parametrize("experts", [*SWIGLU, squeezed_and_summed, sorted_without_division])
+@pytest.mark.parametrize("tokens", ["B", 1])
+def test_of_one_expert_per_token_the_pairs_are_the_tokens(experts, tokens, monkeypatch):
+    monkeypatch.setitem(globals(), "K", 1)
+    graph = graph_with(experts, shape=(tokens, D))
+    outcome = certified(GroupExperts(), graph)
+    assert len(outcome.matches) == 1 and not outcome.refusals
+    FuseSwiglu().run(graph, CONTEXT)
+    assert len(certified(FuseExperts(), graph).matches) == 1
+    assert count(graph, multiply_groups, aten.index, aten.sort, aten.argsort, aten.bmm, aten.einsum) == 0
+
+
 # ---- any mixture of all that
 
 
@@ -380,7 +404,9 @@ NEAR_MISSES = {
 
 
 @pytest.mark.parametrize(("experts", "reason"), NEAR_MISSES.values(), ids=NEAR_MISSES)
-def test_near_misses(experts, reason):
+@pytest.mark.parametrize("top_k", [K, 1])
+def test_near_misses(experts, reason, top_k, monkeypatch):
+    monkeypatch.setitem(globals(), "K", top_k)
     assert untouched(GroupExperts(), graph_with(experts)) == reason
 
 
