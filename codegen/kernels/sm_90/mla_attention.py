@@ -215,6 +215,7 @@ def decode(
             SPREAD=spread,
             UNIT=form.width if form.groups else 0,
             num_warps=warps,
+            maxnreg=72 if spread and form.groups else None,  # so that its warps fit beside the decode kernel's
             launch_pdl=True,
         )
     return out

@@ -125,8 +125,6 @@ def _score(
             at = stat_ptr + (piece * total + row) * 8
             gl.store(at, highest, mask=row < total)
             gl.store(at + 4, weight, mask=row < total)
-            for empty in gl.static_range(5, 8):
-                gl.store(at + empty, gl.zeros([64], gl.float32, layout=down), mask=row < total)
 
 
 @gluon.jit

@@ -28,8 +28,8 @@ def mla_merge(
 
     The warps share the parts of a step where SPREAD is set, its columns where it is not. Launched while the decode
     kernel still runs; a request that one program did alone is already in out. Of a row's eight numbers in stat the
-    first is mᵢ, and the last four add up to lᵢ. UNIT: how many columns of a part lie together in the order in which
-    mla_decode has them in registers; 0 where all are in place.
+    first is mᵢ, and the fifth lᵢ. UNIT: where mla_decode_narrow leaves parts, how many columns lie together in the order
+    in which it has them in registers; then the last four numbers add up to lᵢ. 0 where all is in place.
     """
     request = gl.program_id(0)
     first_row = gl.program_id(1) * TILE_ROWS
@@ -41,8 +41,8 @@ def mla_merge(
     layout: gl.constexpr = gl.BlockedLayout([1, 8], lanes, warps, [1, 0])
     down: gl.constexpr = gl.SliceLayout(1, layout)
     across: gl.constexpr = gl.SliceLayout(0, layout)
-    # The sums have a part per lane: four of every part in every thread would take too many registers.
-    narrow: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [1, gl.num_warps()], [1, 0])
+    # Four sums have a part per lane: those of every part in every thread would take too many registers.
+    narrow: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], warps, [1, 0])
     lane: gl.constexpr = gl.SliceLayout(1, narrow)
     number = gl.arange(0, 4, layout=gl.SliceLayout(0, narrow))
     gdc_launch_dependents()
@@ -60,13 +60,18 @@ def mla_merge(
                 part = _part(start + gl.arange(0, PARTS, layout=down), quota, origin) * total + row
                 values = gl.load(part_ptr + part[:, None] * RANK + column[None, :], mask=inside[:, None], other=0.0)
                 peak = gl.load(stat_ptr + part * 8, mask=inside, other=-1.0e30)
-                known = start + gl.arange(0, PARTS, layout=lane) <= last
-                own = (_part(start + gl.arange(0, PARTS, layout=lane), quota, origin) * total + row) * 8
-                own_peak = gl.load(stat_ptr + own, mask=known, other=-1.0e30)
-                sums = gl.load(stat_ptr + own[:, None] + 4 + number[None, :], mask=known[:, None], other=0.0)
                 raised = gl.maximum(highest, gl.max(peak, 0))
                 decay = gl.exp2(highest - raised)
-                weight = weight * decay + gl.sum(gl.exp2(own_peak - raised) * gl.sum(sums, 1), 0)
+                if UNIT > 0:
+                    inside = start + gl.arange(0, PARTS, layout=lane) <= last
+                    stat = (_part(start + gl.arange(0, PARTS, layout=lane), quota, origin) * total + row) * 8
+                    own_peak = gl.load(stat_ptr + stat, mask=inside, other=-1.0e30)
+                    sums = gl.load(stat_ptr + stat[:, None] + 4 + number[None, :], mask=inside[:, None], other=0.0)
+                    added = gl.sum(gl.exp2(own_peak - raised) * gl.sum(sums, 1), 0)
+                else:
+                    sums = gl.load(stat_ptr + part * 8 + 4, mask=inside, other=0.0)
+                    added = gl.sum(gl.exp2(peak - raised) * sums, 0)
+                weight = weight * decay + added
                 share = gl.exp2(peak - raised)
                 acc = acc * decay + gl.sum(values.to(gl.float32) * share[:, None], 0)
                 highest = raised
