@@ -142,7 +142,7 @@ def decode(
     part_rows = rows if programs > 1 else 0
     # As exact as what they sum: weights in bfloat16.
     parts = torch.empty((programs, 2, part_rows, rank), dtype=q_latent.dtype, device=device)
-    stats = torch.empty((programs, 2, part_rows, 8), dtype=torch.float32, device=device)
+    stats = torch.empty((programs, 2, part_rows, 8 if form.groups else 2), dtype=torch.float32, device=device)
     positions = positions.contiguous()
     # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
     padded = 1 if requests == 1 else max(32, triton.next_power_of_2(requests))

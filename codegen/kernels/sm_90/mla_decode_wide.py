@@ -122,9 +122,9 @@ def _score(
         inverse_smem.store(1.0 / gl.where(whole & (weight > 0), weight, 1.0))  # a row of the tile may be no query
         mbarrier.arrive(done_full)
         if not whole:
-            at = stat_ptr + (piece * total + row) * 8
+            at = stat_ptr + (piece * total + row) * 2
             gl.store(at, highest, mask=row < total)
-            gl.store(at + 4, weight, mask=row < total)
+            gl.store(at + 1, weight, mask=row < total)
 
 
 @gluon.jit

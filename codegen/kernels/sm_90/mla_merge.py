@@ -27,10 +27,11 @@ def mla_merge(
     """Grid (requests, row tiles, programs for each). A step joins PARTS parts of WIDTH columns of one row.
 
     The warps share the parts of a step where SPREAD is set, its columns where it is not. Launched while the decode
-    kernel still runs; a request that one program did alone is already in out. Of a row's eight numbers in stat the
-    first is mᵢ, and the fifth lᵢ. UNIT: where mla_decode_narrow leaves parts, how many columns lie together in the order
-    in which it has them in registers; then the last four numbers add up to lᵢ. 0 where all is in place.
+    kernel still runs; a request that one program did alone is already in out. Row by row, stat holds mᵢ and lᵢ. UNIT,
+    for parts of mla_decode_narrow: how many columns lie together in the order in which it has them in registers; then
+    stat holds eight numbers, mᵢ, three that nobody reads, and four that add up to lᵢ.
     """
+    STATS: gl.constexpr = 8 if UNIT > 0 else 2
     request = gl.program_id(0)
     first_row = gl.program_id(1) * TILE_ROWS
     total = queries * HEADS
@@ -59,17 +60,17 @@ def mla_merge(
                 inside = start + gl.arange(0, PARTS, layout=down) <= last
                 part = _part(start + gl.arange(0, PARTS, layout=down), quota, origin) * total + row
                 values = gl.load(part_ptr + part[:, None] * RANK + column[None, :], mask=inside[:, None], other=0.0)
-                peak = gl.load(stat_ptr + part * 8, mask=inside, other=-1.0e30)
+                peak = gl.load(stat_ptr + part * STATS, mask=inside, other=-1.0e30)
                 raised = gl.maximum(highest, gl.max(peak, 0))
                 decay = gl.exp2(highest - raised)
                 if UNIT > 0:
                     inside = start + gl.arange(0, PARTS, layout=lane) <= last
-                    stat = (_part(start + gl.arange(0, PARTS, layout=lane), quota, origin) * total + row) * 8
+                    stat = (_part(start + gl.arange(0, PARTS, layout=lane), quota, origin) * total + row) * STATS
                     own_peak = gl.load(stat_ptr + stat, mask=inside, other=-1.0e30)
                     sums = gl.load(stat_ptr + stat[:, None] + 4 + number[None, :], mask=inside[:, None], other=0.0)
                     added = gl.sum(gl.exp2(own_peak - raised) * gl.sum(sums, 1), 0)
                 else:
-                    sums = gl.load(stat_ptr + part * 8 + 4, mask=inside, other=0.0)
+                    sums = gl.load(stat_ptr + part * STATS + 1, mask=inside, other=0.0)
                     added = gl.sum(gl.exp2(peak - raised) * sums, 0)
                 weight = weight * decay + added
                 share = gl.exp2(peak - raised)
