@@ -91,7 +91,7 @@ def test_what_stands_between_products_overlaps_them_on_hopper(rows):
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-@pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (3, 24, 12), (20, 384, 32)])
+@pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (3, 24, 12), (20, 384, 32), (6, 192, 64)])
 @pytest.mark.parametrize("queries, batch", [(1, 1), (1, 5), (4, 2)])
 def test_mla_attention(heads, rank, rope, queries, batch, dtype):
     if dtype == torch.float32 and rank > 256:
