@@ -124,6 +124,14 @@ def test_iree_takes_the_torch_dialect(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_iree_takes_stablehlo_of_fixed_sizes(tmp_path: Path) -> None:
+    write_mlir(program(), tmp_path / "model", weights(), "stablehlo", sizes=Sizes(2, 5, 11))
+    prefill, decode = (Compiled(tmp_path / "model", phase) for phase in PHASES)
+    assert prefill_error(prefill, definition(), rows=2, parts=(5, 5), slots=11) <= 1e-4
+    assert decode_error(decode, definition(), rows=2, steps=9, slots=11) <= 1e-4
+
+
+@pytest.mark.slow
 def test_tosa_has_fixed_sizes(tmp_path: Path) -> None:
     write_mlir(program(), tmp_path / "tosa", weights(), "tosa", sizes=Sizes(2, 5, 9))
     signature = json.loads((tmp_path / "tosa" / "signature.json").read_text())["functions"]
