@@ -58,12 +58,14 @@ def _store_output(
 @gluon.jit
 def _store_part(
     part_ptr, stat_ptr, acc, weight, highest, line, first_row, total,
-    UNITS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr, ACROSS: gl.constexpr,
+    UNITS: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     """A part of a request, from row `line` of the parts on: all programs do this last, and the merge waits for it.
 
     Hence no exchange between threads. Columns lie as the products leave them, WIDTH / 32 neighbours of a row per
-    thread, and each warp leaves a sum of its own: mla_merge puts columns in order and adds up.
+    thread, and each warp leaves a sum of its own: mla_merge puts columns in order and adds up. Nor a trip to memory:
+    the next call writes the same lines, so they are to outlive the cache's stream in L2, and whole sectors of it are
+    written, since what is missing in one would have to be read.
     """
     NEAR: gl.constexpr = WIDTH // 32
     near: gl.constexpr = gl.DistributedLinearLayout(
@@ -84,19 +86,33 @@ def _store_part(
         values = values.permute([1, 3, 0, 2, 4]).reshape([WIDTH, ROWS])
         column = unit * WIDTH + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, near))
         at = (line + row)[None, :] * (UNITS * WIDTH) + column[:, None]
-        gl.store(part_ptr + at, gl.convert_layout(values, near), mask=(row < total)[None, :])
-    summed = gl.convert_layout(gl.sum(weight.reshape([4, 16, ROWS]), 1), sums)
+        gl.store(
+            part_ptr + at, gl.convert_layout(values, near), mask=(row < total)[None, :], eviction_policy="evict_last"
+        )
     warp = gl.arange(0, 4, layout=gl.SliceLayout(1, sums))
-    summed_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, sums))
-    at = (line + summed_row)[None, :] * 8 + 4 + warp[:, None]
-    gl.store(stat_ptr + at, summed, mask=(summed_row < total)[None, :])
-    highest_row = first_row + gl.arange(0, ROWS, layout=ACROSS)
-    gl.store(stat_ptr + (line + highest_row) * 8, highest, mask=highest_row < total)
+    stat_row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, sums))
+    at = (line + stat_row)[None, :] * 8 + warp[:, None]
+    known = (stat_row < total)[None, :]
+    peak = gl.convert_layout(highest, gl.SliceLayout(0, sums))[None, :] + gl.zeros([4, ROWS], gl.float32, layout=sums)
+    gl.store(stat_ptr + at, peak, mask=known, eviction_policy="evict_last")
+    summed = gl.convert_layout(gl.sum(weight.reshape([4, 16, ROWS]), 1), sums)
+    gl.store(stat_ptr + at + 4, summed, mask=known, eviction_policy="evict_last")
+
+
+@gluon.jit
+def _too_high(above, ROWS: gl.constexpr):
+    """Per warp, 1 if a score lies so many powers of two above the row's reference that the sums should move on.
+
+    Looks at a thread's own elements first, as the products lay them out: of the other threads' it costs one REDUX.
+    """
+    RISE: gl.constexpr = 16
+    own = gl.max(gl.max(gl.max(above.reshape([4, 2, 8, ROWS // 8, 4, 2]), 5), 3), 1)
+    return gl.max((own > RISE).to(gl.int32).reshape([4, 32]), 1)
 
 
 @gluon.jit
 def _consume(
-    latents, ropes, query, p_smem, q_latent_desc, q_rope_desc, positions_ptr, out_ptr, part_ptr, stat_ptr,
+    latents, ropes, query, p_smem, flag_smem, q_latent_desc, q_rope_desc, positions_ptr, out_ptr, part_ptr, stat_ptr,
     schedule, queries, scale: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SPAN: gl.constexpr,
     HEADS: gl.constexpr, ROWS: gl.constexpr, UNITS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr,
     ROPE_SLOTS: gl.constexpr,
@@ -113,6 +129,8 @@ def _consume(
     down: gl.constexpr = gl.SliceLayout(1, mma)
     LOG2_SCALE: gl.constexpr = scale * 1.4426950408889634  # scores in units of log 2
 
+    # Sums of a row stay relative to `highest`, its largest score in the first tile, until a score is much larger. The
+    # largest over all warps takes longer to find than the rest of the softmax, and the formats have room for more.
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     rope_slot = gl.to_tensor(0)
@@ -154,12 +172,10 @@ def _consume(
                 position = gl.load(positions_ptr + request * queries + asking).to(gl.int32)
                 cached = tile * 64 + gl.arange(0, 64, layout=down)
                 scores = gl.where(cached[:, None] <= position[None, :], scores, float("-inf"))
-            raised = gl.maximum(highest, gl.max(scores, 0) * LOG2_SCALE)
-            decay = gl.exp2(highest - raised)
-            highest = raised
-            p = gl.exp2(scores * LOG2_SCALE - raised[None, :])
-            weight = weight * decay[None, :] + p
+            above = scores * LOG2_SCALE - highest[None, :]
+            p = gl.exp2(above)
             p_smem.store(p.to(gl.bfloat16))
+            flag_smem.store(_too_high(above, ROWS))
             if tile * 64 + 63 > furthest:
                 z_slot = slot
                 z_phase = phase
@@ -167,16 +183,26 @@ def _consume(
                     clear_hidden(latent_ring.index(z_slot), tile * 64, furthest, WIDTH)
                     z_slot, z_phase = advance(z_slot, z_phase, SLOTS)
             fence_async_shared()
+            if gl.max(flag_smem.load(gl.BlockedLayout([4], [32], [4], [0])), 0) > 0:
+                raised = gl.maximum(highest, gl.max(scores, 0) * LOG2_SCALE)
+                decay = gl.exp2(highest - raised)
+                highest = raised
+                p = gl.exp2(scores * LOG2_SCALE - raised[None, :])
+                p_smem.store(p.to(gl.bfloat16))
+                fence_async_shared()
+                weight = weight * decay[None, :]
+                decayed = ()
+                for unit in gl.static_range(UNITS):
+                    decayed = decayed + (acc[unit] * decay[None, :],)
+                acc = decayed
+            weight = weight + p
 
             o_slot = slot
             o_phase = phase
             summed = ()
             for unit in gl.static_range(UNITS):
-                summed = summed + (
-                    warpgroup_mma(
-                        latent_ring.index(o_slot).permute((1, 0)), p_smem, acc[unit] * decay[None, :], is_async=True
-                    ),
-                )
+                box = latent_ring.index(o_slot).permute((1, 0))
+                summed = summed + (warpgroup_mma(box, p_smem, acc[unit], is_async=True),)
                 o_slot, o_phase = advance(o_slot, o_phase, SLOTS)
             if UNITS == 1:
                 acc = (warpgroup_mma_wait(0, deps=summed),)
@@ -198,7 +224,7 @@ def _consume(
             _store_output(out_ptr, acc, weight, out_line, first_row, total, UNITS, WIDTH, ROWS)
         else:
             line = piece * total
-            _store_part(part_ptr, stat_ptr, acc, weight, highest, line, first_row, total, UNITS, WIDTH, ROWS, across)
+            _store_part(part_ptr, stat_ptr, acc, weight, highest, line, first_row, total, UNITS, WIDTH, ROWS)
 
 
 @gluon.jit
@@ -219,6 +245,7 @@ def mla_decode_narrow(
     ropes = make_ring(rope_desc, ROPE_SLOTS, GROUPS)
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, ROWS], gl.bfloat16)
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, 64, ROWS], p_layout)
+    flag_smem = gl.allocate_shared_memory(gl.int32, [GROUPS, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     query = make_query(q_latent_desc, q_rope_desc, UNITS)
     second = query
     if GROUPS == 2:
@@ -231,8 +258,8 @@ def mla_decode_narrow(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
+                (_consume, (latents, ropes, query, p_smem.index(0), flag_smem.index(0), q_latent_desc, q_rope_desc,
+                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
                 (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
@@ -244,11 +271,11 @@ def mla_decode_narrow(
     else:
         gl.warp_specialize(
             [
-                (_consume, (latents, ropes, query, p_smem.index(0), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
+                (_consume, (latents, ropes, query, p_smem.index(0), flag_smem.index(0), q_latent_desc, q_rope_desc,
+                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
                             SLOTS, ROPE_SLOTS)),
-                (_consume, (latents, ropes, second, p_smem.index(1), q_latent_desc, q_rope_desc, positions_ptr, out_ptr,
-                            part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN, HEADS, ROWS, UNITS,
+                (_consume, (latents, ropes, second, p_smem.index(1), flag_smem.index(1), q_latent_desc, q_rope_desc,
+                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN, HEADS, ROWS, UNITS,
                             WIDTH, SLOTS, ROPE_SLOTS)),
                 (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,

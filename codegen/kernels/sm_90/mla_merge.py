@@ -1,7 +1,7 @@
 """Joining the parts of requests that several programs of a decode kernel worked on.
 
-Part i of a query row is its largest score mᵢ, the sum lᵢ of p = 2^(score − mᵢ) over the part's positions, and the sum
-Oᵢ of p · latent. The whole is Σ wᵢ Oᵢ / Σ wᵢ lᵢ with wᵢ = 2^(mᵢ − max m).
+Part i of a query row is a number mᵢ about as large as its largest score, the sum lᵢ of p = 2^(score − mᵢ) over the
+part's positions, and the sum Oᵢ of p · latent. The whole is Σ wᵢ Oᵢ / Σ wᵢ lᵢ with wᵢ = 2^(mᵢ − max m).
 
 A launch of its own, because what was tried in its place is worse in general. One cluster of programs per request,
 joined through its shared memory, wins where requests are equally long and loses more where they are not; and the chip
@@ -29,7 +29,7 @@ def mla_merge(
     The warps share the parts of a step where SPREAD is set, its columns where it is not. Launched while the decode
     kernel still runs; a request that one program did alone is already in out. Row by row, stat holds mᵢ and lᵢ. UNIT,
     for parts of mla_decode_narrow: how many columns lie together in the order in which it has them in registers; then
-    stat holds eight numbers, mᵢ, three that nobody reads, and four that add up to lᵢ.
+    stat holds eight numbers, mᵢ four times and four that add up to lᵢ.
     """
     STATS: gl.constexpr = 8 if UNIT > 0 else 2
     request = gl.program_id(0)
@@ -81,7 +81,9 @@ def mla_merge(
                 NEAR: gl.constexpr = UNIT // 32
                 thread, value = column % UNIT // NEAR, column % NEAR
                 column += value // 2 * 64 + thread // 8 * 16 + value % 2 * 8 + thread % 8 - column % UNIT
-            gl.store(out_ptr + (request * total + row) * RANK + column, (acc / weight).to(gl.bfloat16))
+            # Read by the next kernel and written again by the next call: not worth a trip to memory.
+            at = (request * total + row) * RANK + column
+            gl.store(out_ptr + at, (acc / weight).to(gl.bfloat16), eviction_policy="evict_last")
 
 
 @gluon.jit

@@ -198,7 +198,7 @@ def _load(pointer, mask=None, other=None):
     return found
 
 
-def _store(pointer, value, mask=True):
+def _store(pointer, value, mask=True, eviction_policy=None):
     offset, mask, value = torch.broadcast_tensors(torch.as_tensor(pointer.offset), torch.as_tensor(mask), value)
     pointer.flat[offset[mask]] = value[mask]
 

@@ -46,8 +46,10 @@ def error(found, inputs, scale):
     return ((found.float() - expected).norm() / expected.norm()).item()
 
 
-def attend(lengths, capacity, queries, heads, rank, rope, processors):
+def attend(lengths, capacity, queries, heads, rank, rope, processors, growth=1):
+    """growth: how much larger the last cached rows are than the first ones, and scores with them."""
     inputs, scale = draw(lengths, capacity, queries, heads, rank, rope), 0.09
+    inputs[3].mul_(torch.linspace(1, growth, capacity)[:, None])
     with emulated(processors):
         found = hopper.mla_attention(*inputs, scale)
     return error(found, inputs, scale)
@@ -85,6 +87,14 @@ def test_few_rows_agree(lengths, queries, heads, rank, rope, processors):
 def test_many_rows_agree(lengths, queries, heads, rank, rope, processors, monkeypatch):
     monkeypatch.setattr(hopper, "SHORT", 0)
     assert attend(lengths, 300, queries, heads, rank, rope, processors) < TOLERANCE
+
+
+# Scores that grow from tile to tile, by more than a format has room for.
+@pytest.mark.parametrize("growth", [30, 1000])
+@pytest.mark.parametrize("heads", [16, 20, 64])
+def test_sums_follow_scores_that_grow(heads, growth, monkeypatch):
+    monkeypatch.setattr(hopper, "SHORT", 0)
+    assert attend([300, 70, 200], 300, 2 if heads == 16 else 1, heads, 128, 64, 4, growth) < TOLERANCE
 
 
 def test_a_short_cache_is_read_by_many_narrow_row_tiles():
