@@ -1,4 +1,4 @@
-"""The plain kernels on the GPU of this machine, at widths of real models, in bfloat16, which the interpreter lacks."""
+"""Kernels on the GPU of this machine, at widths of real models, in bfloat16, which the interpreter lacks."""
 
 import importlib
 import math
@@ -16,9 +16,9 @@ def normal(*shape, dtype=BF16):
     return torch.randn(*shape, device="cuda").to(dtype)
 
 
-def both(op, *arguments):
+def both(op, *arguments, kernels="codegen.kernels"):
     """(kernel's result, reference's result in float32), on copies of the arguments."""
-    launcher = getattr(importlib.import_module(f"codegen.kernels.{op}"), op)
+    launcher = getattr(importlib.import_module(f"{kernels}.{op}"), op)
     copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
     wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == BF16 else x for x in copies]
     found, expected = launcher(*copies), getattr(torch.ops.dsv3, op)(*wide)
@@ -104,6 +104,24 @@ def test_mla_attention(heads, rank, rope, queries, batch, dtype):
     cache = normal(batch, context, rank, dtype=dtype), normal(batch, context, rope, dtype=dtype)
     found, expected = both("mla_attention", *q, *cache, positions, 1 / math.sqrt(rank + rope))
     assert_near(found, expected, 1e-2 if dtype == BF16 else 1e-5)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("growth", [1, 30, 1000])  # of the last rows' scores over the first ones'
+@pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (20, 384, 32), (6, 192, 64), (1, 128, 16)])
+@pytest.mark.parametrize("queries, batch", [(1, 1), (1, 5), (4, 2), (1, 150)])
+def test_mla_attention_on_hopper(queries, batch, heads, rank, rope, growth, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
+    context = 3001
+    last = torch.randint(queries, context, (batch, 1), device="cuda")
+    last[0] = context - 1
+    positions = last - torch.arange(queries, device="cuda").flip(0)
+    q = normal(batch, queries, heads, rank), normal(batch, queries, heads, rope)
+    cache = normal(batch, context, rank), normal(batch, context, rope)
+    cache[1].mul_(torch.linspace(1, growth, context, device="cuda")[:, None])
+    arguments = (*q, *cache, positions, 1 / math.sqrt(rank + rope))
+    assert_near(*both("mla_attention", *arguments, kernels="codegen.kernels.sm_90"))
 
 
 @pytest.mark.parametrize("queries, heads, groups, widths", [(1, 16, 16, (192, 128)), (517, 6, 2, (128, 128))])

@@ -259,8 +259,8 @@ def mla_decode_narrow(
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), flag_smem.index(0), q_latent_desc, q_rope_desc,
-                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
-                            SLOTS, ROPE_SLOTS)),
+                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN,
+                            HEADS, ROWS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
                 (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
                               ROPE_SLOTS)),
@@ -272,11 +272,11 @@ def mla_decode_narrow(
         gl.warp_specialize(
             [
                 (_consume, (latents, ropes, query, p_smem.index(0), flag_smem.index(0), q_latent_desc, q_rope_desc,
-                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN, HEADS, ROWS, UNITS, WIDTH,
-                            SLOTS, ROPE_SLOTS)),
+                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 0, GROUPS, SPAN,
+                            HEADS, ROWS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
                 (_consume, (latents, ropes, second, p_smem.index(1), flag_smem.index(1), q_latent_desc, q_rope_desc,
-                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN, HEADS, ROWS, UNITS,
-                            WIDTH, SLOTS, ROPE_SLOTS)),
+                            positions_ptr, out_ptr, part_ptr, stat_ptr, schedule, queries, scale, 1, GROUPS, SPAN,
+                            HEADS, ROWS, UNITS, WIDTH, SLOTS, ROPE_SLOTS)),
                 (load_cache, (latents, ropes, latent_desc, rope_desc, positions_ptr, table_ptr, schedule,
                               queries, request_stride, GROUPS * ROWS, HEADS, SPAN, PAGED, UNITS, WIDTH, SLOTS,
                               ROPE_SLOTS)),
