@@ -108,7 +108,9 @@ def test_mla_attention(heads, rank, rope, queries, batch, dtype):
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("growth", [1, 30, 1000])  # of the last rows' scores over the first ones'
-@pytest.mark.parametrize("heads, rank, rope", [(16, 512, 64), (128, 512, 64), (20, 384, 32), (6, 192, 64), (1, 128, 16)])
+@pytest.mark.parametrize(
+    "heads, rank, rope", [(16, 512, 64), (128, 512, 64), (20, 384, 32), (6, 192, 64), (1, 128, 16)]
+)
 @pytest.mark.parametrize("queries, batch", [(1, 1), (1, 5), (4, 2), (1, 150)])
 def test_mla_attention_on_hopper(queries, batch, heads, rank, rope, growth, monkeypatch):
     empty = torch.empty
