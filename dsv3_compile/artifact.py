@@ -192,7 +192,11 @@ def writing(output: str | Path) -> Iterator[Path]:
         if output.exists():
             old = _sibling(output, "old")
             output.rename(old)
-            partial.rename(output)
+            try:
+                partial.rename(output)
+            except BaseException:
+                old.rename(output)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(output)
@@ -276,8 +280,19 @@ def _remove_leftovers(output: Path) -> None:
     for kind in ("trial", "partial", "old"):
         for path in output.parent.glob(f".{output.name}.*.{kind}"):
             owner = path.name.split(".")[-2]
-            if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-                shutil.rmtree(path)
+            # A process of the same number came before this one, which has not begun to write here.
+            if owner.isdigit() and (int(owner) == os.getpid() or not _alive(int(owner))):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 Progress = Callable[[str], None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -338,7 +339,11 @@ class Model:
     def _ends(self, eos: int | Sequence[int] | None) -> Tensor:
         if eos is None:
             eos = self.config.get("eos_token_id")
-        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        several = [] if eos is None else eos if isinstance(eos, Iterable) else [eos]
+        try:
+            ends = [operator.index(end) for end in several]
+        except TypeError:
+            raise ValueError(f"eos is {eos!r}; expected a token id or several") from None
         return torch.tensor(ends, dtype=torch.int64, device=self.device)
 
 

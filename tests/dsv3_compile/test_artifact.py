@@ -154,11 +154,29 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_kep
     dead.start()
     dead.join()
     gone, kept = tmp_path / f".out.{dead.pid}.partial", tmp_path / f".out.{os.getppid()}.partial"
-    gone.mkdir()
-    kept.mkdir()
-    with writing(tmp_path / "out"):
+    namesake, file = tmp_path / f".out.{os.getpid()}.partial", tmp_path / f".out.{dead.pid}.old"
+    for folder in (gone, kept, namesake):
+        (folder / "graphs").mkdir(parents=True)
+    file.touch()
+    with writing(tmp_path / "out") as folder:
+        assert not gone.exists() and not file.exists() and kept.exists() and not any(folder.iterdir())
+
+
+def test_the_older_artifact_comes_back_where_a_new_one_cannot_take_its_place(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), writing(copy):
         pass
-    assert not gone.exists() and kept.exists()
+    Artifact.open(copy)
+    assert [path for path in copy.parent.iterdir() if path.name.startswith(f".{copy.name}")] == []
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["new", "over an older one"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -97,6 +98,12 @@ def test_generation_of_nothing_is_refused(model: Model) -> None:
     for number in (0, 2.5, "3"):
         with pytest.raises(ValueError, match=f"max_new_tokens is {number!r}; expected a whole number"):
             model.generate(torch.tensor([[1]]), number)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eos", ["a", 2.5, [1, "2"]])
+def test_end_tokens_are_whole_numbers(model: Model, eos: Any) -> None:
+    with pytest.raises(ValueError, match="expected a token id or several"):
+        model.generate(torch.tensor([[1]]), 2, eos=eos)
 
 
 def test_generation_is_greedy_decoding(model: Model, definition: Decoder) -> None:
