@@ -118,12 +118,18 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
     results = graph.graph_copy(rewritten.module.graph, copies)
     values = cast(tuple[Any, ...], results)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    written = {values[k]: inputs[position] for k, position in enumerate(rewritten.written)}
-    for value, target in written.items():
+    written = [(values[k], inputs[position]) for k, position in enumerate(rewritten.written)]
+    overwritten = {target for value, target in written if value is not target}
+    # What an input held before is read before the first of them is overwritten.
+    before = {value: graph.call_function(aten.clone.default, (value,)) for value in values if value in overwritten}
+    for value, clone in before.items():
+        clone.meta["val"] = value.meta["val"]
+    for value, target in written:
         if value is target:  # written in place
             continue
-        copy = graph.call_function(aten.copy_.default, (target, value))
+        copy = graph.call_function(aten.copy_.default, (target, before.get(value, value)))
         copy.meta["val"] = target.meta["val"]
     # An output that is the new value of an input is that input: the caller may rely on sharing its memory.
-    graph.output(tuple(written.get(value, value) for value in values[len(rewritten.written) :]))
+    shared = {**before, **{value: target for value, target in reversed(written) if value not in before}}
+    graph.output(tuple(shared.get(value, value) for value in values[len(rewritten.written) :]))
     return fx.GraphModule(rewritten.module, graph)
