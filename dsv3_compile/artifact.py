@@ -280,8 +280,8 @@ def _remove_leftovers(output: Path) -> None:
     for kind in ("trial", "partial", "old"):
         for path in output.parent.glob(f".{output.name}.*.{kind}"):
             owner = path.name.split(".")[-2]
-            # A process of the same number came before this one, which has not begun to write here.
-            if owner.isdigit() and (int(owner) == os.getpid() or not _alive(int(owner))):
+            longer = path.name != f".{output.name}.{owner}.{kind}"  # somebody else's, of a longer name
+            if owner.isdigit() and not longer and not _alive(int(owner)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

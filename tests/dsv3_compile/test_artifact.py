@@ -154,12 +154,13 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_kep
     dead.start()
     dead.join()
     gone, kept = tmp_path / f".out.{dead.pid}.partial", tmp_path / f".out.{os.getppid()}.partial"
-    namesake, file = tmp_path / f".out.{os.getpid()}.partial", tmp_path / f".out.{dead.pid}.old"
-    for folder in (gone, kept, namesake):
-        (folder / "graphs").mkdir(parents=True)
+    longer, file = tmp_path / f".out.bf16.{dead.pid}.partial", tmp_path / f".out.{dead.pid}.old"
+    for folder in (gone, kept, longer):
+        folder.mkdir()
     file.touch()
-    with writing(tmp_path / "out") as folder:
-        assert not gone.exists() and not file.exists() and kept.exists() and not any(folder.iterdir())
+    with writing(tmp_path / "out"):
+        pass
+    assert not gone.exists() and not file.exists() and kept.exists() and longer.exists()
 
 
 def test_the_older_artifact_comes_back_where_a_new_one_cannot_take_its_place(
