@@ -6,17 +6,17 @@
 Each shape is first checked against float32 on fresh random inputs, with every output poisoned; a shape that is off is
 not timed. Decode peers: FlashInfer's fa3 kernel (`pip install flashinfer-python`). Prefill peer: torch's SDPA on cuDNN.
 Times are medians over CUDA-graph replays. `us` lies between two events around a replay on an idle GPU, as peers are
-usually timed; replaying an empty kernel so takes `launch` microseconds. `queued` is the same behind a sleeping kernel,
-which hides the host, and `chained` a call's share of a graph of many, as a decode step has them. Floor: the larger of
-the bytes (each cached row once, queries, outputs) over a copy's bandwidth and the FLOPs over a matrix product's, both
-measured in this run.
+usually timed; ours and the peer's take turns, since the host's share of it changes. Replaying an empty kernel so takes
+`launch` microseconds. `queued` is the same behind a sleeping kernel, which hides the host, and `chained` a call's share
+of a graph of many, as a decode step has them. Floor: the larger of the bytes (each cached row once, queries, outputs)
+over the bandwidth of reading and the FLOPs over those of a large product per second, both measured in this run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +27,15 @@ import torch
 import torch.nn.functional as F
 import triton
 from emitted import emitted, print_table, relative_error
-from timing import copy_speed, empty_launch, graphed, microseconds, product_speed, queued_microseconds
+from timing import (
+    compared_microseconds,
+    empty_launch,
+    graphed,
+    microseconds,
+    product_speed,
+    queued_microseconds,
+    read_speed,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -178,17 +186,20 @@ def flashinfer_decode(shape: Shape, inputs: Inputs) -> Kernel | None:
     return partial(wrapper.run, q_latent, q_rope, *inputs.pages(), return_lse=False)
 
 
-def timed(run: Kernel | None) -> tuple[float, float, float]:
-    """(event to event, queued, chained) in microseconds; NaN for what is not there or does not run."""
-    if run is None:
-        return (float("nan"),) * 3
-    try:
-        replay, chain = graphed(run), graphed(run, CHAINED_CALLS)
-    except RuntimeError as error:
-        print(f"  does not run: {str(error).splitlines()[0][:100]}")
-        return (float("nan"),) * 3
-    queued, chained = queued_microseconds(replay), queued_microseconds(chain) / CHAINED_CALLS
-    return microseconds(replay, repeats=30), queued, chained
+def timed(runs: Sequence[Kernel | None]) -> list[tuple[float, float, float]]:
+    """(event to event, queued, chained) of each in microseconds; NaN for what is not there or does not run."""
+    times = [(float("nan"),) * 3] * len(runs)
+    graphs = {}
+    for number, run in enumerate(runs):
+        try:
+            if run is not None:
+                graphs[number] = graphed(run), graphed(run, CHAINED_CALLS)
+        except RuntimeError as error:
+            print(f"  does not run: {str(error).splitlines()[0][:100]}")
+    between = compared_microseconds([replay for replay, _ in graphs.values()])
+    for (number, (replay, chain)), once in zip(graphs.items(), between, strict=True):
+        times[number] = once, queued_microseconds(replay), queued_microseconds(chain) / CHAINED_CALLS
+    return times
 
 
 def time_decode(shape: Shape, machine: Target, bandwidth: float, flops: float) -> dict[str, Any]:
@@ -199,8 +210,9 @@ def time_decode(shape: Shape, machine: Target, bandwidth: float, flops: float) -
     with ExitStack() as stack:
         ours = our_decode(stack, inputs, shape.paged, machine)
         error = worst_error(ours, inputs, shape.paged)
-        ours_us, ours_queued, ours_chained = timed(ours if error <= TOLERANCE else None)
-        peer_us, peer_queued, peer_chained = timed(flashinfer_decode(shape, inputs))
+        ours_times, peer_times = timed([ours if error <= TOLERANCE else None, flashinfer_decode(shape, inputs)])
+    ours_us, ours_queued, ours_chained = ours_times
+    peer_us, peer_queued, peer_chained = peer_times
     return asdict(shape) | {
         "floor_us": max(moved / bandwidth, work / flops) * 1e6,
         "peer_us": peer_us,
@@ -239,7 +251,7 @@ def time_prefill(heads: int, length: int, machine: Target, flops: float) -> dict
             *(x[0, :4].float() for x in (q_h, k_h, v_h)), is_causal=True, scale=SCALE
         )
         error = relative_error(found, expected)
-        peer_us, ours_us = (microseconds(graphed(run), repeats=10) for run in (library, ours))
+        peer_us, ours_us = compared_microseconds([graphed(library), graphed(ours)], turns=3, repeats=5)
     return {
         "heads": heads, "length": length, "floor_us": work / flops * 1e6, "peer_us": peer_us, "ours_us": ours_us,
         "ratio": ours_us / peer_us, "peer_TFLOPs": work / peer_us / 1e6, "TFLOPs": work / ours_us / 1e6, "error": error,
@@ -255,13 +267,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     machine = target("sm_90")
-    bandwidth, flops = copy_speed(), product_speed()
+    bandwidth, flops = read_speed(), product_speed()
     empty = empty_launch()
     report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "copy_TBps": bandwidth / 1e12,
+        "read_TBps": bandwidth / 1e12,
         "bf16_TFLOPs": flops / 1e12,
         "launch_us": microseconds(empty),
         "launch_queued_us": queued_microseconds(empty),

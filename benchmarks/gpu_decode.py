@@ -8,7 +8,7 @@
 The model is compiled without weights; every bound tensor is then drawn at random on the device, so routing is close
 to uniform. A step is embedding, every layer, head and the most likely token. Times are medians of CUDA-graph replays
 (of plain calls on the CPU). Floor: the weights a step must read (of the experts, those that this step's tokens chose)
-and the cached context, over the bandwidth of a copy measured in the same run. With --peer, transformers with
+and the cached context, over the bandwidth of reading, measured in the same run. With --peer, transformers with
 a StaticCache under torch.compile in a CUDA graph runs beside it, with the faster of its grouped expert forms; compiling
 it takes half a minute a batch. `memory` is the most that was allocated, beside weights and cached context. `error`:
 every distinct block's kernels against the references of the vocabulary on the same inputs and with the same experts,
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from random_models import compiled, drawn, peer_model
 from routes import forced, rerouted, watched
-from timing import breakdown, copy_speed, graphed, milliseconds
+from timing import breakdown, graphed, milliseconds, read_speed
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact
@@ -224,7 +224,7 @@ def main() -> None:
         return
     device = "cpu" if args.target == "cpu" else "cuda"
     report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target}
-    report |= {"torch": torch.__version__, "copy_TBps": copy_speed(device) / 1e12, "rows": []}
+    report |= {"torch": torch.__version__, "read_TBps": read_speed(device) / 1e12, "rows": []}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         artifact, report["compile_s"] = compiled(config, args.target, max(args.batch), length, path)
@@ -232,7 +232,7 @@ def main() -> None:
         for batch in args.batch:
             decoder.start(batch, args.context, config.vocab_size)
             errors, others = decoder.errors()
-            floor = decoder.bytes_read(batch, args.context) / report["copy_TBps"] / 1e9
+            floor = decoder.bytes_read(batch, args.context) / report["read_TBps"] / 1e9
             if device == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -257,7 +257,7 @@ def main() -> None:
                 row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
     head = f"{args.model}, {config.num_hidden_layers} layers; compiled in {report['compile_s']:.1f} s"
-    print(f"{head}; copy {report['copy_TBps']:.2f} TB/s")
+    print(f"{head}; reading {report['read_TBps']:.2f} TB/s")
     for row in report["rows"]:
         line = (
             f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms"

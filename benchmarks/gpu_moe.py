@@ -7,8 +7,8 @@
 Times are medians of CUDA-graph replays between two events; replaying an empty kernel so takes `launch` microseconds,
 which every figure contains. Routing is also timed as a chain of 20 in one graph, per launch. The peer is
 torch._grouped_mm (sort, gather, two grouped products, weighted un-sort), eager and compiled; the faster one counts.
-Floor: the larger of the bytes of the active experts over a copy's bandwidth and the FLOPs over a matrix product's,
-both measured in this run. The error is against float32 products of the same rounded weights.
+Floor: the larger of the bytes of the active experts over the bandwidth of reading and the FLOPs over those of a large
+product per second, both measured in this run. The error is against float32 products of the same rounded weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from emitted import emitted, operands_of, print_table, relative_error
-from timing import copy_speed, empty_launch, graphed, microseconds, product_speed
+from timing import empty_launch, graphed, microseconds, product_speed, read_speed
 from torch import Tensor
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
@@ -166,20 +166,22 @@ def main() -> None:
     if args.dry_run:
         dry_run(args, machine)
         return
-    bandwidth, flops = copy_speed(), product_speed()
+    bandwidth, flops = read_speed(), product_speed()
     launch = microseconds(empty_launch())
     report = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "copy_TBps": bandwidth / 1e12,
+        "read_TBps": bandwidth / 1e12,
         "bf16_TFLOPs": flops / 1e12,
         "launch_us": launch,
         "experts": time_experts(args, machine, bandwidth, flops),
         "routing": time_routing(args, machine),
     }
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{report['gpu']}: copy {bandwidth / 1e12:.2f} TB/s, bf16 {flops / 1e12:.0f} TFLOP/s, launch {launch:.1f} us")
+    print(
+        f"{report['gpu']}: reading {bandwidth / 1e12:.2f} TB/s, bf16 {flops / 1e12:.0f} TFLOP/s, launch {launch:.1f} us"
+    )
     print_table(f"{args.experts} experts of {args.hidden} x {args.width}, top-{args.top_k}", report["experts"])
     print_table("routing", report["routing"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ Run = Callable[[], Any]
 REPEATS = 20
 SLEEP_CYCLES = 150_000
 SIDES = {"cuda": 8192, "cpu": 512}  # of the matrices of `product_speed`
-COPIED = {"cuda": 2 << 30, "cpu": 1 << 26}  # bytes
+READ_BYTES = {"cuda": 2 << 30, "cpu": 1 << 26}
+READ_ROWS = 4096
 
 
 def graphed(run: Run, calls: int = 1) -> Run:
@@ -58,6 +59,20 @@ def queued_microseconds(run: Run, repeats: int = REPEATS) -> float:
     return statistics.median(_once(run, SLEEP_CYCLES) for _ in range(repeats)) * 1e3
 
 
+def compared_microseconds(runs: Sequence[Run], turns: int = 10, repeats: int = 10) -> list[float]:
+    """Medians between device events of runs that take turns, so that each has its share of what the host is doing.
+
+    What launching costs changes by microseconds from one second to the next; within a turn it hardly does.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(turns):
+        for run, taken in zip(runs, times, strict=True):
+            for _ in range(3):
+                run()
+            taken += [_once(run) for _ in range(repeats)]
+    return [statistics.median(taken) * 1e3 for taken in times]
+
+
 def _once(run: Run, sleep: int = 0) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -73,11 +88,10 @@ def _once(run: Run, sleep: int = 0) -> float:
     return begin.elapsed_time(end)
 
 
-def copy_speed(device: str = "cuda") -> float:
-    """Bytes per second of a copy, reads and writes counted."""
-    source = torch.empty(COPIED[device], dtype=torch.int8, device=device).random_(0, 100)
-    copy = torch.empty_like(source)
-    return 2 * source.numel() / milliseconds(lambda: copy.copy_(source)) * 1e3
+def read_speed(device: str = "cuda") -> float:
+    """Bytes per second of adding up the rows of a matrix."""
+    read = torch.ones(READ_ROWS, READ_BYTES[device] // (4 * READ_ROWS), device=device)
+    return 4 * read.numel() / milliseconds(lambda: read.sum(1)) * 1e3
 
 
 def product_speed(device: str = "cuda") -> float:

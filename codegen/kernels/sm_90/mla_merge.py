@@ -5,8 +5,9 @@ part's positions, and the sum Oᵢ of p · latent. The whole is Σ wᵢ Oᵢ / �
 
 A launch of its own, because what was tried in its place is worse in general. One cluster of programs per request,
 joined through its shared memory, wins where requests are equally long and loses more where they are not; and the chip
-fits fewer clusters of eight than its multiprocessors would allow. Parts that carry a mark, so that the programs of the
-decode kernel can wait for each other's, cost more to write than the launch.
+fits fewer clusters of eight than its multiprocessors would allow. Programs of the decode kernel that wait for each
+other, each joining a share, save the launch and still take 0.5 µs longer for 16 requests of 4096 and up to 5 µs for
+others, even where a number that no product has tells what is not there yet, so that waiting needs no fence or counter.
 """
 
 from __future__ import annotations
