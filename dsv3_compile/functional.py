@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
+from dsv3_compile.owners import holds_memory, owner_of, owners
 from dsv3_compile.tracing import tidy
-from passes.base import Role, module_of
+from passes.base import Role, call, module_of, placeholders
 
 aten = torch.ops.aten
 
@@ -36,6 +37,7 @@ class Functional:
 
     module: fx.GraphModule
     written: tuple[int, ...]  # positions of inputs that are overwritten
+    owners: tuple[Hashable, ...]  # of the memory of each returned value, before any pass
 
 
 def functional(traced: fx.GraphModule) -> Functional:
@@ -63,7 +65,7 @@ def functional(traced: fx.GraphModule) -> Functional:
     written = tuple(order[name] for name in signature.user_inputs_to_mutate.values())
     for position in written:
         module.graph.find_nodes(op="placeholder")[position].meta["role"] = Role.INPUT
-    return Functional(module, written)
+    return Functional(module, written, owners(module.graph))
 
 
 def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.GraphModule:
@@ -112,24 +114,37 @@ def short_name(name: str) -> str:
 
 
 def callable_again(rewritten: Functional) -> fx.GraphModule:
-    """A graph with Dynamo's calling convention: inputs overwritten in place, only Dynamo's outputs returned."""
+    """A graph with Dynamo's calling convention: inputs overwritten in place, only Dynamo's outputs returned.
+
+    Results share memory with inputs and with each other where they did before the passes, and nowhere else.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     results = graph.graph_copy(rewritten.module.graph, copies)
     values = cast(tuple[Any, ...], results)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    written = [(values[k], inputs[position]) for k, position in enumerate(rewritten.written)]
-    overwritten = {target for value, target in written if value is not target}
-    # What an input held before is read before the first of them is overwritten.
-    before = {value: graph.call_function(aten.clone.default, (value,)) for value in values if value in overwritten}
-    for value, clone in before.items():
-        clone.meta["val"] = value.meta["val"]
-    for value, target in written:
-        if value is target:  # written in place
+    inputs = placeholders(graph)
+    targets = [inputs[position] for position in rewritten.written]
+    updates = list(zip(values, targets, rewritten.owners, strict=False))
+    overwritten = {target for value, target, _ in updates if value is not target}  # others were written in place
+    returned, owned = [], dict[fx.Node, Hashable]()
+    for value, owner in zip(values[len(targets) :], rewritten.owners[len(targets) :], strict=True):
+        # The new value of an input is that input: the caller may rely on sharing its memory.
+        same = [target for new, target, known in updates if new is value and known == owner and isinstance(known, str)]
+        if same or not holds_memory(value):
+            returned.append(same[0] if same else value)
             continue
-        copy = graph.call_function(aten.copy_.default, (target, before.get(value, value)))
-        copy.meta["val"] = target.meta["val"]
-    # An output that is the new value of an input is that input: the caller may rely on sharing its memory.
-    shared = {**before, **{value: target for value, target in reversed(written) if value not in before}}
-    graph.output(tuple(shared.get(value, value) for value in values[len(rewritten.written) :]))
+        now = owner_of(value)
+        kept = owner == (inputs.index(now) if now in inputs else owned.setdefault(now, owner))
+        returned.append(value if kept and now not in overwritten else snapshot(graph, value))
+    # What an input held before is read before the first of them is overwritten.
+    news = [snapshot(graph, v) if v is not t and owner_of(v) in overwritten else v for v, t, _ in updates]
+    for value, target in zip(news, targets, strict=True):
+        if value is not target:
+            call(graph, aten.copy_.default, target, value, like=target)
+    graph.output(tuple(returned))
     return fx.GraphModule(rewritten.module, graph)
+
+
+def snapshot(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """A copy of its own. Inductor takes aten.clone of an input that it overwrites for the input (pytorch#198131)."""
+    return call(graph, torch.ops.prims.clone.default, value, like=value)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dsv3_compile import backend
 from dsv3_compile.functional import Functional, callable_again, short_name
+from dsv3_compile.owners import owners
 from dsv3_compile.tracing import tidy
 from passes.base import Role, placeholders
 from passes.inputs import expression_of
@@ -123,7 +124,10 @@ def functional_of(exported: ExportedProgram) -> tuple[Functional, list[Tensor]]:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = tidy(node.meta)
     positions = tuple(order.index(spec.target) for spec in written)
-    return Functional(fx.GraphModule(nn.Module(), graph), positions), state
+    # torch.export no longer knows whether a result was the buffer or what went into it; like its own module, neither is
+    # the buffer here.
+    of_results = owners(graph)[len(positions) :]
+    return Functional(fx.GraphModule(nn.Module(), graph), positions, (None,) * len(positions) + of_results), state
 
 
 WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)

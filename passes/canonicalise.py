@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
-from passes.nodes import is_tensor, same_shape
+from passes.nodes import is_random, is_tensor, same_shape
 from passes.products import part_of, product_of
 
 aten = torch.ops.aten
@@ -151,10 +151,6 @@ def merge_equal_nodes(graph: fx.Graph) -> list[tuple[str, str]]:
             graph.erase_node(node)
             merged.append((node.name, kept.name))
     return merged
-
-
-def is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def freeze(value: Any) -> Any:

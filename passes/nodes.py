@@ -42,6 +42,15 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
+def is_random(node: fx.Node) -> bool:
+    """Does it draw numbers, so that running it again gives another value?"""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    if is_call(node, aten.scaled_dot_product_attention):
+        return (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)) != 0.0
+    return not is_call(node, aten.dropout) or bool(node.args[1] != 0.0 and node.args[2])
+
+
 def same_shape(left: fx.Node, right: fx.Node) -> bool:
     a, b = shape_of(left), shape_of(right)
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))

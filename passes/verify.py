@@ -112,7 +112,8 @@ def run_float64(
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # what a graph draws at random is the same before and after
             # Cloned: a lowered graph writes its caches in place.
             arguments = tree_map(_copied, [_argument(node, inputs) for node in placeholders(graph or module.graph)])
             interpreter = Float64Interpreter(module, record, graph)

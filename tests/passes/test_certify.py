@@ -138,3 +138,29 @@ def test_free_sizes_are_made_small_where_that_helps(monkeypatch: pytest.MonkeyPa
     assert record.certificate is not None and not record.certificate.skipped
     with pytest.raises(CertificateError):
         Pipeline((Rescale(0.9),)).run(found.module, ANY, "tower", RegionalSpecimen(found.module))
+
+
+class Dropping(nn.Module):
+    """Dropout at work, between what is rewritten above it and below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(torch.tanh(x @ self.weight), 0.5, training=True)
+        mask = torch.bernoulli(torch.full_like(x, 0.5)).bool()
+        q = torch.tanh(torch.where(mask, x, -x))[None]
+        return torch.tanh(nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_what_is_drawn_at_random_is_the_same_on_both_sides(factor: float) -> None:
+    (found,) = graphs_of(Dropping(), lambda f: f(torch.randn(5, 6)))
+    pipeline, specimen = Pipeline((Rescale(factor),)), RegionalSpecimen(found.module)
+    if factor == 1:
+        (record,) = pipeline.run(found.module, ANY, "dropping", specimen)
+        assert len(record.matches) == 3 and record.certificate is not None and record.certificate.max_rel_error == 0
+    else:
+        with pytest.raises(CertificateError, match="differs"):
+            pipeline.run(found.module, ANY, "dropping", specimen)

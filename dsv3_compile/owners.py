@@ -1,0 +1,51 @@
+"""Whose memory a value of a graph lies in.
+
+The passes compare values, and a copy has the value of what it copies. What a caller can tell is whether writing to one
+result changes another, or an input; so it is noted before the passes and restored behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.base import placeholders
+
+
+def owner_of(node: fx.Node) -> fx.Node:
+    """The node that a view, or what may be one, is a view of; a node that is none owns its memory."""
+    while node.op == "call_function":
+        source = _viewed(node)
+        if source is None:
+            return node
+        node = source
+    return node
+
+
+def _viewed(node: fx.Node) -> fx.Node | None:
+    """The argument that the schema says the results share memory with."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # getitem and the like: part of another node's results
+        return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if not any(one.alias_info for one in schema.returns):
+        return None
+    shared = (value for value, one in zip(node.args, schema.arguments, strict=False) if one.alias_info)
+    return next((value for value in shared if isinstance(value, fx.Node)), None)
+
+
+def owners(graph: fx.Graph) -> tuple[Hashable, ...]:
+    """Of every returned value a name for the memory it lies in: an input's position, or the node's own name."""
+    positions = {node: position for position, node in enumerate(placeholders(graph))}
+    values: Sequence[Any] = graph.output_node().args[0]
+    found: list[Hashable] = []
+    for value in values:
+        owner = owner_of(value) if holds_memory(value) else None
+        found.append(None if owner is None else positions.get(owner, owner.name))
+    return tuple(found)
+
+
+def holds_memory(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
