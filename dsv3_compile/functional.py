@@ -134,7 +134,8 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
             returned.append(same[0] if same else value)
             continue
         now = owner_of(value)
-        kept = owner == (inputs.index(now) if now in inputs else owned.setdefault(now, owner))
+        lasting = inputs.index(now) if now in inputs else now.name if now.op == "get_attr" else None
+        kept = owner == (owned.setdefault(now, owner) if lasting is None else lasting)
         returned.append(value if kept and now not in overwritten else snapshot(graph, value))
     # What an input held before is read before the first of them is overwritten.
     news = [snapshot(graph, v) if v is not t and owner_of(v) in overwritten else v for v, t, _ in updates]

@@ -98,9 +98,13 @@ def two_equal_views(m: Any, x: Tensor) -> Any:
     return y.view(4, 3), y[1:], y.clone()
 
 
+def a_constant(m: Any, x: Tensor) -> Any:
+    return torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
 STEPS = [
     shifted, shifted_and_read, swapped, rolled, views_of_old_values, old_value, one_value_for_two, the_buffer,
-    the_value, a_copy_of_the_input, two_equal, two_equal_views,
+    the_value, a_copy_of_the_input, two_equal, two_equal_views, a_constant,
 ]  # fmt: skip
 
 
