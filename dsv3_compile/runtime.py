@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from codegen.targets import target
 from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
+from dsv3_compile.device import device_for
 from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
 from dsv3_compile.recording import CudaRecorder, Layer, Prompt, Prompts, Recorder, Slot, Slots, padded_length
@@ -68,10 +68,10 @@ class Graph:
 def load(folder: str | Path, *, device: str | None = None, native: bool = True) -> Model:
     """Check an artifact and load it.
 
-    The artifact's graphs are code and are executed. device: the CPU or the first GPU where omitted, as the target
-    asks. native: use code compiled for this CPU when the artifact has it; otherwise, or on another CPU, the graphs
-    run as Python source with the same results up to rounding.
-    Raises ArtifactError when the folder is not intact, holds no weights, or was made for another machine.
+    The artifact's graphs are code and are executed. device: cpu, cuda or cuda:N; the CPU or the first GPU where
+    omitted, as the target asks. native: use code compiled for this CPU when the artifact has it; otherwise, or on
+    another CPU, the graphs run as Python source with the same results up to rounding.
+    Raises ArtifactError when the folder is not intact, holds no weights, or was made for another machine or device.
     """
     return Model(Artifact.open(folder), device=device, native=native)
 
@@ -84,7 +84,7 @@ class Model:
         if manifest.weights == "none":
             raise ArtifactError(f"{artifact.folder}: has no weights; compile it without --no-weights to run it")
         self.artifact = artifact
-        self.device = torch.device(_device_for(artifact, device))
+        self.device = device_for(artifact, device, native)
         self.config = manifest.config
         self.max_length = manifest.max_length
         self.max_batch = manifest.max_batch
@@ -382,21 +382,3 @@ def _checked_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries
     if not whole or int(lengths.min()) < 1 or int(lengths.max()) > queries:
         raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} whole numbers from 1 to {queries}")
     return lengths.to(torch.int64)
-
-
-def _device_for(artifact: Artifact, wanted: str | None) -> str:
-    """Where an artifact runs. Raises ArtifactError when this machine cannot run it."""
-    if wanted is not None:
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ArtifactError(f"{artifact.folder}: device is {wanted}; this machine has no GPU that torch can use")
-        return wanted
-    made_for = target(artifact.manifest.target)
-    if made_for.backend == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ArtifactError(f"{artifact.folder}: made for {made_for.name}; this machine has no GPU that torch can use")
-    if made_for.backend == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if major != int(made_for.arch) // 10:
-            raise ArtifactError(f"{artifact.folder}: made for {made_for.name}; this GPU is sm_{major}{minor}")
-    return "cuda"

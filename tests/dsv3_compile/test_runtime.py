@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 
 import dsv3_compile.runtime as runtime
-from dsv3_compile.artifact import ArtifactError
+from dsv3_compile.artifact import DIGEST, MANIFEST, Artifact, ArtifactError, read_manifest, seal
+from dsv3_compile.loading import load_graph
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.runtime import Model, load
 from model_def.decoder import Decoder
@@ -177,6 +180,51 @@ def test_decode_takes_one_token_per_row(model: Model) -> None:
 def test_a_device_that_is_not_there_is_refused(model: Model) -> None:
     with pytest.raises(ArtifactError, match="device is cuda; this machine has no GPU"):
         Model(model.artifact, device="cuda")
+
+
+@pytest.mark.parametrize("device", ["mars", "meta", "cuda:first", 1.5])
+def test_a_device_that_is_none_is_refused(model: Model, device: Any) -> None:
+    with pytest.raises(ArtifactError, match=f"device is {device}; expected cpu, cuda or cuda:N"):
+        Model(model.artifact, device=device)
+
+
+def sealed(folder: Path, **changes: Any) -> Artifact:
+    """The artifact of a folder whose files were changed."""
+    manifest = replace(read_manifest(folder), **changes)
+    for name in (MANIFEST, DIGEST):
+        (folder / name).unlink()
+    return Artifact(folder, seal(folder, manifest))
+
+
+def test_a_device_that_an_artifact_was_not_made_for_is_refused(
+    artifact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(artifact_folder, tmp_path / "artifact"))
+    with pytest.raises(ArtifactError, match=r"device is cuda; its native code is for the CPU \(native=False"):
+        Model(sealed(folder, native_cpu="some processor"), device="cuda")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "kernel.py").touch()
+    artifact = sealed(folder, native_cpu="", target="sm_90")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ArtifactError, match="device is cpu; its kernels are for sm_90"):
+        Model(artifact, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    for device, message in (("cuda:1", "made for sm_90; this GPU is sm_80"), ("cuda:2", "cuda:2; .* has GPUs 0 to 1")):
+        with pytest.raises(ArtifactError, match=message):
+            Model(artifact, device=device)
+
+
+def test_an_artifact_that_took_the_place_of_another_runs_its_own_kernels(artifact_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact_folder, tmp_path / "artifact"))
+    (folder / "kernels").mkdir()
+    (folder / "graphs" / "graph.py").write_text("from ..kernels.kernel import kernel as run\n")
+    found = []
+    for number in (1, 2):
+        (folder / "kernels" / "kernel.py").write_text(f"def kernel():\n    return {number}\n")
+        found.append(load_graph(sealed(folder).path("graphs/graph.py")))
+    assert [run() for run in found] == [1, 2]
 
 
 def test_an_artifact_without_weights_is_refused(tmp_path: Path) -> None:
