@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -98,14 +99,28 @@ def test_generation_ends_when_the_context_is_full(model: Model) -> None:
 
 
 def test_generation_of_nothing_is_refused(model: Model) -> None:
-    for number in (0, 2.5, "3"):
+    for number in (0, 2.5, "3", True):
         with pytest.raises(ValueError, match=f"max_new_tokens is {number!r}; expected a whole number"):
             model.generate(torch.tensor([[1]]), number)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("eos", ["a", 2.5, [1, "2"]])
+def test_a_stream_checks_its_arguments_before_its_first_token_is_asked_for(model: Model) -> None:
+    ids = torch.tensor([[1, 2]])
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": "a"}, "temperature is 'a'"),
+        ({"eos": VOCABULARY}, f"eos is {VOCABULARY}"),
+        ({"input_ids": ids + VOCABULARY}, "not in the vocabulary"),
+        ({"lengths": [3]}, r"lengths is \[3\]"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            model.stream(**{"input_ids": ids, "max_new_tokens": 2, **arguments})
+
+
+@pytest.mark.parametrize("eos", ["a", "", 2.5, [1, "2"], True, [False], VOCABULARY, [1, -1], 1 << 70])
 def test_end_tokens_are_whole_numbers(model: Model, eos: Any) -> None:
-    with pytest.raises(ValueError, match="expected a token id or several"):
+    with pytest.raises(ValueError, match=f"eos is .*; expected a token id or several, below {VOCABULARY}"):
         model.generate(torch.tensor([[1]]), 2, eos=eos)
 
 
@@ -163,9 +178,28 @@ def test_prompts_that_are_no_tensor_are_refused(model: Model) -> None:
         model.prefill([[1, 2]])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 3], [3, 4], [[1, 2]], [1.5, 3.0]])
-def test_impossible_lengths_are_refused(model: Model, lengths: list) -> None:
-    with pytest.raises(ValueError, match="lengths is"):
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [0, 3],
+        [3, 4],
+        [[1, 2]],
+        [1.5, 3.0],
+        [True, True],
+        "ab",
+        "3",
+        ["1", "2"],
+        [[1], [2, 3]],
+        [1, None],
+        2,
+        [1j, 2],
+    ],
+)
+def test_impossible_lengths_are_refused(model: Model, lengths: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"lengths is {re.escape(repr(lengths))}; expected 2 whole numbers from 1 to 3"
+    ):
         model.prefill(torch.zeros(2, 3, dtype=torch.int64), lengths)
 
 
