@@ -90,7 +90,7 @@ class Signature:
     def checked(self, flat: Sequence[Any]) -> list[Tensor]:
         """The tensors among flattened arguments. Raises ModuleError for what the module was not compiled for."""
         for position, value in self.constants.items():
-            if type(flat[position]) is not type(value) or flat[position] != value:
+            if not _same(flat[position], value):
                 raise ModuleError(f"argument {position} is {flat[position]!r}; the module was compiled for {value!r}")
         tensors = [value for position, value in enumerate(flat) if position not in self.constants]
         for number, (given, fake) in enumerate(zip(tensors, self.tensors, strict=True)):
@@ -109,6 +109,11 @@ class Signature:
                 found = [list(given.shape) for given in tensors]
                 raise ModuleError(f"the tensors have shapes {found}; the module was compiled for {condition.text}")
         return tensors
+
+
+def _same(given: Any, value: Any) -> bool:
+    """Whether two constants are one: 1, 1.0 and True are not, two NaNs are."""
+    return type(given) is type(value) and (given == value or (given != given and value != value))
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dsv3_compile import backend
@@ -114,7 +114,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def functional_of(exported: ExportedProgram) -> tuple[Functional, list[Tensor]]:
-    """An exported program as a graph for the passes, and the parameters, buffers and constants it takes first."""
+    """An exported program as a graph for the passes, and the parameters, buffers and constants it takes first.
+
+    Raises ModuleError for an argument that is a number and free.
+    """
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     signature, state = exported.graph_signature, list[Tensor]()
     specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -124,8 +127,10 @@ def functional_of(exported: ExportedProgram) -> tuple[Functional, list[Tensor]]:
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node.name]
-            if not isinstance(spec.arg, TensorArgument):
+            if isinstance(spec.arg, ConstantArgument):
                 continue
+            if not isinstance(spec.arg, TensorArgument):
+                raise ModuleError(f"argument {node.name} is neither a tensor nor a constant; only sizes can be free")
             own = spec.kind is not InputKind.USER_INPUT
             target = spec.target if own else node.name
             if own:

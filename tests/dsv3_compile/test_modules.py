@@ -141,6 +141,18 @@ def test_the_module_is_left_in_the_mode_it_was_in() -> None:
     torch.testing.assert_close(found(x), module[2](module[0](x)))
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+
+def test_numbers_are_constants_and_never_free() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ModuleError, match="argument factor is neither a tensor nor a constant; only sizes can be free"):
+        dsv3_compile.compile(Scaled(), (x, 3), dynamic_shapes=({}, Dim.DYNAMIC))
+    assert dsv3_compile.compile(Scaled(), (x, float("nan")))(x, float("nan")).isnan().all()
+
+
 def test_layers_of_one_name_are_told_apart() -> None:
     module, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(3, 2)
     torch.testing.assert_close(dsv3_compile.compile(module, (x,))(x), module(x))
