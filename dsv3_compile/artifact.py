@@ -18,9 +18,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,11 +185,12 @@ def writing(output: str | Path) -> Iterator[Path]:
     """
     check_output(output)
     output = Path(output).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(output)
+    made = [folder for folder in output.parents if not folder.exists()]
     partial = _sibling(output, "partial")
-    partial.mkdir()
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(output)
+        partial.mkdir()
         yield partial
         if output.exists():
             old = _sibling(output, "old")
@@ -202,28 +205,39 @@ def writing(output: str | Path) -> Iterator[Path]:
             partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # something of somebody else's may lie in them by now
+            for folder in made:
+                folder.rmdir()
         raise
 
 
 def write_whole(file: str | Path, text: str) -> None:
-    """Write a file at once or not at all, behind a link too; a pipe or a device is simply written to."""
+    """Write a file at once or not at all, behind a link too; a pipe or a device is simply written to.
+
+    Raises ArtifactError for a place inside of an artifact, OSError with the name of the file for one that cannot be.
+    """
     file = Path(file)
     if file.exists() and not file.is_file():
         file.write_text(text, encoding="utf-8")
         return
+    _outside(file)
     target = file.resolve()
     partial = _sibling(target, "partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(file)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def check_output(output: str | Path) -> None:
-    """Raises ArtifactError when something that is not an artifact is in the way, or no folder can be made there."""
+    """Raises ArtifactError when something that is not an artifact is in the way, or no folder can be made there; also
+    inside of another artifact, which would no longer be intact."""
     output = Path(output)
+    _outside(output)
     if output.is_dir() and (is_artifact(output) or not any(output.iterdir())):
         if Path.cwd().is_relative_to(output.resolve()):
             raise ArtifactError(f"{output}: holds the current folder; expected one that can be put in its place")
@@ -239,6 +253,13 @@ def new_folder(output: str | Path) -> None:
     if taken:
         raise ArtifactError(f"{output}: exists, and an export replaces nothing; expected a new folder")
     check_output(output)
+
+
+def _outside(output: Path) -> None:
+    """Raises ArtifactError for a place inside of an artifact: its manifest lists every file."""
+    for folder in output.resolve().parents:
+        if is_artifact(folder):
+            raise ArtifactError(f"{output}: lies inside of the artifact {folder}; expected a place outside")
 
 
 def _try_folder(output: Path) -> None:
@@ -273,16 +294,16 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _sibling(output: Path, kind: str) -> Path:
-    return output.parent / f".{output.name}.{os.getpid()}.{kind}"
+    """A hidden name beside `output` that nobody else has, not even another thread."""
+    return output.parent / f".{output.name}.{os.getpid()}-{secrets.token_hex(4)}.{kind}"
 
 
 def _remove_leftovers(output: Path) -> None:
-    for kind in ("trial", "partial", "old"):
-        for path in output.parent.glob(f".{output.name}.*.{kind}"):
-            owner = path.name.split(".")[-2]
-            longer = path.name != f".{output.name}.{owner}.{kind}"  # somebody else's, of a longer name
-            if owner.isdigit() and not longer and not _alive(int(owner)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    name = re.compile(rf"\.{re.escape(output.name)}\.(\d+)-[0-9a-f]+\.(trial|partial|old)")
+    for path in output.parent.iterdir():
+        found = name.fullmatch(path.name)
+        if found and not _alive(int(found[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _alive(process: int) -> bool:

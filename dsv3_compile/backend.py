@@ -24,22 +24,30 @@ from dsv3_compile.functional import Functional, NotFunctional, callable_again, f
 from dsv3_compile.held import hold_shared
 from dsv3_compile.in_place import count_together, write_in_place
 from dsv3_compile.inspection import block_document, header, print_graph
-from dsv3_compile.options import strings
+from dsv3_compile.options import OptionError, strings
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
-from passes.pipeline import FOREIGN_GPU_PIPELINE, FOREIGN_PIPELINE, PassRecord, Pipeline, check_required
+from passes.pipeline import (
+    FOREIGN_GPU_PIPELINE,
+    FOREIGN_PIPELINE,
+    PassRecord,
+    Pipeline,
+    RequirementError,
+    check_required,
+)
 
 LOGGER = logging.getLogger(__name__)
 
 KEPT_REPORTS = 64
-_reports: deque[dict[str, Any]] = deque(maxlen=KEPT_REPORTS)
+_reports: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_REPORTS)  # with the number of the graph
 
 
 @dataclass(frozen=True)
 class Settings:
     """Options of the backend: `torch.compile(model, backend="dsv3", options={"disable": ("fuse-swiglu",)})`.
 
-    Options with other names are Inductor's. Raises OptionError for a string where several are meant.
+    Options with other names are Inductor's. Raises OptionError for a value that an option does not take, and for a
+    pass that is both required and left out.
     """
 
     set: tuple[str, ...] = ()  # pass.field=value
@@ -50,6 +58,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("set", "disable", "require"):
             object.__setattr__(self, name, strings(name, getattr(self, name)))
+        if not isinstance(self.verify, bool):
+            raise OptionError(f"verify is {self.verify!r}; accepted: True, False")
+        for name in self.require:
+            if name in self.disable:
+                raise OptionError(f"pass {name!r} is both required and disabled")
 
 
 def dsv3(
@@ -61,10 +74,12 @@ def dsv3(
 ) -> Callable[..., Any]:
     """Compile one graph; the entry point "dsv3" of torch.compile, which takes `mode` and `options`.
 
-    Raises PassError for an unknown pass or option of one, CertificateError when a rewrite changed what the graph
-    computes, RequirementError when a required pass found nothing.
+    Raises OptionError or PassError for an option, a pass or an option of one that does not exist, CertificateError
+    when a rewrite changed what the graph computes, RequirementError when a required pass found nothing, or did not
+    run because the graph falls back.
     """
     settings, others = split_options(options)
+    configured(settings, target_of(examples))  # a graph that falls back would hide a wrong option
     reason = _why_not(examples)
     found = None
     if not reason:
@@ -74,6 +89,8 @@ def dsv3(
             reason = str(problem)
     if found is None:
         _publish([], examples, settings, reason)
+        if settings.require:
+            raise RequirementError(f"required pass {settings.require[0]} did not run: {reason}")
         return inductor(traced, examples, mode, others)
     changed, _ = improve(found, examples, settings, given_integers(found.module, examples))
     if changed:
@@ -93,6 +110,14 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str
     return Settings(**own), {name: value for name, value in (options or {}).items() if name not in own}
 
 
+def configured(settings: Settings, target: Target) -> Pipeline:
+    """The passes for a target, set as asked. PassError for a pass, an option of one or a value that does not exist."""
+    pipeline = Pipeline(FOREIGN_PIPELINE if target.backend == "cpu" else FOREIGN_GPU_PIPELINE)
+    for name in settings.require:
+        pipeline.find(name)
+    return pipeline.configured(settings.set, settings.disable)
+
+
 def improve(
     found: Functional, examples: Sequence[Any], settings: Settings, given: Mapping[str, Tensor]
 ) -> tuple[bool, dict[str, Any]]:
@@ -104,12 +129,11 @@ def improve(
     if target.backend != "cpu":
         dispatch.register(target)
     context = Context("any", target, Workload(0, 0, 0))
-    passes = FOREIGN_PIPELINE if target.backend == "cpu" else FOREIGN_GPU_PIPELINE
-    pipeline = Pipeline(passes).configured(settings.set, settings.disable)
+    pipeline = configured(settings, target)
     specimen = RegionalSpecimen(found.module, given) if settings.verify else None
     # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
     with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):
-        records = pipeline.run(found.module, context, f"graph {len(_reports)}", specimen, printer=_Printer())
+        records = pipeline.run(found.module, context, f"graph {_next_number()}", specimen, printer=_Printer())
     check_required(records, settings.require)
     report = _publish(records, examples, settings, "")
     gained = any(record.matches for one, record in zip(pipeline.passes, records, strict=True) if not one.prepares)
@@ -124,12 +148,17 @@ def last_report() -> dict[str, Any]:
     """
     if not _reports:
         raise ValueError("the backend has compiled nothing in this process yet")
-    return _reports[-1]
+    return _reports[-1][1]
 
 
 def reports() -> list[dict[str, Any]]:
     """The reports of the graphs compiled so far, oldest first; the last 64 are kept."""
-    return list(_reports)
+    return [report for _, report in _reports]
+
+
+def _next_number() -> int:
+    """Of the graph that is compiled next; the reports that are kept may be fewer."""
+    return _reports[-1][0] + 1 if _reports else 0
 
 
 def _why_not(examples: Sequence[Any]) -> str:
@@ -187,7 +216,7 @@ def inductor(
 
 
 def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Settings, fallback: str) -> dict[str, Any]:
-    number, target = len(_reports), target_of(examples)
+    number, target = _next_number(), target_of(examples)
     dtype = next((x.dtype for x in examples if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
     skipped = [
         {"pass": record.name, "reason": line}
@@ -201,7 +230,7 @@ def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Setti
         "fallback": fallback,
         "uncertified": skipped,
     }
-    _reports.append(report)
+    _reports.append((number, report))
     LOGGER.info("graph %d: %s", number, fallback or _summary(records) or "nothing to improve")
     return report
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import codegen.ops  # noqa: F401  registers torch.ops.dsv3, which the files call
+from dsv3_compile.artifact import DIGEST
 from dsv3_compile.source import FUNCTION
 
 
@@ -50,8 +51,13 @@ def load_graph(path: Path) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _package(folder: Path) -> str:
-    """A name for an artifact's files that no other folder shares, and empty packages of that name."""
-    package = f"_artifact_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]}"
+    """A name for an artifact's files that no other artifact shares, and empty packages of that name.
+
+    Its digest is part of it: another artifact may lie in this folder later on. While it is written it has none yet.
+    """
+    digest = folder / DIGEST
+    identity = str(folder.resolve()).encode() + (digest.read_bytes() if digest.is_file() else b"")
+    package = f"_artifact_{hashlib.sha256(identity).hexdigest()[:12]}"
     for name in (package, f"{package}.graphs", f"{package}.kernels"):
         if name not in sys.modules:
             sys.modules[name] = ModuleType(name)

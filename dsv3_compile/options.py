@@ -19,10 +19,11 @@ class OptionError(ValueError):
 
 
 def strings(name: str, value: Iterable[str]) -> tuple[str, ...]:
-    """The value of an option that takes several strings; OptionError for a single one."""
-    if isinstance(value, str):
+    """The value of an option that takes several strings; OptionError for a single one, and for anything else."""
+    several = None if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if several is None or not all(isinstance(one, str) for one in several):
         raise OptionError(f"{name} is {value!r}; accepted: a list of strings")
-    return tuple(value)
+    return several
 
 
 @dataclass(frozen=True)

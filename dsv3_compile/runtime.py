@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from codegen.targets import target
 from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
+from dsv3_compile.device import device_for
 from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
 from dsv3_compile.recording import CudaRecorder, Layer, Prompt, Prompts, Recorder, Slot, Slots, padded_length
@@ -68,10 +68,10 @@ class Graph:
 def load(folder: str | Path, *, device: str | None = None, native: bool = True) -> Model:
     """Check an artifact and load it.
 
-    The artifact's graphs are code and are executed. device: the CPU or the first GPU where omitted, as the target
-    asks. native: use code compiled for this CPU when the artifact has it; otherwise, or on another CPU, the graphs
-    run as Python source with the same results up to rounding.
-    Raises ArtifactError when the folder is not intact, holds no weights, or was made for another machine.
+    The artifact's graphs are code and are executed. device: cpu, cuda or cuda:N; the CPU or the first GPU where
+    omitted, as the target asks. native: use code compiled for this CPU when the artifact has it; otherwise, or on
+    another CPU, the graphs run as Python source with the same results up to rounding.
+    Raises ArtifactError when the folder is not intact, holds no weights, or was made for another machine or device.
     """
     return Model(Artifact.open(folder), device=device, native=native)
 
@@ -84,7 +84,7 @@ class Model:
         if manifest.weights == "none":
             raise ArtifactError(f"{artifact.folder}: has no weights; compile it without --no-weights to run it")
         self.artifact = artifact
-        self.device = torch.device(_device_for(artifact, device))
+        self.device = device_for(artifact, device, native)
         self.config = manifest.config
         self.max_length = manifest.max_length
         self.max_batch = manifest.max_batch
@@ -112,7 +112,7 @@ class Model:
         short prompts are padded further, to sizes that come often; from the second time on such a size is replayed.
         Raises ValueError for ids, sizes or lengths that do not fit the model.
         """
-        x, cache = self._prefill_trunk(input_ids, lengths)
+        x, cache = self._prefill_trunk(*self._checked_prompts(input_ids, lengths))
         return self._head(x, "prefill"), cache
 
     def decode(self, next_ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
@@ -152,11 +152,18 @@ class Model:
 
         temperature 0 takes the most likely token; otherwise tokens are drawn from the smallest set whose
         probabilities reach top_p. eos: end tokens, the model's own where omitted, none where empty.
+        Raises ValueError, at once, for an argument that is not of these kinds or does not fit the model.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number from 1")
         sampler = Sampler(temperature, top_p, seed, self.device)
         ends = self._ends(eos)
+        return self._tokens(*self._checked_prompts(input_ids, lengths), max_new_tokens, sampler, ends)
+
+    def _tokens(
+        self, input_ids: Tensor, lengths: Tensor, max_new_tokens: int, sampler: Sampler, ends: Tensor
+    ) -> Iterator[Tensor]:
+        """What `stream` gives, from checked arguments: a generator would check them when it is first asked."""
         x, cache = self._prefill_trunk(input_ids, lengths, max_new_tokens)
         last = x[torch.arange(len(x), device=self.device), cache.lengths - 1].unsqueeze(1)
         logits = self._head(last, "decode")
@@ -173,15 +180,16 @@ class Model:
                     return
             logits = self._step(tokens.unsqueeze(1), cache)
 
-    def _prefill_trunk(
-        self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None, room: int = 1
-    ) -> tuple[Tensor, Cache]:
-        """Everything but the head, and a cache with room for that many more positions, as far as they are allowed."""
+    def _checked_prompts(self, input_ids: Tensor, lengths: Tensor | Sequence[int] | None) -> tuple[Tensor, Tensor]:
         input_ids = self._checked_ids(input_ids)
         batch, queries = input_ids.shape
         if queries > self.max_length:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
-        lengths = _checked_lengths(lengths, batch, queries)
+        return input_ids, _checked_lengths(lengths, batch, queries)
+
+    def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor, room: int = 1) -> tuple[Tensor, Cache]:
+        """Everything but the head, and a cache with room for that many more positions, as far as they are allowed."""
+        batch, queries = input_ids.shape
         padded = min(padded_length(queries), self._capacity(queries))
         if self.record is not None and batch * padded <= MOST_RECORDED_TOKENS:
             x, layers = self._prefilled_again(self.record, pad(input_ids, (0, padded - queries)))
@@ -337,14 +345,12 @@ class Model:
         return ids.to(self.device)
 
     def _ends(self, eos: int | Sequence[int] | None) -> Tensor:
-        if eos is None:
-            eos = self.config.get("eos_token_id")
-        several = [] if eos is None else eos if isinstance(eos, Iterable) else [eos]
-        try:
-            ends = [operator.index(end) for end in several]
-        except TypeError:
-            raise ValueError(f"eos is {eos!r}; expected a token id or several") from None
-        return torch.tensor(ends, dtype=torch.int64, device=self.device)
+        """End tokens, int64: the model's own as they are, others checked."""
+        own = self.config.get("eos_token_id")
+        ends: Iterable[int] = [] if own is None else own if isinstance(own, Iterable) else [own]
+        if eos is not None:
+            ends = _checked_ends(eos, self.config["vocab_size"])
+        return torch.tensor(list(ends), dtype=torch.int64, device=self.device)
 
 
 def _tensors(shard: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -374,29 +380,28 @@ def _larger(layers: list[Layer], capacity: int) -> list[Layer]:
     return [tuple(map(grown, layer)) for layer in layers]
 
 
+def _checked_ends(eos: Any, vocabulary: int) -> list[int]:
+    refusal = ValueError(f"eos is {eos!r}; expected a token id or several, below {vocabulary}")
+    try:
+        several = list(eos) if isinstance(eos, Iterable) else [eos]
+        ends = [operator.index(end) for end in several]
+    except TypeError:
+        raise refusal from None
+    no_ids = isinstance(eos, str) or any(isinstance(end, bool) for end in several)
+    if no_ids or any(not 0 <= end < vocabulary for end in ends):
+        raise refusal
+    return ends
+
+
 def _checked_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:
     if lengths is None:
         return torch.full((batch,), queries, dtype=torch.int64)
-    lengths = torch.as_tensor(lengths)
-    whole = lengths.shape == (batch,) and not lengths.is_floating_point()
-    if not whole or int(lengths.min()) < 1 or int(lengths.max()) > queries:
-        raise ValueError(f"lengths is {lengths.tolist()}; expected {batch} whole numbers from 1 to {queries}")
-    return lengths.to(torch.int64)
-
-
-def _device_for(artifact: Artifact, wanted: str | None) -> str:
-    """Where an artifact runs. Raises ArtifactError when this machine cannot run it."""
-    if wanted is not None:
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ArtifactError(f"{artifact.folder}: device is {wanted}; this machine has no GPU that torch can use")
-        return wanted
-    made_for = target(artifact.manifest.target)
-    if made_for.backend == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ArtifactError(f"{artifact.folder}: made for {made_for.name}; this machine has no GPU that torch can use")
-    if made_for.backend == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        if major != int(made_for.arch) // 10:
-            raise ArtifactError(f"{artifact.folder}: made for {made_for.name}; this GPU is sm_{major}{minor}")
-    return "cuda"
+    try:
+        found = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):  # text, ragged lists, numbers of no dtype
+        found = torch.empty(0)
+    whole = found.shape == (batch,) and found.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if not whole or int(found.min()) < 1 or int(found.max()) > queries:
+        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        raise ValueError(f"lengths is {given!r}; expected {batch} whole numbers from 1 to {queries}")
+    return found.to(torch.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -10,14 +12,17 @@ SEEDS = range(-(1 << 63), 1 << 64)
 
 
 class Sampler:
-    """Greedy at temperature 0, else nucleus sampling, on the logits' device; equal seeds give equal tokens there."""
+    """Greedy at temperature 0, else nucleus sampling, on the logits' device; equal seeds give equal tokens there.
+
+    Raises ValueError for a setting that is no number, or out of range.
+    """
 
     def __init__(self, temperature: float, top_p: float, seed: int, device: torch.device | str = "cpu") -> None:
-        if not (temperature == 0.0 or LOWEST_TEMPERATURE <= temperature < float("inf")):
-            raise ValueError(f"temperature is {temperature}; expected 0 or a number from {LOWEST_TEMPERATURE}")
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p is {top_p}; expected a number above 0, at most 1")
-        if not isinstance(seed, int) or seed not in SEEDS:
+        if not _number(temperature) or not (temperature == 0.0 or LOWEST_TEMPERATURE <= temperature < float("inf")):
+            raise ValueError(f"temperature is {temperature!r}; expected 0 or a number from {LOWEST_TEMPERATURE}")
+        if not _number(top_p) or not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p is {top_p!r}; expected a number above 0, at most 1")
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed not in SEEDS:
             raise ValueError(f"seed is {seed!r}; expected a whole number from -2^63 to 2^64 - 1")
         self.temperature = temperature
         self.top_p = top_p
@@ -32,3 +37,7 @@ class Sampler:
         behind = probabilities.cumsum(-1) - probabilities >= self.top_p
         drawn = torch.multinomial(probabilities.masked_fill(behind, 0.0), 1, generator=self.generator)
         return tokens.gather(-1, drawn).squeeze(-1)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_compile.artifact import SCHEMA, Artifact, ArtifactError, check_output, read_manifest, writing
+from dsv3_compile.artifact import (
+    SCHEMA,
+    Artifact,
+    ArtifactError,
+    check_output,
+    new_folder,
+    read_manifest,
+    write_whole,
+    writing,
+)
 from dsv3_compile.packaging import write_artifact
 from model_def.decoder import Decoder
 from tests.dsv3_compile import tiny
@@ -95,6 +104,41 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failed_write_leaves_no_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    for others in ([], ["theirs"]):
+        with pytest.raises(RuntimeError), writing(tmp_path / "far" / "below" / "out"):
+            for name in others:
+                (tmp_path / "far" / name).touch()
+            raise RuntimeError
+        assert [path.name for path in tmp_path.rglob("*")] == (["far", *others] if others else [])
+
+
+def test_writes_to_one_place_at_a_time_keep_apart(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with writing(out) as first, pytest.raises(RuntimeError), writing(out) as second:
+        assert first != second
+        (first / "manifest.json").touch()
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "manifest.json"]
+
+
+def test_nothing_is_written_into_an_artifact(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copy / "report")
+    for inside in (copy / "new", copy / "graphs" / "new" / "below", tmp_path / "link" / "page.html"):
+        for write in (check_output, new_folder, lambda place: write_whole(place, "text")):
+            with pytest.raises(ArtifactError, match=f"{inside}: lies inside of the artifact {copy}"):
+                write(inside)
+    Artifact.open(copy)
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, error in (("missing", FileNotFoundError), ("file", NotADirectoryError)):
+        with pytest.raises(error) as caught:
+            write_whole(tmp_path / folder / "page.html", "text")
+        assert caught.value.filename == str(tmp_path / folder / "page.html")
+
+
 def test_weights_that_find_no_room_are_one_line_and_leave_nothing(tmp_path: Path, definition: Decoder) -> None:
     program, read = tiny.program(), tiny.checkpoint_of(definition).__getitem__
     with tiny.no_room(50_000), pytest.raises(ArtifactError, match=r"model-00000\.safetensors: cannot be written"):
@@ -153,8 +197,8 @@ def test_leftovers_of_a_killed_process_are_removed_and_those_of_a_living_one_kep
     dead = multiprocessing.get_context("fork").Process(target=int)
     dead.start()
     dead.join()
-    gone, kept = tmp_path / f".out.{dead.pid}.partial", tmp_path / f".out.{os.getppid()}.partial"
-    longer, file = tmp_path / f".out.bf16.{dead.pid}.partial", tmp_path / f".out.{dead.pid}.old"
+    gone, kept = tmp_path / f".out.{dead.pid}-0a.partial", tmp_path / f".out.{os.getppid()}-0a.partial"
+    longer, file = tmp_path / f".out.bf16.{dead.pid}-0a.partial", tmp_path / f".out.{dead.pid}-0a.old"
     for folder in (gone, kept, longer):
         folder.mkdir()
     file.touch()

@@ -244,18 +244,34 @@ def test_no_report_before_anything_was_compiled() -> None:
         dsv3_compile.last_report()
 
 
+def test_graphs_are_numbered_on_where_older_reports_are_gone() -> None:
+    for _ in range(backend.KEPT_REPORTS + 3):
+        backend._publish([], [torch.ones(1)], backend.Settings(), "falls back")
+    names = [report["blocks"][0]["name"] for report in dsv3_compile.reports()]
+    assert names == [f"graph {number}" for number in range(3, backend.KEPT_REPORTS + 3)]
+
+
+@pytest.mark.parametrize("falls_back", [False, True], ids=["through the passes", "falls back"])
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"disable": ("absorb",)}, PassError, "unknown pass 'absorb'"),
+        ({"require": ("absorb",)}, PassError, "unknown pass 'absorb'; accepted: canonicalise"),
+        ({"set": ("fuse-swiglu.speed=3",)}, PassError, "fuse-swiglu has no option 'speed'"),
         ({"disable": "fuse-swiglu"}, OptionError, "disable is 'fuse-swiglu'; accepted: a list of strings"),
-        ({"require": ("fuse-experts",)}, RequirementError, "required pass fuse-experts did not fire"),
+        ({"verify": "no"}, OptionError, "verify is 'no'; accepted: True, False"),
+        (
+            {"disable": ("fuse-swiglu",), "require": ("fuse-swiglu",)},
+            OptionError,
+            "pass 'fuse-swiglu' is both required and disabled",
+        ),
+        ({"require": ("fuse-experts",)}, RequirementError, "required pass fuse-experts did not (fire|run: the graph)"),
     ],
 )
 def test_options_are_checked(
-    options: dict[str, Any], error: type[Exception], message: str, without_inductor: None
+    options: dict[str, Any], error: type[Exception], message: str, falls_back: bool, without_inductor: None
 ) -> None:
     compiled = torch.compile(nn.Linear(4, 4), backend="dsv3", options=options)
-    with pytest.raises(Exception, match=message) as caught:
+    with pytest.raises(Exception, match=message) as caught, torch.set_grad_enabled(falls_back):
         compiled(torch.randn(2, 4))
     assert isinstance(caught.value.__cause__ or getattr(caught.value, "inner_exception", None), error)

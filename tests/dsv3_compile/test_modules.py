@@ -13,7 +13,10 @@ from torch.export import Dim
 import dsv3_compile
 from dsv3_compile import backend
 from dsv3_compile.modules import CompiledModule, ModuleError
+from passes.pipeline import PassError
 from tests.passes.mla import Mla
+
+INDUCTOR = backend.inductor
 
 
 class Counting(nn.Module):
@@ -33,7 +36,7 @@ class Counting(nn.Module):
 
 @pytest.fixture(autouse=True)
 def graphs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Without Inductor, whose C++ takes long; it is tested with the backend."""
+    """Without Inductor, whose C++ takes long; what it makes of a graph is tested once, below."""
     monkeypatch.setattr(backend, "inductor", lambda module, *_: module.forward)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -66,7 +69,18 @@ def test_structure_free_sizes_and_buffers_are_those_of_the_module() -> None:
     [
         ((torch.ones(2, 5), False, EXTRA), "argument 1 is False; the module was compiled for True"),
         ((torch.ones(2, 6), True, EXTRA), r"tensor 0 has shape \[2, 6\]"),
-        ((torch.ones(2, 5, dtype=torch.float64), True, EXTRA), "tensor 0 is not torch.float32"),
+        (
+            (torch.ones(2, 5, dtype=torch.float64), True, EXTRA),
+            "tensor 0 is torch.float64 with 2 dims on cpu; the module was compiled for torch.float32",
+        ),
+        ((torch.ones(2, 5, device="meta"), True, EXTRA), "tensor 0 is torch.float32 with 2 dims on meta; .* on cpu"),
+        ((torch.ones(2, 5).to_sparse(), True, EXTRA), r"tensor 0 is .*, torch\.sparse_coo; the module"),
+        ((torch.ones(5, 2).T, True, EXTRA), r"tensor 0 has strides \[1, 2\]; the module was compiled for \[5, 1\]"),
+        ((torch.ones(65, 5), True, EXTRA), "tensor 0 has size 65 at dim 0; the module was compiled for 1 to 64"),
+        ((torch.ones(2, 5), 1, EXTRA), "argument 1 is 1; the module was compiled for True"),
+        ((torch.ones(2, 5), torch.ones(2), EXTRA), "argument 1 is tensor"),
+        (([1.0], True, EXTRA), "another structure"),
+        ((1.0, True, EXTRA), "tensor 0 is a float; the module was compiled for torch.float32 with 2 dims on cpu"),
         ((torch.ones(2, 5), True), "another structure"),
     ],
 )
@@ -76,11 +90,105 @@ def test_other_arguments_than_exported_are_refused(arguments: tuple[Any, ...], m
         found(*arguments)
 
 
-def test_what_cannot_be_captured_whole_is_refused() -> None:
-    class Branching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 1 if x.sum() > 0 else x
+class Halves(nn.Module):
+    """Sizes that depend on each other: by the caller's word, or because of what is computed."""
 
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.flatten().view(-1, 4).sum() + y
+
+
+PAIR = 2 * Dim("pair", min=2, max=8)
+DEPENDENT = [
+    (({0: PAIR}, {0: PAIR.root}), [(12, 6), (4, 2)], (12, 5), r"tensor 0 has shape \[12, 6\]; compiled for \[2\*s"),
+    (({0: PAIR}, {0: PAIR.root}), [(16, 8)], (18, 9), "tensor 1 has size 9 at dim 0; .* compiled for 2 to 8"),
+    (({0: Dim.AUTO}, {0: Dim.AUTO}), [(6, 5), (6, 6)], (7, 5), r"compiled for .*tensor_0\.shape\[0\]\) % 4\) == 0"),
+]
+
+
+@pytest.mark.parametrize(("free", "rows", "other", "message"), DEPENDENT, ids=["derived", "range", "divides"])
+def test_sizes_that_depend_on_each_other_are_held_to_it(
+    free: Any, rows: list[tuple[int, int]], other: tuple[int, int], message: str
+) -> None:
+    module = Halves()
+    found = dsv3_compile.compile(module, (torch.randn(8, 6), torch.randn(4, 2)), dynamic_shapes=free)
+    for x, y in ((torch.randn(x, 6), torch.randn(y, 2)) for x, y in rows):
+        torch.testing.assert_close(found(x, y), module(x, y))
+    with pytest.raises(ModuleError, match=message):
+        found(torch.randn(other[0], 6), torch.randn(other[1], 2))
+
+
+def test_strides_that_are_not_contiguous_are_those_of_the_example() -> None:
+    free = ({0: Dim("rows", max=9)},)
+    found = dsv3_compile.compile(nn.ReLU(), (torch.randn(3, 4).T,), dynamic_shapes=free)
+    for x in (torch.randn(3, 5).T, torch.randn(1, 3)):  # of a single row the strides do not matter
+        assert torch.equal(found(x), x.relu())
+    with pytest.raises(ModuleError, match=r"strides \[3, 1\]"):
+        found(torch.randn(5, 3))
+
+
+def test_the_module_is_left_in_the_mode_it_was_in() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout().eval(), Branching())
+    module.append(nn.Linear(2, 2))
+    flags = [one.training for one in module.modules()]
+    with pytest.raises(ModuleError, match="cannot capture Sequential"):
+        dsv3_compile.compile(module, (torch.randn(3, 2),))
+    assert [one.training for one in module.modules()] == flags
+    del module[2]
+    x = torch.randn(3, 2)
+    found = dsv3_compile.compile(module, (x,))
+    assert module.training and not module[1].training
+    assert not found.training
+    torch.testing.assert_close(found(x), module[2](module[0](x)))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+
+def test_numbers_are_constants_and_never_free() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ModuleError, match="argument factor is neither a tensor nor a constant; only sizes can be free"):
+        dsv3_compile.compile(Scaled(), (x, 3), dynamic_shapes=({}, Dim.DYNAMIC))
+    assert dsv3_compile.compile(Scaled(), (x, float("nan")))(x, float("nan")).isnan().all()
+
+
+def test_layers_of_one_name_are_told_apart() -> None:
+    module, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(3, 2)
+    torch.testing.assert_close(dsv3_compile.compile(module, (x,))(x), module(x))
+
+
+def test_a_compiled_module_is_neither_moved_nor_loaded_into() -> None:
+    _, found = compiled()
+    assert found.to("cpu").float().to(torch.float32) is found
+    for move in (found.half, found.double, lambda: found.to("meta"), lambda: nn.Sequential(found).bfloat16()):
+        with pytest.raises(ModuleError, match="^compiled for torch.float32 on cpu, not .*; move the original"):
+            move()
+    with pytest.raises(ModuleError, match="no state of its own; load into the module"):
+        found.load_state_dict({}, strict=False)
+
+
+def test_options_are_checked_before_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.export, "export", None)
+    with pytest.raises(PassError, match="unknown pass 'absorb'"):
+        dsv3_compile.compile(nn.ReLU(), (torch.ones(2),), options={"disable": ("absorb",)})
+
+
+def test_inductor_compiles_what_was_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", INDUCTOR)
+    module, found = compiled()
+    for rows in (1, 9):
+        x = torch.randn(rows, 5)
+        torch.testing.assert_close(found(x, True, EXTRA)["y"], 2 * (module.map(x) + EXTRA["bias"] + module.offset))
+    assert module.calls == 2
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_what_cannot_be_captured_whole_is_refused() -> None:
     with pytest.raises(ModuleError, match=r"torch\.export cannot capture Branching"):
         dsv3_compile.compile(Branching(), (torch.randn(3),))
     with pytest.raises(ModuleError, match="expected a tuple of arguments"):

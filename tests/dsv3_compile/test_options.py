@@ -23,6 +23,8 @@ def test_the_repr_rebuilds_them():
         ({"max_length": 1.5}, "max_length is 1.5; accepted: a whole number from 1"),
         ({"max_batch": True}, "max_batch is True"),
         ({"set": "a.b=c"}, "set is 'a.b=c'; accepted: a list of strings"),
+        ({"disable": None}, "disable is None; accepted: a list of strings"),
+        ({"require": [3]}, r"require is \[3\]; accepted: a list of strings"),
         ({"aot": True, "target": "sm_90"}, "aot is for target cpu; the target is sm_90"),
         ({"speed": 3}, "unknown option 'speed'; accepted: target, origin, dtype"),
     ],

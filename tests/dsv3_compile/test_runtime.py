@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +16,8 @@ import torch
 from torch import Tensor
 
 import dsv3_compile.runtime as runtime
-from dsv3_compile.artifact import ArtifactError
+from dsv3_compile.artifact import DIGEST, MANIFEST, Artifact, ArtifactError, read_manifest, seal
+from dsv3_compile.loading import load_graph
 from dsv3_compile.packaging import write_artifact
 from dsv3_compile.runtime import Model, load
 from model_def.decoder import Decoder
@@ -95,14 +99,28 @@ def test_generation_ends_when_the_context_is_full(model: Model) -> None:
 
 
 def test_generation_of_nothing_is_refused(model: Model) -> None:
-    for number in (0, 2.5, "3"):
+    for number in (0, 2.5, "3", True):
         with pytest.raises(ValueError, match=f"max_new_tokens is {number!r}; expected a whole number"):
             model.generate(torch.tensor([[1]]), number)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("eos", ["a", 2.5, [1, "2"]])
+def test_a_stream_checks_its_arguments_before_its_first_token_is_asked_for(model: Model) -> None:
+    ids = torch.tensor([[1, 2]])
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": "a"}, "temperature is 'a'"),
+        ({"eos": VOCABULARY}, f"eos is {VOCABULARY}"),
+        ({"input_ids": ids + VOCABULARY}, "not in the vocabulary"),
+        ({"lengths": [3]}, r"lengths is \[3\]"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            model.stream(**{"input_ids": ids, "max_new_tokens": 2, **arguments})
+
+
+@pytest.mark.parametrize("eos", ["a", "", 2.5, [1, "2"], True, [False], VOCABULARY, [1, -1], 1 << 70])
 def test_end_tokens_are_whole_numbers(model: Model, eos: Any) -> None:
-    with pytest.raises(ValueError, match="expected a token id or several"):
+    with pytest.raises(ValueError, match=f"eos is .*; expected a token id or several, below {VOCABULARY}"):
         model.generate(torch.tensor([[1]]), 2, eos=eos)
 
 
@@ -160,9 +178,28 @@ def test_prompts_that_are_no_tensor_are_refused(model: Model) -> None:
         model.prefill([[1, 2]])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 3], [3, 4], [[1, 2]], [1.5, 3.0]])
-def test_impossible_lengths_are_refused(model: Model, lengths: list) -> None:
-    with pytest.raises(ValueError, match="lengths is"):
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [1],
+        [0, 3],
+        [3, 4],
+        [[1, 2]],
+        [1.5, 3.0],
+        [True, True],
+        "ab",
+        "3",
+        ["1", "2"],
+        [[1], [2, 3]],
+        [1, None],
+        2,
+        [1j, 2],
+    ],
+)
+def test_impossible_lengths_are_refused(model: Model, lengths: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"lengths is {re.escape(repr(lengths))}; expected 2 whole numbers from 1 to 3"
+    ):
         model.prefill(torch.zeros(2, 3, dtype=torch.int64), lengths)
 
 
@@ -177,6 +214,51 @@ def test_decode_takes_one_token_per_row(model: Model) -> None:
 def test_a_device_that_is_not_there_is_refused(model: Model) -> None:
     with pytest.raises(ArtifactError, match="device is cuda; this machine has no GPU"):
         Model(model.artifact, device="cuda")
+
+
+@pytest.mark.parametrize("device", ["mars", "meta", "cuda:first", 1.5])
+def test_a_device_that_is_none_is_refused(model: Model, device: Any) -> None:
+    with pytest.raises(ArtifactError, match=f"device is {device}; expected cpu, cuda or cuda:N"):
+        Model(model.artifact, device=device)
+
+
+def sealed(folder: Path, **changes: Any) -> Artifact:
+    """The artifact of a folder whose files were changed."""
+    manifest = replace(read_manifest(folder), **changes)
+    for name in (MANIFEST, DIGEST):
+        (folder / name).unlink()
+    return Artifact(folder, seal(folder, manifest))
+
+
+def test_a_device_that_an_artifact_was_not_made_for_is_refused(
+    artifact_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(artifact_folder, tmp_path / "artifact"))
+    with pytest.raises(ArtifactError, match=r"device is cuda; its native code is for the CPU \(native=False"):
+        Model(sealed(folder, native_cpu="some processor"), device="cuda")
+    (folder / "kernels").mkdir()
+    (folder / "kernels" / "kernel.py").touch()
+    artifact = sealed(folder, native_cpu="", target="sm_90")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ArtifactError, match="device is cpu; its kernels are for sm_90"):
+        Model(artifact, device="cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    for device, message in (("cuda:1", "made for sm_90; this GPU is sm_80"), ("cuda:2", "cuda:2; .* has GPUs 0 to 1")):
+        with pytest.raises(ArtifactError, match=message):
+            Model(artifact, device=device)
+
+
+def test_an_artifact_that_took_the_place_of_another_runs_its_own_kernels(artifact_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifact_folder, tmp_path / "artifact"))
+    (folder / "kernels").mkdir()
+    (folder / "graphs" / "graph.py").write_text("from ..kernels.kernel import kernel as run\n")
+    found = []
+    for number in (1, 2):
+        (folder / "kernels" / "kernel.py").write_text(f"def kernel():\n    return {number}\n")
+        found.append(load_graph(sealed(folder).path("graphs/graph.py")))
+    assert [run() for run in found] == [1, 2]
 
 
 def test_an_artifact_without_weights_is_refused(tmp_path: Path) -> None:

@@ -45,14 +45,17 @@ def test_the_lowest_temperature_takes_the_largest() -> None:
 
 @pytest.mark.parametrize(
     ("temperature", "top_p"),
-    [(-1.0, 1.0), (1e-300, 1.0), (float("nan"), 1.0), (float("inf"), 1.0), (1.0, 0.0), (1.0, 1.1)],
+    [
+        *((temperature, 1.0) for temperature in (-1.0, 1e-300, float("nan"), float("inf"), "a", None, True, 1j)),
+        *((1.0, top_p) for top_p in (0.0, 1.1, "1", None, True)),
+    ],
 )
-def test_impossible_settings_are_refused(temperature: float, top_p: float) -> None:
-    with pytest.raises(ValueError, match=r"temperature is|top_p is"):
+def test_impossible_settings_are_refused(temperature: Any, top_p: Any) -> None:
+    with pytest.raises(ValueError, match=r"(temperature|top_p) is .*; expected"):
         Sampler(temperature, top_p, 0)
 
 
-@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 1.5, None])
+@pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1, 1.5, None, True])
 def test_a_seed_that_torch_does_not_take_is_refused(seed: Any) -> None:
     with pytest.raises(ValueError, match="seed is .*expected a whole number"):
         Sampler(1.0, 1.0, seed)
