@@ -24,24 +24,20 @@ class ModuleError(ValueError):
 
 @dataclass(frozen=True)
 class FreeSize:
-    """A size that differs from call to call: its dim is `step` times it plus `start`, as far as it is derived."""
+    """A size that differs from call to call, and a dim that it is."""
 
     tensor: int
     axis: int
-    start: int
-    step: int
     lowest: int
     highest: int | None
 
     def of(self, tensors: Sequence[Tensor]) -> int:
         """Its value in a call. Raises ModuleError where it is out of range."""
-        given = tensors[self.tensor].shape[self.axis]
-        value = (given - self.start) // self.step
+        value = tensors[self.tensor].shape[self.axis]
         if value < self.lowest or (self.highest is not None and value > self.highest):
-            least = self.start + self.step * self.lowest
-            most = "" if self.highest is None else f" to {self.start + self.step * self.highest}"
-            where = f"tensor {self.tensor} has size {given} at dim {self.axis}"
-            raise ModuleError(f"{where}; the module was compiled for {least}{most or ' and more'}")
+            most = " and more" if self.highest is None else f" to {self.highest}"
+            where = f"tensor {self.tensor} has size {value} at dim {self.axis}"
+            raise ModuleError(f"{where}; the module was compiled for {self.lowest}{most}")
         return value
 
 
@@ -136,18 +132,18 @@ def _lies(tensor: Tensor, strides: tuple[int, ...] | None) -> bool:
 
 
 def _free_sizes(fakes: Sequence[Tensor], ranges: Mapping[Any, Any]) -> dict[sympy.Symbol, FreeSize]:
-    """Every free size, read from a dim that it is, or else from one that it determines."""
+    """Every free size. Raises ModuleError for one that only other dims depend on, as Inductor cannot read it there."""
     dims = [
         (expression_of(size), number, axis) for number, fake in enumerate(fakes) for axis, size in enumerate(fake.shape)
     ]
     free: dict[sympy.Symbol, FreeSize] = {}
     for expression, number, axis in sorted(dims, key=lambda dim: not isinstance(dim[0], sympy.Symbol)):
         for symbol in getattr(expression, "free_symbols", set()) - free.keys():
-            start = int(expression.xreplace({other: 0 for other in expression.free_symbols}))
-            step = int(expression.xreplace({other: int(other == symbol) for other in expression.free_symbols})) - start
+            if expression != symbol:
+                raise ModuleError(f"dim {axis} of tensor {number} is {expression}, and no dim is {symbol} itself")
             limits = ranges.get(symbol)
             highest = None if limits is None or not limits.upper.is_Integer else int(limits.upper)
-            free[symbol] = FreeSize(number, axis, start, step, 0 if limits is None else int(limits.lower), highest)
+            free[symbol] = FreeSize(number, axis, 0 if limits is None else int(limits.lower), highest)
     return free
 
 

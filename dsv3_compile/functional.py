@@ -77,6 +77,7 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
         if node.op == "placeholder":
             original = next(remaining)
             copies[node] = graph.placeholder(short_name(original.name))
+            copies[node].target = copies[node].name  # which is told apart where two short names are the same
             copies[node].meta = {"val": node.meta["val"], "role": role_of(original)}
         elif node.op == "output":
             graph.output(tuple(fx.node.map_arg(node.args[0], copies.__getitem__)))

@@ -168,3 +168,14 @@ def test_a_module_compiled_whole_does_the_same(step: Callable[..., Any], monkeyp
     run = dsv3_compile.compile(again, (torch.randn(3, 4),))
     for one, two in zip(followed(run, again, [x.clone() for x in inputs]), expected, strict=True):
         assert torch.equal(one, two)
+
+
+class Twice(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x) + self[1](x)
+
+
+def test_inputs_of_one_short_name_are_told_apart() -> None:
+    module, x = Twice(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    run = torch.compile(module.forward, backend=lambda *graph: there_and_back(*graph).forward)
+    assert torch.equal(run(x), module(x))

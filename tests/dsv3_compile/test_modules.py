@@ -117,6 +117,11 @@ def test_sizes_that_depend_on_each_other_are_held_to_it(
         found(torch.randn(other[0], 6), torch.randn(other[1], 2))
 
 
+def test_a_size_that_no_dim_has_is_refused() -> None:
+    with pytest.raises(ModuleError, match=r"dim 0 of tensor 0 is 2\*\w+, and no dim is \w+ itself"):
+        dsv3_compile.compile(nn.ReLU(), (torch.randn(8, 6),), dynamic_shapes=({0: PAIR},))
+
+
 def test_strides_that_are_not_contiguous_are_those_of_the_example() -> None:
     free = ({0: Dim("rows", max=9)},)
     found = dsv3_compile.compile(nn.ReLU(), (torch.randn(3, 4).T,), dynamic_shapes=free)
