@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, is_call, shape_of
+from passes.base import Role, equation_of, is_call, shape_of
 from passes.contraction import (
     CONTRACTIONS,
     Axis,
@@ -87,10 +87,8 @@ def _read(node: Any) -> Value:
 
 
 def _read_einsum(node: fx.Node) -> Value:
-    equation, operands = node.args[0], node.args[1]
-    inputs, out = equation.replace(" ", "").split("->")
-    letters = inputs.split(",")
-    if len(operands) != 2 or "." in equation or any(len(set(s)) != len(s) for s in letters):
+    operands, (letters, out) = node.args[1], equation_of(node)
+    if len(operands) != 2 or any(len(set(s)) != len(s) for s in letters):
         raise NotLinear("not a product of two tensors")
     lonely = [c for i, s in enumerate(letters) for c in s if c not in out and c not in letters[1 - i]]
     if lonely:

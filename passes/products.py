@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import call, is_call, same_size, shape_of
+from passes.base import call, equation_of, is_call, same_size, shape_of
 
 aten = torch.ops.aten
 
@@ -54,14 +54,17 @@ def product_of(node: fx.Node) -> Product | None:
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    equation = node.args[0].replace(" ", "")
-    if "->" not in equation or "." in equation:
+    letters, out = equation_of(node)
+    operands = list(zip(node.args[1], letters, strict=True))
+    if any(len(set(own)) != len(own) for own in letters):
         return None
-    inputs, out = equation.split("->")
-    letters = inputs.split(",")
-    if any(len(set(one)) != len(one) for one in (*letters, out)):
-        return None
-    return Product(tuple(zip(node.args[1], letters, strict=True)), out)
+    wide = {c for x, own in operands for c, size in zip(own, shape_of(x), strict=True) if not same_size(size, 1)}
+
+    def spelled(x: fx.Node, own: str) -> str:
+        sizes = zip(own, shape_of(x), strict=True)
+        return "".join(BROADCAST if c in wide and same_size(size, 1) else c for c, size in sizes)
+
+    return Product(tuple((x, spelled(x, own)) for x, own in operands), out)
 
 
 def _aligned(node: fx.Node, operands: tuple[tuple[fx.Node, str], ...], batch: str, rest: str) -> Product:

@@ -112,3 +112,22 @@ def test_axes_are_fresh_at_every_reading():
     axes = [{a for t in v.terms for o in t.operands for a in o.axes} for v in (first, second)]
     assert not axes[0] & axes[1]
     assert len(list(itertools.chain(*axes))) > 0
+
+
+class Spelled(nn.Module):
+    """Two products, the inner one with an ellipsis, the outer one without an arrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(7, 5))
+
+    def forward(self, x):
+        y = torch.einsum("...d,ed->...e", x, self.w)
+        return torch.einsum("bse,ef", y, self.w)
+
+
+def test_products_are_read_however_their_equation_is_written():
+    graph = module_graph(Spelled(), X)
+    specimen, before = Specimen.of(graph), clone(graph)
+    assert rewrite_left_to_right(graph) == 3
+    specimen.certify(before, "left to right")

@@ -114,3 +114,23 @@ def test_a_broadcast_dim_is_stored_once():
     graph = module_graph(Broadcast(), Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32))
     key, weight, result = 6, 7 * 5 * 6, 7 * 5
     assert cost(graph.graph).at(Workload(1, 1, 1)).bytes == 4 * (key + weight + result)
+
+
+class Products(nn.Module):
+    """Products without an arrow and with an ellipsis, and one that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 7))
+
+    def forward(self, x):
+        return (
+            torch.einsum("bsi,io", x, self.w),
+            torch.einsum("...i,io->...o", x, self.w),
+            torch.einsum("sb...i,...io->sb...o", x.transpose(0, 1)[:, :, None], self.w.expand(3, 6, 7)),
+        )
+
+
+def test_products_count_however_their_equation_is_written():
+    graph = module_graph(Products(), Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32))
+    assert cost(graph.graph).at(Workload(2, 5, 1)).flops == (1 + 1 + 3) * 2 * 2 * 5 * 6 * 7
