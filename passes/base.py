@@ -150,7 +150,7 @@ def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 
 def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], *weight.shape[:-1]))
 
 
 def equation_of(einsum: fx.Node) -> tuple[tuple[str, ...], str]:

@@ -99,9 +99,10 @@ def _read_einsum(node: fx.Node) -> Value:
 def _read_linear(node: fx.Node) -> Value:
     if len(node.args) > 2 and node.args[2] is not None:
         raise NotLinear("a bias is added")
-    rank = len(shape_of(node.args[0]))
-    batch = "abcdefgh"[: rank - 1]
-    return _read_product(node.args[0], node.args[1], batch + "i", "oi", batch + "o")
+    x, weight = node.args[:2]
+    batch = "abcdefgh"[: len(shape_of(x)) - 1]
+    own = "o"[: len(shape_of(weight)) - 1]  # a weight [D] has no outputs of its own
+    return _read_product(x, weight, batch + "i", own + "i", batch + own)
 
 
 def _read_matmul(node: fx.Node) -> Value:

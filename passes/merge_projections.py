@@ -69,8 +69,10 @@ def projection_of(node: fx.Node) -> Projection | None:
     return _einsum(node) if is_call(node, aten.einsum) else None
 
 
-def _linear(node: fx.Node) -> Projection:
+def _linear(node: fx.Node) -> Projection | None:
     x, *weights = (argument for argument in node.args if argument is not None)
+    if len(shape_of(weights[0])) != 2:
+        return None
     form = (node.target, settled(x), *(dtype_of(w) for w in weights))
     return Projection(node, form, tuple(weights), 0, len(shape_of(node)) - 1)
 

@@ -34,7 +34,8 @@ def product_of(node: fx.Node) -> Product | None:
     if is_call(node, aten.linear) and not (len(node.args) > 2 and node.args[2] is not None):
         x, weight = node.args[0], node.args[1]
         batch = string.ascii_lowercase[: len(shape_of(x)) - 1]
-        return Product(((x, batch + "y"), (weight, "zy")), batch + "z")
+        own = "z"[: len(shape_of(weight)) - 1]  # a weight [D] has no outputs of its own
+        return Product(((x, batch + "y"), (weight, own + "y")), batch + own)
     if is_call(node, aten.mm, aten.bmm, aten.matmul):
         left, right = node.args[0], node.args[1]
         if min(len(shape_of(left)), len(shape_of(right))) < 2:
@@ -44,7 +45,7 @@ def product_of(node: fx.Node) -> Product | None:
     if is_call(node, aten.mul) and all(isinstance(a, fx.Node) for a in node.args[:2]):
         letters = string.ascii_lowercase[: len(shape_of(node))]
         return _aligned(node, ((node.args[0], ""), (node.args[1], "")), letters, "")
-    if is_call(node, aten.sum) and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
+    if is_call(node, aten.sum) and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) and node.args[1]:
         source, rank = node.args[0], len(shape_of(node.args[0]))
         dims = {d % rank for d in node.args[1]}
         keep = BROADCAST if len(node.args) > 2 and node.args[2] else ""

@@ -168,7 +168,8 @@ def topk(
 
 @translation(aten.linear)
 def linear(b: Builder, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> str:
-    product = b.op("MatMul", x, weight.transposed or b.swapped(weight, 2))
+    matrix = len(weight.shape) > 1
+    product = b.op("MatMul", x, (weight.transposed or b.swapped(weight, 2)) if matrix else weight)
     return product if bias is None else b.op("Add", product, bias)
 
 

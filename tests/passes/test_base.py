@@ -66,6 +66,7 @@ def test_a_fake_norm_and_a_fake_layer_have_the_layout_of_the_real_ones(x: Tensor
         (aten.rms_norm.default, (x, [6])),
         (aten.linear.default, (x, matrix, bias)),
         (aten.linear.default, (x[0], matrix)),
+        (aten.linear.default, (x, matrix[0])),
     ):
         real, fake = target(*arguments), fake_result(target, arguments, {})
         assert (fake.dtype, fake.shape, fake.stride()) == (real.dtype, real.shape, real.stride())

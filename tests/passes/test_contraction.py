@@ -115,19 +115,19 @@ def test_axes_are_fresh_at_every_reading():
 
 
 class Spelled(nn.Module):
-    """Two products, the inner one with an ellipsis, the outer one without an arrow."""
+    """Two products, the inner one with an ellipsis, the outer one without an arrow; then one with a vector."""
 
     def __init__(self):
         super().__init__()
-        self.w = nn.Parameter(torch.randn(7, 5))
+        self.w, self.v = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(5))
 
     def forward(self, x):
         y = torch.einsum("...d,ed->...e", x, self.w)
-        return torch.einsum("bse,ef", y, self.w)
+        return torch.nn.functional.linear(torch.einsum("bse,ez", y, self.w), self.v)
 
 
 def test_products_are_read_however_their_equation_is_written():
     graph = module_graph(Spelled(), X)
     specimen, before = Specimen.of(graph), clone(graph)
-    assert rewrite_left_to_right(graph) == 3
+    assert rewrite_left_to_right(graph) == 4
     specimen.certify(before, "left to right")

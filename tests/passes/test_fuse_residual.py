@@ -43,6 +43,8 @@ class Sum(nn.Module):
     def forward(self, x):
         if self.twist == "activations":
             return x + F.linear(x, x[0, :D].contiguous())
+        if self.twist == "vector":
+            return x[..., 0] + F.linear(x, self.norm)
         product = self.first(x)
         if self.twist == "norm":
             return dsv3.add_rms_norm(x, product, self.norm, 1e-6)
@@ -77,6 +79,7 @@ def test_a_target_without_the_kernel_keeps_the_sum():
         ("bias", "has a bias"),
         ("leak", "is used by output as well"),
         ("activations", "is no product with a weight"),
+        ("vector", "the weight of linear is no matrix"),
         ("broadcast", ""),
     ],
 )

@@ -107,8 +107,16 @@ def test_a_weight_computed_late_is_moved_up():
         lambda m, x: (F.linear(x, m.a), F.linear(x, m.b, m.b[:, 0])),
         lambda m, x: (torch.einsum("nd,hd->nh", x, m.a), torch.einsum("nd,hd->hn", x, m.b)),
         lambda m, x: (torch.einsum("nd,hd->nh", x, m.a), torch.einsum("nd,hd->n", x, m.b)),
+        lambda m, x: (F.linear(x, m.a[0]), F.linear(x, m.b[0])),
     ],
-    ids=["other input", "weight from activations", "one has a bias", "other order of outputs", "outputs summed"],
+    ids=[
+        "other input",
+        "weight from activations",
+        "one has a bias",
+        "other order of outputs",
+        "outputs summed",
+        "vectors",
+    ],
 )
 def test_near_misses(function):
     assert untouched(MergeProjections(), graph_with(function, a=(3, D), b=(5, D))) == ""

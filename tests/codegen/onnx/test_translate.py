@@ -30,7 +30,7 @@ FUNCTIONS = {
     ),
     "compared": lambda x, y: (torch.where(x > 0, x, 0.0), x.masked_fill(x <= 0.1, -1.0), (x > 0) & ~(x > 1)),
     "reduced": lambda x, y: (x.sum(1), x.mean(-1, keepdim=True), x.amax((0, 1)), x.softmax(-1)),
-    "products": lambda x, y: (x @ y, F.linear(x, y.T), F.linear(x, y.T, y[0])),
+    "products": lambda x, y: (x @ y, F.linear(x, y.T), F.linear(x, y.T, y[0]), F.linear(x, y[:, 0])),
     "einsum": lambda x, y: (torch.einsum("bsd,de->bse", x, y), torch.einsum("bsd,btd->bst", x, x)),
     "einsum without an arrow": lambda x, y: (torch.einsum("bsd,de", x, y), torch.einsum("bsd,bsd", x, x)),
     "einsum with an ellipsis": lambda x, y: (
