@@ -29,7 +29,8 @@ from passes.contraction import (
     size_expr,
     unify,
 )
-from passes.nodes import is_probability
+from passes.nodes import is_division, is_probability
+from passes.products import sources_of_dims
 from passes.reshaping import broadcast, concatenated, repeated, reshaped, squeezed
 
 aten = torch.ops.aten
@@ -205,15 +206,9 @@ def _read_squeeze(node: fx.Node) -> Value:
 
 
 def _read_permute(node: fx.Node) -> Value:
-    value = _read(node.args[0])
-    rank = len(value.dims)
-    if is_call(node, aten.permute):
-        order = [d % rank for d in node.args[1]]
-    else:
-        first, second = (0, 1) if is_call(node, aten.t) else (node.args[1] % rank, node.args[2] % rank)
-        order = list(range(rank))
-        order[first], order[second] = order[second], order[first]
-    return replace(value, dims=tuple(value.dims[d] for d in order))
+    value, order = _read(node.args[0]), sources_of_dims(node)
+    assert order is not None
+    return replace(value, dims=tuple(value.dims[d] for d in order if d is not None))
 
 
 def _read_expand(node: fx.Node) -> Value:
@@ -292,11 +287,13 @@ def _read_cat(node: fx.Node) -> Value:
 
 def _read_scale(node: fx.Node) -> Value:
     left, right = node.args[0], node.args[1]
-    if isinstance(left, (int, float)) and not is_call(node, aten.div):
+    if is_call(node, aten.div) and not is_division(node):
+        raise NotLinear("a division that rounds")
+    if isinstance(left, (int, float)) and not is_division(node):
         left, right = right, left
     if not isinstance(right, (int, float)):
         raise NotLinear("a product of two tensors element by element")
-    factor = 1.0 / right if is_call(node, aten.div) else float(right)
+    factor = 1.0 / right if is_division(node) else float(right)
     value = _read(left)
     pieces = tuple(Piece(tuple(replace(t, scale=t.scale * factor) for t in p.terms), p.axis) for p in value.pieces)
     return replace(value, pieces=pieces)

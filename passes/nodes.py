@@ -112,6 +112,11 @@ def weights_only(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
     return known[node]
 
 
+def is_division(node: Any) -> bool:
+    """Is it x / y? What is rounded to whole numbers is not."""
+    return is_call(node, aten.div) and node.kwargs.get("rounding_mode") is None
+
+
 def why_no_product(linear: fx.Node) -> str | None:
     """Why a linear is something else than the product of its input with a weight [O, D], or None."""
     if len(linear.args) > 2 and linear.args[2] is not None:

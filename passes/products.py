@@ -95,6 +95,8 @@ def sources_of_dims(node: fx.Node) -> tuple[int | None, ...] | None:
     if is_call(node, aten.permute):
         return tuple(d % rank for d in node.args[1])
     if is_call(node, aten.transpose, aten.t):
+        if rank < 2:
+            return tuple(range(rank))
         first, second = (node.args[1] % rank, node.args[2] % rank) if len(node.args) > 1 else (0, 1)
         order = list(range(rank))
         order[first], order[second] = order[second], order[first]

@@ -43,6 +43,7 @@ STEPS = {
     "lift": lambda y: y.unsqueeze(2).expand(-1, -1, 2, *y.shape[2:]) if y.dim() < 6 else y,
     "slice": lambda y: y[..., : max(2, y.shape[-1] - 1)],
     "copy": lambda y: y.contiguous() / 3,
+    "round": lambda y: torch.div(y, 0.1, rounding_mode="floor"),
 }
 X = Input("x_BSD", Role.ACTIVATION, ("B", "S", 5), torch.float32)
 
@@ -131,3 +132,10 @@ def test_products_are_read_however_their_equation_is_written():
     specimen, before = Specimen.of(graph), clone(graph)
     assert rewrite_left_to_right(graph) == 4
     specimen.certify(before, "left to right")
+
+
+def test_a_division_that_rounds_ends_the_reading():
+    graph = module_graph(Views(["round", "swap"]), X)
+    root = list(calls(graph.graph, aten.einsum))[-1]
+    (term,) = lift(root).terms
+    assert [o.node.target for o in term.operands] == [aten.div.Tensor_mode] * 2 and term.scale == 1.0

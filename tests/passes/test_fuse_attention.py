@@ -68,9 +68,21 @@ class Leaking(Mla):
         return torch.einsum("bhst,bthx->bshx", shares, k), shares
 
 
+class Rounded(Mla):
+    """Scores that are rounded are no products."""
+
+    def scores(self, q_nope, q_rope, k, rope_key):
+        return torch.div(super().scores(q_nope, q_rope, k, rope_key), 0.25, rounding_mode="floor")
+
+
 @pytest.mark.parametrize(
     "module, reason",
-    [(Windowed, "not a comparison of positions"), (Finite, "not a mask with −∞"), (Leaking, "shares are used by")],
+    [
+        (Windowed, "not a comparison of positions"),
+        (Finite, "not a mask with −∞"),
+        (Leaking, "shares are used by"),
+        (Rounded, "not plain products of two operands"),
+    ],
 )
 def test_near_misses_stay(module, reason):
     graph = mla_graph(module, "S")
