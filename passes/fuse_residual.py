@@ -12,7 +12,7 @@ from torch import fx
 from passes.base import Context, call, is_call, shape_of, source_line
 from passes.fuse_norm import is_residual_sum
 from passes.launches import FuseLaunches, has_many_rows, only_reader, regroup, regrouped_from
-from passes.nodes import dtype_of, erase_dead, why_no_product
+from passes.nodes import dtype_of, erase_dead, same_shape, why_no_product
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -105,8 +105,7 @@ def why_not(one: Sum, node: fx.Node) -> str | None:
             return reason
     if dtype_of(product) != dtype_of(one.residual):
         return f"{product.name} and {one.residual.name} differ in dtype"
-    ranks = len(shape_of(product)), len(shape_of(one.residual))
-    if ranks[0] not in (2, ranks[1]):
+    if len(shape_of(product)) != 2 and not same_shape(product, one.residual):
         return f"rows of {product.name} and {one.residual.name} are grouped differently"
     if is_call(node, dsv3.add_rms_norm) and not all(user.target is operator.getitem for user in node.users):
         return f"the results of {node.name} are not read one by one"

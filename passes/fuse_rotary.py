@@ -26,9 +26,14 @@ def last_axis_of_result(node: fx.Node) -> bool:
 
 
 def merges_last_axes(node: fx.Node) -> bool:
+    return are_pairs(shape_of(node.args[0]), shape_of(node))
+
+
+def are_pairs(pairs: tuple[Any, ...], whole: tuple[Any, ...]) -> bool:
+    """Are they the shapes [.., F, 2] and [.., 2F] of the same numbers?"""
     # A plain == on a free size would pin it to its example value.
-    merged, before = shape_of(node), shape_of(node.args[0])
-    return len(merged) == len(before) - 1 and same_size(merged[-1], 2 * before[-2])
+    sizes = (*pairs[:-2], 2 * pairs[-2], 2) if len(pairs) > 1 else ()
+    return len(pairs) == len(whole) + 1 and all(map(same_size, sizes, (*whole, pairs[-1])))
 
 
 first, second = Cast(Var("first")), Cast(Var("second"))
@@ -169,14 +174,9 @@ def member_of(node: fx.Node) -> tuple[fx.Node, int] | None:
         view, number = settled(node.args[0]), node.args[2] % 2
     else:
         return None
-    if (
-        not is_call(view, *VIEWS)
-        or not same_size(shape_of(view)[-1], 2)
-        or len(shape_of(view)) != len(shape_of(view.args[0])) + 1
-    ):
+    if not is_call(view, *VIEWS) or not are_pairs(shape_of(view), shape_of(view.args[0])):
         return None
-    x = settled(view.args[0])
-    return (x, number) if same_size(shape_of(x)[-1], 2 * shape_of(view)[-2]) else None
+    return settled(view.args[0]), number
 
 
 def table_of(node: fx.Node, layout: str, shape: tuple[Any, ...]) -> Table | None:
