@@ -130,3 +130,16 @@ def test_divisions_that_round_and_matrices_as_they_are_stay():
     graph = module_graph(Rounded(), X)
     apply(Canonicalise(), graph)
     assert count(graph, aten.div) == 2 and count(graph, aten.mm) == 2
+
+
+class Logarithms(nn.Module):
+    """Of negative numbers, and of zero: no number, and −∞."""
+
+    def forward(self, x):
+        return torch.log(x) * 2, torch.log(x - x), torch.log(x)
+
+
+def test_values_that_are_no_numbers_before_and_after_are_certified():
+    graph = module_graph(Logarithms(), X)
+    assert apply(Canonicalise(), graph).matches
+    assert count(graph, aten.log) == 2
