@@ -43,6 +43,10 @@ class MergeProjections(Pass):
 
     max_siblings: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_siblings is not None and self.max_siblings < 1:
+            raise ValueError(f"max_siblings is {self.max_siblings}; accepted: none, or a number from 1 on")
+
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         outcome, graph = Outcome(), graph_module.graph
         families: dict[Any, list[Projection]] = {}
