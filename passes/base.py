@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from dataclasses import replace as replace_fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -83,7 +82,7 @@ class Pass:
 
     def decided(self, outcome: Outcome) -> Pass:
         """This pass with the choices of an earlier run pinned."""
-        return replace_fields(self, **outcome.decision)
+        return replace(self, **outcome.decision)
 
     @classmethod
     def name(cls) -> str:
@@ -182,11 +181,6 @@ def fake_einsum(letters: Sequence[str], out: str, operands: Sequence[Tensor]) ->
     order = [*both, *right, *left] if swapped else [*both, *left, *right]
     known = {**sizes[1], **sizes[0]} | {c: sizes[1][c] for c in out if kinds[c] == (False, True)}
     return operands[0].new_empty([known[c] for c in order]).permute([order.index(c) for c in out])
-
-
-def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """Let every user of `old` read `new` instead; `old` is erased by the next dead-code sweep."""
-    old.replace_all_uses_with(new)
 
 
 def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:

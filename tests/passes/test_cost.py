@@ -13,10 +13,11 @@ from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from passes.base import Context, Role, Workload, sweep
 from passes.cost import B, S, T, cost
-from passes.inputs import random_inputs, size_values
+from passes.inputs import size_values
 from passes.pipeline import DEFAULT_PIPELINE
 from passes.verify import clone, run_float64
 from tests.dsv3_compile.tiny import TINY
+from tests.passes.capture import random_inputs
 from tests.passes.harness import layer_graph, module_graph
 
 DENSE, MOE = 0, 1

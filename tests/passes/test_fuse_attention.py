@@ -9,11 +9,11 @@ from torch import nn
 from model_def.presets import PRESETS
 from passes.base import calls
 from passes.fuse_attention import FuseAttention
-from passes.inputs import random_inputs, size_values
+from passes.inputs import size_values
 from passes.order_contractions import OrderContractions
 from passes.pipeline import Pipeline, RequirementError, check_required
 from passes.verify import run_float64
-from tests.passes.capture import CONTEXT, tensor
+from tests.passes.capture import CONTEXT, random_inputs, tensor
 from tests.passes.harness import apply, count, layer_graph, mla_graph, module_graph, reasons
 from tests.passes.mla import HeadFirst, Mla
 

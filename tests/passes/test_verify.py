@@ -11,8 +11,9 @@ from torch import fx, nn
 from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.bisection import first_departure, relative_error
-from passes.inputs import random_inputs, size_values
+from passes.inputs import size_values
 from passes.verify import CertificateError, Specimen, clone, run_float64
+from tests.passes.capture import random_inputs
 
 aten = torch.ops.aten
 
