@@ -26,14 +26,9 @@ def last_axis_of_result(node: fx.Node) -> bool:
 
 
 def merges_last_axes(node: fx.Node) -> bool:
-    return are_pairs(shape_of(node.args[0]), shape_of(node))
-
-
-def are_pairs(pairs: tuple[Any, ...], whole: tuple[Any, ...]) -> bool:
-    """Are they the shapes [.., F, 2] and [.., 2F] of the same numbers?"""
     # A plain == on a free size would pin it to its example value.
-    sizes = (*pairs[:-2], 2 * pairs[-2], 2) if len(pairs) > 1 else ()
-    return len(pairs) == len(whole) + 1 and all(map(same_size, sizes, (*whole, pairs[-1])))
+    merged, before = shape_of(node), shape_of(node.args[0])
+    return len(merged) == len(before) - 1 and same_size(merged[-1], 2 * before[-2])
 
 
 first, second = Cast(Var("first")), Cast(Var("second"))
@@ -139,6 +134,9 @@ def read_rotation(match: Match) -> Rotation | str:
         read, written = ("neighbours", "halves") if pairs.interleaved else ("halves", "neighbours")
         return f"{match.root.name} reads pairs as {read} and writes them as {written}"
     shape = shape_of(match["first"])
+    for node in (pairs.source, match.root):
+        if not all(map(same_size, shape_of(node)[:-1], shape[:-1])):
+            return f"rows of {node.name} are grouped otherwise than the pairs"
     for layout in ("bsf",) if len(shape) == 3 else ("bshf", "bhsf"):
         cos, sin = (table_of(match[name], layout, shape) for name in ("cos", "sin"))
         if cos is not None and sin is not None:
@@ -174,9 +172,14 @@ def member_of(node: fx.Node) -> tuple[fx.Node, int] | None:
         view, number = settled(node.args[0]), node.args[2] % 2
     else:
         return None
-    if not is_call(view, *VIEWS) or not are_pairs(shape_of(view), shape_of(view.args[0])):
+    if (
+        not is_call(view, *VIEWS)
+        or not same_size(shape_of(view)[-1], 2)
+        or len(shape_of(view)) != len(shape_of(view.args[0])) + 1
+    ):
         return None
-    return settled(view.args[0]), number
+    x = settled(view.args[0])
+    return (x, number) if same_size(shape_of(x)[-1], 2 * shape_of(view)[-2]) else None
 
 
 def table_of(node: fx.Node, layout: str, shape: tuple[Any, ...]) -> Table | None:

@@ -200,7 +200,10 @@ def rows_regrouped_behind(x, c, s):
     return torch.stack(turned(a, b, c[:, :, None], s[:, :, None]), -1).view(5, 2, H, R)
 
 
-@pytest.mark.parametrize(("function", "rows"), [(rows_regrouped_before, (5, 2)), (rows_regrouped_behind, (2, 5))])
-def test_a_view_that_regroups_rows_along_with_pairs_is_not_read_over(function, rows):
+@pytest.mark.parametrize(
+    ("function", "rows", "name"), [(rows_regrouped_before, (5, 2), "x"), (rows_regrouped_behind, (2, 5), "view")]
+)
+def test_a_view_that_regroups_rows_along_with_pairs_is_not_read_over(function, rows, name):
     inputs = [tensor("x", *rows, H, R), tensor("cos", 2, 5, F), tensor("sin", 2, 5, F)]
-    assert untouched(FuseRotary(), graph_of(Rotation(function), inputs)) == ""
+    reason = f"rows of {name} are grouped otherwise than the pairs"
+    assert untouched(FuseRotary(), graph_of(Rotation(function), inputs)) == reason
