@@ -2,8 +2,8 @@
 
     Dynamo's graph → functional ATen → passes, certified region by region → Inductor
 
-For inference. A graph that the passes leave as it was goes to Inductor untouched; so does one that they cannot read,
-and a graph that trains. `last_report()` says what happened, and why.
+For inference. A graph that the passes leave as it was goes to Inductor untouched; so does one that they cannot read
+or on which one of them stops, and a graph that trains. `last_report()` says what happened, and why.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ from passes.certify import RegionalSpecimen
 from passes.pipeline import (
     FOREIGN_GPU_PIPELINE,
     FOREIGN_PIPELINE,
+    PassError,
     PassRecord,
     Pipeline,
     RequirementError,
     check_required,
 )
+from passes.plan import NoSuchForm
+from passes.verify import CertificateError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -92,15 +95,7 @@ def dsv3(
         if settings.require:
             raise RequirementError(f"required pass {settings.require[0]} did not run: {reason}")
         return inductor(traced, examples, mode, others)
-    changed, _ = improve(found, examples, settings, given_integers(found.module, examples))
-    if changed:
-        target = target_of(examples)
-        if target.backend != "cpu":
-            write_in_place(found)
-            count_together(found)
-            hold_shared(found.module.graph, target)
-        dispatch.call_kernels(found.module.graph, target)
-        found.module.recompile()
+    changed = improved_and_lowered(found, examples, settings)
     return inductor(callable_again(found) if changed else traced, examples, mode, others)
 
 
@@ -118,12 +113,54 @@ def configured(settings: Settings, target: Target) -> Pipeline:
     return pipeline.configured(settings.set, settings.disable)
 
 
+def improved_and_lowered(found: Functional, examples: Sequence[Any], settings: Settings) -> bool:
+    """Send a graph through the passes and put kernels into it, in place: whether it is to be used.
+
+    A graph on which a step of this stops unexpectedly is one that we cannot read: the log and the report's `fallback`
+    name step and exception. Not where passes are required.
+    """
+    steps, report = ["reading the graph"], None
+    try:
+        given = given_integers(found.module, examples)
+        changed, report = improve(found, examples, settings, given, lambda name, number: steps.append(name))
+        if changed:
+            steps.append("lowering")
+            lower(found, target_of(examples))
+    except (CertificateError, NoSuchForm, PassError, RequirementError):
+        raise
+    except Exception as problem:
+        if settings.require:
+            raise
+        text = next(iter(str(problem).splitlines()), "")
+        reason = f"{steps[-1]} stopped with {type(problem).__name__}: {text}"
+        LOGGER.warning("%s; the graph goes to Inductor as it came", reason, exc_info=True)
+        if report is None:
+            report = _publish([], examples, settings, reason)
+        report["fallback"] = reason
+        return False
+    return changed
+
+
+def lower(found: Functional, target: Target) -> None:
+    """Let a graph write into the caller's caches and call the target's kernels."""
+    if target.backend != "cpu":
+        write_in_place(found)
+        count_together(found)
+        hold_shared(found.module.graph, target)
+    dispatch.call_kernels(found.module.graph, target)
+    found.module.recompile()
+
+
 def improve(
-    found: Functional, examples: Sequence[Any], settings: Settings, given: Mapping[str, Tensor]
+    found: Functional,
+    examples: Sequence[Any],
+    settings: Settings,
+    given: Mapping[str, Tensor],
+    step: Callable[[str, int], None] = lambda name, number: None,
 ) -> tuple[bool, dict[str, Any]]:
     """Send a graph through the passes, in place: whether that was worth it, and the report, which is published.
 
-    given: integers and masks by input name, for the certificates.
+    given: integers and masks by input name, for the certificates. step: is told each pass's name before it runs.
     """
     target = target_of(examples)
     if target.backend != "cpu":
@@ -133,7 +170,7 @@ def improve(
     specimen = RegionalSpecimen(found.module, given) if settings.verify else None
     # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
     with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):
-        records = pipeline.run(found.module, context, f"graph {_next_number()}", specimen, printer=_Printer())
+        records = pipeline.run(found.module, context, f"graph {_next_number()}", specimen, step, _Printer())
     check_required(records, settings.require)
     report = _publish(records, examples, settings, "")
     gained = any(record.matches for one, record in zip(pipeline.passes, records, strict=True) if not one.prepares)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from dataclasses import replace as replace_fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from codegen.equations import explicit
 from codegen.ops import LAYOUTS
 from codegen.targets import Target
 
@@ -82,7 +82,7 @@ class Pass:
 
     def decided(self, outcome: Outcome) -> Pass:
         """This pass with the choices of an earlier run pinned."""
-        return replace_fields(self, **outcome.decision)
+        return replace(self, **outcome.decision)
 
     @classmethod
     def name(cls) -> str:
@@ -137,8 +137,10 @@ def call(
 def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives on fake tensors. For products, norms and the vocabulary by hand: torch's own way is to compute
     them step by step."""
-    if target is aten.einsum.default and is_sum_of_products(*args):
-        return fake_einsum(*args)
+    if target is aten.einsum.default:
+        letters, out = explicit(args[0], [x.ndim for x in args[1]])
+        if is_sum_of_products(letters, out):
+            return fake_einsum(letters, out, args[1])
     if target is aten.linear.default:
         return fake_linear(*args)
     if target is aten.rms_norm.default and len(args) > 2 and args[0].dtype == getattr(args[2], "dtype", args[0].dtype):
@@ -147,36 +149,38 @@ def fake_result(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 
 def fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], *weight.shape[:-1]))
 
 
-def is_sum_of_products(equation: str, operands: Sequence[Any]) -> bool:
+def equation_of(einsum: fx.Node) -> tuple[tuple[str, ...], str]:
+    """(letters of every operand, letters of the result): one letter per dim, however the equation is written."""
+    equation, operands = einsum.args[:2]
+    return explicit(equation, [len(shape_of(operand)) for operand in operands])
+
+
+def is_sum_of_products(letters: Sequence[str], out: str) -> bool:
     """Is something summed, over two operands? What is not is no matrix product to torch."""
-    inputs, _, out = equation.replace(" ", "").partition("->")
-    return len(operands) == 2 and not set(inputs) - {","} <= set(out)
+    return len(letters) == 2 and not set("".join(letters)) <= set(out)
 
 
-def fake_einsum(equation: str, operands: Sequence[Tensor]) -> Tensor:
+def fake_einsum(letters: Sequence[str], out: str, operands: Sequence[Tensor]) -> Tensor:
     """What a product of two tensors gives, in size and strides: torch's own way takes long on symbolic sizes.
 
-    It multiplies [both, left, sum] with [both, sum, right] and permutes; axes of size one count as the other side's.
+    It multiplies [both, left, sum] with [both, sum, right] and permutes, the sides swapped where all axes of the right
+    come first in the result; axes of size one count as the other side's.
     """
-    inputs, out = equation.replace(" ", "").split("->")
-    sizes = [dict(zip(letters, x.shape, strict=True)) for letters, x in zip(inputs.split(","), operands, strict=True)]
+    sizes = [dict(zip(own, x.shape, strict=True)) for own, x in zip(letters, operands, strict=True)]
 
     def is_wide(side: int, letter: str) -> bool:
         return letter in sizes[side] and not same_size(sizes[side][letter], 1)
 
     kinds = {c: (is_wide(0, c), is_wide(1, c)) for c in out}
-    order = [c for kind in ((True, True), (True, False)) for c in out if kinds[c] == kind]
-    order += [c for c in out if c not in order]
+    both, left = ([c for c in out if kinds[c] == kind] for kind in ((True, True), (True, False)))
+    right = [c for c in out if c not in (*both, *left)]
+    swapped = "".join(c for c in out if c not in both) == "".join((*right, *left))
+    order = [*both, *right, *left] if swapped else [*both, *left, *right]
     known = {**sizes[1], **sizes[0]} | {c: sizes[1][c] for c in out if kinds[c] == (False, True)}
     return operands[0].new_empty([known[c] for c in order]).permute([order.index(c) for c in out])
-
-
-def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """Let every user of `old` read `new` instead; `old` is erased by the next dead-code sweep."""
-    old.replace_all_uses_with(new)
 
 
 def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:

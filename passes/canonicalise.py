@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
-from passes.nodes import is_random, is_tensor, same_shape
-from passes.products import part_of, product_of
+from passes.nodes import is_division, is_random, is_tensor, same_shape
+from passes.products import part_of, product_of, sources_of_dims
 
 aten = torch.ops.aten
 
@@ -74,7 +74,8 @@ def same_value(node: fx.Node) -> fx.Node | None:
         return source if same else None
     if is_call(node, aten.add, aten.sub) and node.args[1] == 0 and not isinstance(node.args[1], fx.Node):
         return source if value.dtype == source.meta["val"].dtype else None
-    if is_call(node, aten.mul, aten.div) and node.args[1] == 1 and not isinstance(node.args[1], fx.Node):
+    scales = is_call(node, aten.mul) or is_division(node)
+    if scales and node.args[1] == 1 and not isinstance(node.args[1], fx.Node):
         return source if value.dtype == source.meta["val"].dtype else None
     if is_call(node, aten.dropout) and (node.args[1] == 0 or not node.args[2]):
         return source
@@ -128,7 +129,7 @@ def as_linear(graph: fx.Graph, node: fx.Node) -> bool:
     bias, left, right = (None, *node.args[:2]) if not is_call(node, aten.addmm) else node.args[:3]
     if is_call(node, aten.addmm) and node.kwargs:
         return False
-    transposed = is_call(right, aten.t) or (is_call(right, aten.transpose, aten.permute) and len(shape_of(right)) == 2)
+    transposed = is_call(right, aten.t, aten.transpose, aten.permute) and sources_of_dims(right) == (1, 0)
     if not transposed or (bias is not None and len(shape_of(bias)) != 1):
         return False
     with graph.inserting_before(node):

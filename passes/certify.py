@@ -15,7 +15,7 @@ from passes.base import Role, placeholders
 from passes.bisection import relative_error
 from passes.changes import Changes, Pair, Region, number
 from passes.cost import node_costs, traced_sizes
-from passes.inputs import draw_one, expression_of
+from passes.inputs import draw_one, number_of
 from passes.verify import EXACT, Certificate, CertificateError, NodeError, run_float64
 
 MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
@@ -146,8 +146,3 @@ def _elements(value: Tensor, sizes: Sizes) -> int:
     for size, stride in zip(value.shape, value.stride(), strict=True):
         total *= 1 if isinstance(stride, int) and stride == 0 else number_of(size, sizes)
     return total
-
-
-def number_of(size: Any, sizes: Sizes) -> int:
-    expression = expression_of(size)
-    return int(expression.subs(sizes)) if isinstance(expression, sympy.Expr) else int(expression)

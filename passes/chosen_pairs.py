@@ -13,7 +13,7 @@ from torch import fx
 from passes.base import is_call, same_size, shape_of
 from passes.grouped_calls import GroupedCall, grouped_call
 from passes.layouts import EXPERT, FEATURE
-from passes.nodes import CASTS, settled
+from passes.nodes import CASTS, is_division, settled
 from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
 from passes.pairs import Pairs
 from passes.products import BROADCAST, Part, part_of, product_of, sources_of_dims
@@ -302,6 +302,6 @@ def _factor(node: fx.Node) -> float | None:
     """The number that a node multiplies its only input by."""
     if is_call(node, aten.neg):
         return -1.0
-    if is_call(node, aten.mul, aten.div) and isinstance(node.args[1], (int, float)) and not node.kwargs:
+    if (is_call(node, aten.mul) or is_division(node)) and isinstance(node.args[1], (int, float)):
         return float(node.args[1]) if is_call(node, aten.mul) else 1 / node.args[1]
     return None

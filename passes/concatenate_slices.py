@@ -64,7 +64,8 @@ def filled(last: fx.Node) -> list[Written] | str:
         return "the slices lie along a dim of free size"
     pieces: list[Written] = []
     while is_call(node, aten.slice_scatter):
-        start, stop, step = (list(node.args[3:]) + [None, None, 1][len(node.args) - 3 :])[:3]
+        given = list(node.args[3:])
+        start, stop, step = (given + [None, None, 1][len(given) :])[:3]
         if _axis(node) != axis:
             return "the slices lie along different dims"
         if step != 1 or not all(n is None or isinstance(n, int) for n in (start, stop)):

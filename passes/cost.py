@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from codegen.ops import NAMESPACE
 from codegen.targets import Target
-from passes.base import Role, Workload, is_call, placeholders
+from passes.base import Role, Workload, equation_of, is_call, placeholders
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -234,7 +234,7 @@ def _shapes(argument: Any, size: SizeOf) -> Any:
 
 def _product_flops(node: fx.Node, size: SizeOf) -> Any:
     if is_call(node, aten.einsum):
-        return _einsum_flops(node.args[0], [_shape(o, size) for o in node.args[1]])
+        return _einsum_flops(*equation_of(node), [_shape(o, size) for o in node.args[1]])
     if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul, dsv3.linear, dsv3.head_linear):
         return 2 * prod(_shape(node, size)) * _shape(node.args[0], size)[-1]
     if is_call(node, dsv3.norm_router):
@@ -248,11 +248,10 @@ def _product_flops(node: fx.Node, size: SizeOf) -> Any:
     return 0 if formula is None else formula(*_shapes(node.args, size), out_val=_shapes(node, size))
 
 
-def _einsum_flops(equation: str, shapes: list[list[Any]]) -> Any:
+def _einsum_flops(letters: Sequence[str], out: str, shapes: list[list[Any]]) -> Any:
     """Pairs from left to right, as torch multiplies; a pair in which nothing is summed is elementwise."""
-    inputs, out = equation.replace(" ", "").split("->")
-    letters = inputs.split(",")
-    sizes = {c: s for text, shape in zip(letters, shapes, strict=True) for c, s in zip(text, shape, strict=True)}
+    known = [(c, s) for own, shape in zip(letters, shapes, strict=True) for c, s in zip(own, shape, strict=True)]
+    sizes = dict(sorted(known, key=lambda one: one[1] != 1))  # a dim of size one is broadcast against wider ones
     have, flops = letters[0], 0
     for k in range(1, len(letters)):
         both = dict.fromkeys(have + letters[k])

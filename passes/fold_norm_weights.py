@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.base import call, is_call, source_line
 from passes.launches import FuseLaunches
-from passes.nodes import dtype_of, erase_dead, settled, users, weights_only
+from passes.nodes import dtype_of, erase_dead, settled, users, weights_only, why_no_product
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -36,10 +36,9 @@ class FoldNormWeights(FuseLaunches):
         for product in products:
             if not is_call(product, aten.linear) or settled(product.args[0]) is not node:
                 return f"{node.name} is read by {product.name}, which is no product with a weight"
-            if not weights_only(product.args[1]):
-                return f"{product.args[1].name} is no weight"
-            if len(product.args) > 2 and product.args[2] is not None:
-                return f"{product.name} has a bias"
+            reason = why_no_product(product)
+            if reason is not None:
+                return reason
             if dtype_of(product.args[1]) != dtype_of(node.args[1]):
                 return f"{node.args[1].name} and {product.args[1].name} differ in dtype"
         return None

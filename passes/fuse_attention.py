@@ -13,7 +13,7 @@ from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import CASTS, SOFTMAX, is_probability, steps_between
+from passes.nodes import CASTS, SOFTMAX, is_division, is_probability, steps_between
 from passes.products import REARRANGEMENTS
 from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
@@ -107,7 +107,7 @@ def read_scale(node: fx.Node) -> tuple[fx.Node, float]:
         node = strip_casts(node)
         if is_call(node, aten.mul) and isinstance(node.args[1], (int, float)):
             scale *= node.args[1]
-        elif is_call(node, aten.div) and isinstance(node.args[1], (int, float)):
+        elif is_division(node) and isinstance(node.args[1], (int, float)):
             scale /= node.args[1]
         else:
             return node, scale

@@ -12,7 +12,7 @@ from torch import fx
 from passes.base import Context, call, is_call, shape_of, source_line
 from passes.fuse_norm import is_residual_sum
 from passes.launches import FuseLaunches, has_many_rows, only_reader, regroup, regrouped_from
-from passes.nodes import dtype_of, erase_dead, weights_only
+from passes.nodes import dtype_of, erase_dead, same_shape, why_no_product
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -99,14 +99,13 @@ def why_not(one: Sum, node: fx.Node) -> str | None:
     if is_call(product, dsv3.routed_swiglu):
         if len(product.args) > 5 and product.args[5] is not None:
             return f"{product.name} has a residual already"
-    elif len(product.args) > 2 and product.args[2] is not None:
-        return f"{product.name} has a bias"
-    elif not weights_only(product.args[1]):
-        return f"{product.name} is no product with a weight"
+    else:
+        reason = why_no_product(product)
+        if reason is not None:
+            return reason
     if dtype_of(product) != dtype_of(one.residual):
         return f"{product.name} and {one.residual.name} differ in dtype"
-    ranks = len(shape_of(product)), len(shape_of(one.residual))
-    if ranks[0] not in (2, ranks[1]):
+    if len(shape_of(product)) != 2 and not same_shape(product, one.residual):
         return f"rows of {product.name} and {one.residual.name} are grouped differently"
     if is_call(node, dsv3.add_rms_norm) and not all(user.target is operator.getitem for user in node.users):
         return f"the results of {node.name} are not read one by one"

@@ -134,6 +134,9 @@ def read_rotation(match: Match) -> Rotation | str:
         read, written = ("neighbours", "halves") if pairs.interleaved else ("halves", "neighbours")
         return f"{match.root.name} reads pairs as {read} and writes them as {written}"
     shape = shape_of(match["first"])
+    for node in (pairs.source, match.root):
+        if not all(map(same_size, shape_of(node)[:-1], shape[:-1])):
+            return f"rows of {node.name} are grouped otherwise than the pairs"
     for layout in ("bsf",) if len(shape) == 3 else ("bshf", "bhsf"):
         cos, sin = (table_of(match[name], layout, shape) for name in ("cos", "sin"))
         if cos is not None and sin is not None:

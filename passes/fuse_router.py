@@ -12,7 +12,7 @@ from torch import fx
 from codegen.ops.registry import compute_dtype
 from passes.base import call, is_call, source_line
 from passes.launches import FuseLaunches, regroup_like, regrouped_from
-from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only
+from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only, why_no_product
 from passes.stream_products import streamed
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -43,13 +43,11 @@ class FuseRouter(FuseLaunches):
             return ""
         if dtype_of(node) != compute_dtype(norm.meta["val"]):
             return f"{node.name} is rounded to {dtype_of(node)}"
-        if is_call(node, aten.linear) and len(node.args) > 2 and node.args[2] is not None:
-            return f"{node.name} has a bias"
         if is_call(node, dsv3.linear) and any(one is not None for one in node.args[2:4]):
             return f"{node.name} is more than a product"
-        if not weights_only(node.args[1]) or not (summed or weights_only(norm.args[1])):
-            return f"{node.name} is no product with a weight"
-        return None
+        if not summed and not weights_only(norm.args[1]):
+            return f"{norm.args[1].name} is no weight"
+        return why_no_product(node)
 
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         norm, views = regrouped_from(uncast(node.args[0]))

@@ -120,7 +120,8 @@ def fuse_softmax_of_chosen(graph: fx.Graph, topk: fx.Node, indices: fx.Node) -> 
     (end,) = softmaxes
     if not widens(torch.float32, dtype_of(end)):
         raise Refused(end, f"{end.name} is rounded to {dtype_of(end)}")
-    _, _, scale, last = follow(end)
+    _, epsilon, scale, last = follow(end)
+    scale /= 1 + epsilon  # what a softmax is divided by, if anything, is 1 + ε
     with graph.inserting_before(topk):
         route = call(
             graph, dsv3.route.default, logits, None, "softmax", topk.args[1], 1, 1, "max", 0.0, True, 0.0, scale,
@@ -274,7 +275,7 @@ def chosen_weights(topk: fx.Node, indices: fx.Node, scores: fx.Node, bias: fx.No
 def reads_at(node: fx.Node, indices: fx.Node) -> bool:
     """Does the node read its first input at the indices of every row?"""
     if is_call(node, aten.gather):
-        return True
+        return node.args[2] is indices and over_last_axis(node, 1)
     if is_call(node, aten.take_along_dim):
         return node.args[1] is indices and over_last_axis(node, 2)
     if not is_call(node, aten.index) or len(node.args[1]) != 2 or node.args[1][1] is not indices:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.base import is_call, shape_of
-from passes.nodes import CASTS, COPIES, VIEWS, constant_of, same_shape, settled
+from passes.nodes import CASTS, constant_of, settled
 
 aten = torch.ops.aten
 
@@ -65,14 +65,14 @@ def grouped_product(rows: Tensor, stack: Tensor, offsets: Tensor) -> Tensor:
 
 def counted_indices(offsets: fx.Node) -> tuple[fx.Node, bool] | None:
     """The indices that `offsets` [E] count: their number up to each expert. True: only if they are sorted."""
-    offsets, experts = uncast(offsets), shape_of(offsets)[0]
+    offsets, experts = uncast_integers(offsets), shape_of(offsets)[0]
     if is_call(offsets, aten.searchsorted):
         indices, bounds = offsets.args[:2]
         right = offsets.kwargs.get("right", False) or offsets.kwargs.get("side") == "right"
         return (indices, True) if counts_up(bounds, 0 if right else 1) else None
     if not is_call(offsets, aten.cumsum):
         return None
-    counts = uncast(offsets.args[0])
+    counts = uncast_integers(offsets.args[0])
     indices = _counted(counts, experts)
     return None if indices is None else (indices, False)
 
@@ -88,7 +88,7 @@ def _counted(counts: Any, experts: int) -> fx.Node | None:
         base, _, indices, ones = counts.args[:4]
         return indices if constant_of(base) == 0 and constant_of(ones) == 1 else None
     if is_call(counts, aten.sum) and len(counts.args) > 1:
-        hot = uncast(counts.args[0])
+        hot = uncast_integers(counts.args[0])
         rank = len(shape_of(hot))
         if {d % rank for d in counts.args[1]} == set(range(rank - 1)):
             return _of_one_hot(hot)
@@ -118,9 +118,9 @@ def counts_up(node: Any, start: int) -> bool:
     return bounds[0] == start and (len(bounds) < 3 or bounds[2] == 1)
 
 
-def uncast(node: Any) -> Any:
+def uncast_integers(node: Any) -> Any:
     """Integers behind casts: up to 2²⁴ they are exact in any type that they are counted in."""
     node = settled(node)
-    while is_call(node, *CASTS, *COPIES) or (is_call(node, *VIEWS) and same_shape(node, node.args[0])):
+    while is_call(node, *CASTS):
         node = settled(node.args[0])
     return node

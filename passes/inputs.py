@@ -29,23 +29,18 @@ def size_values(module: fx.GraphModule) -> dict[sympy.Symbol, int]:
     return dict(zip(symbols, (13, 5, 11, 17, 19), strict=False))
 
 
-def random_inputs(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int], seed: int) -> dict[str, Tensor]:
-    """Seeded inputs of a captured graph by placeholder name. Integers lie below the placeholder's `meta["upper"]`
-    (vocabulary, or the context T)."""
-    return draw(recipes(module, sizes), seed)
-
-
 def recipes(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int]) -> list[Recipe]:
-    """How each input of a graph is drawn."""
+    """How each input of a captured graph is drawn. Integers lie below the placeholder's `meta["upper"]` (vocabulary, or
+    the context T)."""
     return [_recipe(node, sizes) for node in placeholders(module.graph)]
 
 
 def _recipe(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Recipe:
     fake = node.meta["val"]
-    shape = tuple(_number(size, sizes) for size in fake.shape)
+    shape = tuple(number_of(size, sizes) for size in fake.shape)
     if not fake.is_floating_point():
         dtype = str(fake.dtype).removeprefix("torch.")
-        return str(node.target), dtype, shape, _number(node.meta["upper"], sizes)
+        return str(node.target), dtype, shape, number_of(node.meta["upper"], sizes)
     kind = "normal"
     if node.meta["role"] is Role.WEIGHT:
         kind = "matrix" if len(shape) > 1 else "vector"
@@ -91,6 +86,7 @@ def expression_of(size: Any) -> Any:
     return getattr(getattr(size, "node", None), "expr", size)
 
 
-def _number(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
+def number_of(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """A size as a number, for given values of the free ones."""
     expression = expression_of(size)
     return int(expression.subs(sizes)) if isinstance(expression, sympy.Expr) else int(expression)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, is_call, shape_of
+from passes.base import Role, equation_of, is_call, shape_of
 from passes.contraction import (
     CONTRACTIONS,
     Axis,
@@ -29,7 +29,8 @@ from passes.contraction import (
     size_expr,
     unify,
 )
-from passes.nodes import is_probability
+from passes.nodes import is_division, is_probability
+from passes.products import sources_of_dims
 from passes.reshaping import broadcast, concatenated, repeated, reshaped, squeezed
 
 aten = torch.ops.aten
@@ -87,10 +88,8 @@ def _read(node: Any) -> Value:
 
 
 def _read_einsum(node: fx.Node) -> Value:
-    equation, operands = node.args[0], node.args[1]
-    inputs, out = equation.replace(" ", "").split("->")
-    letters = inputs.split(",")
-    if len(operands) != 2 or "." in equation or any(len(set(s)) != len(s) for s in letters):
+    operands, (letters, out) = node.args[1], equation_of(node)
+    if len(operands) != 2 or any(len(set(s)) != len(s) for s in letters):
         raise NotLinear("not a product of two tensors")
     lonely = [c for i, s in enumerate(letters) for c in s if c not in out and c not in letters[1 - i]]
     if lonely:
@@ -101,9 +100,10 @@ def _read_einsum(node: fx.Node) -> Value:
 def _read_linear(node: fx.Node) -> Value:
     if len(node.args) > 2 and node.args[2] is not None:
         raise NotLinear("a bias is added")
-    rank = len(shape_of(node.args[0]))
-    batch = "abcdefgh"[: rank - 1]
-    return _read_product(node.args[0], node.args[1], batch + "i", "oi", batch + "o")
+    x, weight = node.args[:2]
+    batch = "abcdefgh"[: len(shape_of(x)) - 1]
+    own = "o"[: len(shape_of(weight)) - 1]  # a weight [D] has no outputs of its own
+    return _read_product(x, weight, batch + "i", own + "i", batch + own)
 
 
 def _read_matmul(node: fx.Node) -> Value:
@@ -206,15 +206,9 @@ def _read_squeeze(node: fx.Node) -> Value:
 
 
 def _read_permute(node: fx.Node) -> Value:
-    value = _read(node.args[0])
-    rank = len(value.dims)
-    if is_call(node, aten.permute):
-        order = [d % rank for d in node.args[1]]
-    else:
-        first, second = (0, 1) if is_call(node, aten.t) else (node.args[1] % rank, node.args[2] % rank)
-        order = list(range(rank))
-        order[first], order[second] = order[second], order[first]
-    return replace(value, dims=tuple(value.dims[d] for d in order))
+    value, order = _read(node.args[0]), sources_of_dims(node)
+    assert order is not None
+    return replace(value, dims=tuple(value.dims[d] for d in order if d is not None))
 
 
 def _read_expand(node: fx.Node) -> Value:
@@ -293,11 +287,13 @@ def _read_cat(node: fx.Node) -> Value:
 
 def _read_scale(node: fx.Node) -> Value:
     left, right = node.args[0], node.args[1]
-    if isinstance(left, (int, float)) and not is_call(node, aten.div):
+    if is_call(node, aten.div) and not is_division(node):
+        raise NotLinear("a division that rounds")
+    if isinstance(left, (int, float)) and not is_division(node):
         left, right = right, left
     if not isinstance(right, (int, float)):
         raise NotLinear("a product of two tensors element by element")
-    factor = 1.0 / right if is_call(node, aten.div) else float(right)
+    factor = 1.0 / right if is_division(node) else float(right)
     value = _read(left)
     pieces = tuple(Piece(tuple(replace(t, scale=t.scale * factor) for t in p.terms), p.axis) for p in value.pieces)
     return replace(value, pieces=pieces)

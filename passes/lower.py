@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 import codegen.ops  # noqa: F401  registers the vocabulary
 from passes.base import Context, Outcome, Pass, Role, call, calls, sweep
@@ -31,7 +32,8 @@ class Lower(Pass):
     """latent', rope_key' = write_cache(kv, …, latent, rope_key)      write_cache_(kv, …, latent, rope_key)
     attention(q, latent', rope_key')                             →    attention(q, latent, rope_key)
 
-    The same for a plain index_put into a cache (MHA, GQA). Not where the old rows are read afterwards.
+    The same for a plain index_put into a cache (MHA, GQA). Not where the old rows are read afterwards, or
+    while they are written.
     """
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
@@ -69,10 +71,15 @@ def _writes(graph: fx.Graph) -> Iterator[Write]:
 
 def _why_not(write: Write, graph: fx.Graph) -> str | None:
     order = {node: index for index, node in enumerate(graph.nodes)}
+    inputs = tree_leaves([write.node.args, write.node.kwargs])
     for cache in write.caches:
         if cache.meta.get("role") is not Role.CACHE:
             return f"{cache.name} is not a cache that was handed in"
+        if inputs.count(cache) > 1:
+            return f"{write.node.name} writes to {cache.name} what it reads there"
         for reader in readers_of(cache):
+            if _may_be_view(reader) and reader in inputs:
+                return f"{write.node.name} writes to {cache.name} what it reads there as {reader.name}"
             if reader is not write.node and order[reader] > order[write.node]:
                 return f"{reader.name} reads {cache.name} after it is written"
     return None

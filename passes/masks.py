@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, same_size, shape_of
-from passes.nodes import CASTS, constant_of, dtype_of
+from passes.nodes import CASTS, constant_of, dtype_of, is_tensor
 from passes.products import sources_of_dims
 
 aten = torch.ops.aten
@@ -46,17 +46,16 @@ class Visible:
         if self.diagonal:
             own = call(graph, aten.arange.default, sizes[1], device=queries.meta["val"].device, like=queries)
             return replace(self, last=own, diagonal=False).write(graph, queries, keys)
-        if not isinstance(self.last, fx.Node):
-            last: Any = self.last
-            if last is None:
-                last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries)
-            device = queries.meta["val"].device
-            return call(graph, aten.full.default, sizes, last, dtype=torch.int64, device=device, like=queries)
-        return self._arranged(graph, self.last, queries, keys, sizes)
+        if isinstance(self.last, fx.Node):
+            return self._arranged(graph, self.last, queries, keys, sizes)
+        device, end = queries.meta["val"].device, last_of(graph, keys)
+        last = end if self.last is None else self.last
+        node = call(graph, aten.full.default, sizes, last, dtype=torch.int64, device=device, like=queries)
+        return node if self.last is None else call(graph, aten.clamp_max.default, node, end, like=queries)
 
     def _arranged(self, graph: fx.Graph, node: fx.Node, queries: fx.Node, keys: fx.Node, sizes: list[Any]) -> fx.Node:
         context = shape_of(keys)[1]
-        in_bounds = "upper" in node.meta or counts_to(node, context)
+        in_bounds = same_size(node.meta.get("upper"), context) or counts_to(node, context)
         wanted = (BATCH, self.queries)
         if len(self.dims) != 2 or any(dim not in (None, along) for dim, along in zip(self.dims, wanted, strict=True)):
             node = self._in_order(graph, node, queries)
@@ -66,8 +65,7 @@ class Visible:
             node = call(graph, aten._to_copy.default, node, dtype=torch.int64, like=queries)
         if in_bounds:
             return node
-        last = call(graph, operator.sub, size_of(graph, keys, 1), 1, like=queries)
-        return call(graph, aten.clamp_max.default, node, last, like=queries)
+        return call(graph, aten.clamp_max.default, node, last_of(graph, keys), like=queries)
 
     def _in_order(self, graph: fx.Graph, node: fx.Node, like: fx.Node) -> fx.Node:
         """Dims of the batch and of the queries, in this order, each of size one where `last` has none along it."""
@@ -85,6 +83,11 @@ class Visible:
 
 def counts_to(node: fx.Node, size: Any) -> bool:
     return is_call(node, aten.arange) and from_zero(node) and same_size(shape_of(node)[0], size)
+
+
+def last_of(graph: fx.Graph, keys: fx.Node) -> fx.Node:
+    """The last position of keys [B, T, …]: what lies behind it is not theirs to be read."""
+    return call(graph, operator.sub, size_of(graph, keys, 1), 1, like=keys)
 
 
 def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
@@ -197,10 +200,14 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) ->
     if not is_call(node, *at_most, *at_least):
         raise NotAttention(f"the mask {condition.name} is not a comparison of positions", condition)
     cached, query = node.args if is_call(node, *at_most) else node.args[::-1]
-    if not isinstance(cached, fx.Node) or not _counts_cached(*_side(cached, node, dims)):
+    if not is_tensor(cached) or not _counts_cached(*_side(cached, node, dims)):
         raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]", condition)
-    if not isinstance(query, fx.Node):
+    if isinstance(query, int):
+        if query < 0:
+            raise NotAttention(f"the mask {condition.name} hides every position", condition)
         return Visible(query)
+    if not is_tensor(query):
+        raise NotAttention(f"the mask {condition.name} does not compare arange with positions [B, S]", condition)
     last, along = _side(query, node, dims)
     lies = [dim for dim in along if dim is not None]
     if CACHED in lies or {1, 2} <= set(lies) or len(set(lies)) != len(lies) or dtype_of(last).is_floating_point:

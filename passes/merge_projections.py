@@ -43,6 +43,10 @@ class MergeProjections(Pass):
 
     max_siblings: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_siblings is not None and self.max_siblings < 1:
+            raise ValueError(f"max_siblings is {self.max_siblings}; accepted: none, or a number from 1 on")
+
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         outcome, graph = Outcome(), graph_module.graph
         families: dict[Any, list[Projection]] = {}
@@ -69,8 +73,10 @@ def projection_of(node: fx.Node) -> Projection | None:
     return _einsum(node) if is_call(node, aten.einsum) else None
 
 
-def _linear(node: fx.Node) -> Projection:
+def _linear(node: fx.Node) -> Projection | None:
     x, *weights = (argument for argument in node.args if argument is not None)
+    if len(shape_of(weights[0])) != 2:
+        return None
     form = (node.target, settled(x), *(dtype_of(w) for w in weights))
     return Projection(node, form, tuple(weights), 0, len(shape_of(node)) - 1)
 

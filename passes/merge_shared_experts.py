@@ -75,6 +75,8 @@ def why_not(found: Mapping[str, Any], node: fx.Node) -> str | None:
     if indices is None or weights is None or indices[0] is not weights[0] or (indices[1], weights[1]) != (0, 1):
         return f"{found['indices'].name} and {found['weights'].name} are not the answer of one router"
     router = indices[0]
+    if any(len(shape_of(found[name])) != 2 for name in ("shared_gate_up", "shared_down")):
+        return f"the weights of {found['first'].name} and {found['second'].name} are no matrices"
     experts, _, width = shape_of(found["down"])
     shared_width = shape_of(found["shared_down"])[1]
     if not same_size(shape_of(router.args[0])[-1], experts):

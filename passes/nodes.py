@@ -121,6 +121,20 @@ def weights_only(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
     return known[node]
 
 
+def is_division(node: Any) -> bool:
+    """Is it x / y? What is rounded to whole numbers is not."""
+    return is_call(node, aten.div) and node.kwargs.get("rounding_mode") is None
+
+
+def why_no_product(linear: fx.Node) -> str | None:
+    """Why a linear is something else than the product of its input with a weight [O, D], or None."""
+    if len(linear.args) > 2 and linear.args[2] is not None:
+        return f"{linear.name} has a bias"
+    if not weights_only(linear.args[1]):
+        return f"{linear.name} is no product with a weight"
+    return None if len(shape_of(linear.args[1])) == 2 else f"the weight of {linear.name} is no matrix"
+
+
 def substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     """Let the users of `old` read `new`, cast to the dtype they expect, and erase what is dead now."""
     if dtype_of(new) != dtype_of(old):

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import counted_indices, counts_up, uncast
+from passes.grouped_calls import counted_indices, counts_up, uncast_integers
 from passes.layouts import EXPERT, FEATURE, labels_before
 from passes.nodes import RESHAPES
 from passes.products import BROADCAST, sources_of_dims
@@ -70,7 +70,7 @@ class PairNumbers:
 
     def reads(self, node: Any, labels: str) -> str | None:
         """The label of the axis that integers with dims `labels` index, or None."""
-        node = uncast(node)
+        node = uncast_integers(node)
         if not isinstance(node, fx.Node):
             return None
         if node is self.chosen and self._is_grid(labels):

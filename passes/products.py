@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import call, is_call, same_size, shape_of
+from passes.base import call, equation_of, is_call, same_size, shape_of
 
 aten = torch.ops.aten
 
@@ -34,7 +34,8 @@ def product_of(node: fx.Node) -> Product | None:
     if is_call(node, aten.linear) and not (len(node.args) > 2 and node.args[2] is not None):
         x, weight = node.args[0], node.args[1]
         batch = string.ascii_lowercase[: len(shape_of(x)) - 1]
-        return Product(((x, batch + "y"), (weight, "zy")), batch + "z")
+        own = "z"[: len(shape_of(weight)) - 1]  # a weight [D] has no outputs of its own
+        return Product(((x, batch + "y"), (weight, own + "y")), batch + own)
     if is_call(node, aten.mm, aten.bmm, aten.matmul):
         left, right = node.args[0], node.args[1]
         if min(len(shape_of(left)), len(shape_of(right))) < 2:
@@ -44,7 +45,7 @@ def product_of(node: fx.Node) -> Product | None:
     if is_call(node, aten.mul) and all(isinstance(a, fx.Node) for a in node.args[:2]):
         letters = string.ascii_lowercase[: len(shape_of(node))]
         return _aligned(node, ((node.args[0], ""), (node.args[1], "")), letters, "")
-    if is_call(node, aten.sum) and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
+    if is_call(node, aten.sum) and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) and node.args[1]:
         source, rank = node.args[0], len(shape_of(node.args[0]))
         dims = {d % rank for d in node.args[1]}
         keep = BROADCAST if len(node.args) > 2 and node.args[2] else ""
@@ -54,14 +55,17 @@ def product_of(node: fx.Node) -> Product | None:
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    equation = node.args[0].replace(" ", "")
-    if "->" not in equation or "." in equation:
+    letters, out = equation_of(node)
+    operands = list(zip(node.args[1], letters, strict=True))
+    if any(len(set(own)) != len(own) for own in letters):
         return None
-    inputs, out = equation.split("->")
-    letters = inputs.split(",")
-    if any(len(set(one)) != len(one) for one in (*letters, out)):
-        return None
-    return Product(tuple(zip(node.args[1], letters, strict=True)), out)
+    wide = {c for x, own in operands for c, size in zip(own, shape_of(x), strict=True) if not same_size(size, 1)}
+
+    def spelled(x: fx.Node, own: str) -> str:
+        sizes = zip(own, shape_of(x), strict=True)
+        return "".join(BROADCAST if c in wide and same_size(size, 1) else c for c, size in sizes)
+
+    return Product(tuple((x, spelled(x, own)) for x, own in operands), out)
 
 
 def _aligned(node: fx.Node, operands: tuple[tuple[fx.Node, str], ...], batch: str, rest: str) -> Product:
@@ -91,6 +95,8 @@ def sources_of_dims(node: fx.Node) -> tuple[int | None, ...] | None:
     if is_call(node, aten.permute):
         return tuple(d % rank for d in node.args[1])
     if is_call(node, aten.transpose, aten.t):
+        if rank < 2:
+            return tuple(range(rank))
         first, second = (node.args[1] % rank, node.args[2] % rank) if len(node.args) > 1 else (0, 1)
         order = list(range(rank))
         order[first], order[second] = order[second], order[first]

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, is_call, source_line, sweep
-from passes.nodes import CASTS, dtype_of, readers, settled, substitute, widens
+from passes.nodes import CASTS, dtype_of, is_division, readers, settled, substitute, widens
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ class Pattern:
         return Op((aten.mul,), (self, other), commutes=True)
 
     def __truediv__(self, other: Pattern) -> Pattern:
-        return Op((aten.div,), (self, other))
+        return Op((aten.div,), (self, other), check=is_division)
 
     def __neg__(self) -> Pattern:
         return Op((aten.neg,), (self,))

@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.base import Context, call, is_call, shape_of, source_line
 from passes.launches import FuseLaunches, why_not_few
-from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only
+from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, why_no_product
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -31,10 +31,9 @@ class StreamProducts(FuseLaunches):
     def when(self, node: fx.Node) -> str | None:
         if not is_call(node, aten.linear):
             return ""
-        if len(node.args) > 2 and node.args[2] is not None:
-            return f"{node.name} has a bias"
-        if not weights_only(node.args[1]):
-            return f"{node.name} is no product with a weight"
+        reason = why_no_product(node)
+        if reason is not None:
+            return reason
         dtypes = {dtype_of(factor) for factor in factors(node)}
         if len(dtypes) > 1 or not dtypes.issubset(SIXTEEN_BITS):
             return f"{node.name} is not one of 16-bit floats"

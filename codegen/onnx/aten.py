@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from codegen.equations import explicit
 from codegen.onnx.builder import Builder, ExportError, Value, expression, same
 from codegen.onnx.translate import Translation, translation
 
@@ -167,7 +168,8 @@ def topk(
 
 @translation(aten.linear)
 def linear(b: Builder, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> str:
-    product = b.op("MatMul", x, weight.transposed or b.swapped(weight, 2))
+    matrix = len(weight.shape) > 1
+    product = b.op("MatMul", x, (weight.transposed or b.swapped(weight, 2)) if matrix else weight)
     return product if bias is None else b.op("Add", product, bias)
 
 
@@ -179,8 +181,7 @@ def matmul(b: Builder, node: fx.Node, left: Value, right: Value) -> str:
 @translation(aten.einsum)
 def einsum(b: Builder, node: fx.Node, equation: str, operands: list[Value]) -> str:
     """Two operands become one batched MatMul whose constant operand can be laid out ahead of time."""
-    terms, out = equation.replace(" ", "").split("->")
-    letters = terms.split(",")
+    letters, out = explicit(equation, [len(x.shape) for x in operands])
     if len(operands) != 2 or any(len(set(term)) < len(term) for term in letters):
         return b.op("Einsum", *operands, equation=equation)
     left, right = letters
@@ -190,7 +191,10 @@ def einsum(b: Builder, node: fx.Node, equation: str, operands: list[Value]) -> s
     columns = [a for a in out if a in right and a not in left]
     if len(shared) + len(summed) + len(rows) < len(left) or len(shared) + len(summed) + len(columns) < len(right):
         return b.op("Einsum", *operands, equation=equation)  # an axis of one operand alone is summed
-    sizes = {a: s for term, one in zip(letters, operands, strict=True) for a, s in zip(term, one.shape, strict=True)}
+    sizes = dict(zip(left, operands[0].shape, strict=True))
+    for letter, size in zip(right, operands[1].shape, strict=True):
+        if not same(sizes.setdefault(letter, size), size):
+            return b.op("Einsum", *operands, equation=equation)  # broadcast along an axis of size one
     first = _grouped(b, operands[0], left, sizes, (shared, rows, summed))
     second = _grouped(b, operands[1], right, sizes, (shared, summed, columns))
     order = [*shared, *rows, *columns]

@@ -228,6 +228,37 @@ def test_a_graph_that_trains_goes_to_inductor_and_says_so(without_inductor: None
     assert dsv3_compile.last_report()["fallback"].startswith("the graph trains")
 
 
+def stop(*_: Any) -> None:
+    raise ZeroDivisionError("no number\nof a kind")
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "step"),
+    [
+        ("passes.fuse_routing.FuseRouting", "run", "fuse-routing"),
+        ("passes.certify.RegionalSpecimen", "certify", "canonicalise"),
+        ("passes.pipeline.Snapshot", "of", "reading the graph"),
+        ("codegen.dispatch", "call_kernels", "lowering"),
+    ],
+)
+def test_a_graph_on_which_a_step_stops_goes_to_inductor_and_says_so(
+    place: str, name: str, step: str, monkeypatch: pytest.MonkeyPatch, caplog: Any, without_inductor: None
+) -> None:
+    def routing(x: Tensor) -> Tensor:
+        weights, indices = x.sigmoid().topk(2)
+        return weights / weights.sum(-1, keepdim=True) + indices
+
+    monkeypatch.setattr(f"{place}.{name}", stop)
+    x = torch.randn(3, 8)
+    assert torch.equal(torch.compile(routing, backend="dsv3")(x), routing(x))
+    (report,) = dsv3_compile.reports()
+    assert report["fallback"] == f"{step} stopped with ZeroDivisionError: no number"
+    assert report["fallback"] in caplog.text and "Traceback" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no number"):
+        torch.compile(routing, backend="dsv3", options={"require": ("fuse-routing",)})(x)
+
+
 def test_a_graph_break_is_two_graphs(without_inductor: None) -> None:
     def broken(x: Tensor) -> Tensor:
         y = x.relu() + 1

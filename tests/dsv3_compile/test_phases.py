@@ -11,9 +11,9 @@ from dsv3_compile.phases import decode_of, fix_sizes
 from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.bisection import relative_error
-from passes.inputs import random_inputs
 from passes.verify import run_float64
 from tests.dsv3_compile import tiny
+from tests.passes.capture import random_inputs
 
 
 @pytest.fixture(scope="module")

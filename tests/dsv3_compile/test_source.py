@@ -12,8 +12,9 @@ from dsv3_compile.loading import load_graph
 from dsv3_compile.source import graph_source
 from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
-from passes.inputs import random_inputs, size_values
+from passes.inputs import size_values
 from tests.dsv3_compile import tiny
+from tests.passes.capture import random_inputs
 
 
 def reloaded(module: fx.GraphModule, tmp_path: Path):

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import sympy
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import codegen.ops  # noqa: F401  defines torch.ops.dsv3
@@ -20,7 +21,7 @@ from model_def.specs import DenseSpec, LayerSpec, MlaSpec, MoeSpec, RoutingSpec
 from passes.base import Context, Outcome, Pass, Role, Workload, calls
 from passes.bisection import relative_error
 from passes.canonicalise import Canonicalise
-from passes.inputs import random_inputs, size_values
+from passes.inputs import draw, recipes, size_values
 from passes.verify import EXACT, clone, run_float64
 
 CONTEXT = Context("prefill", TARGETS["cpu"], Workload(3, 5, 11))
@@ -75,6 +76,11 @@ def graph_of(module: nn.Module, inputs: Sequence[Input]) -> fx.GraphModule:
     graph_module = capture_module(module, inputs)
     Canonicalise().run(graph_module, CONTEXT)
     return graph_module
+
+
+def random_inputs(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int], seed: int) -> dict[str, Tensor]:
+    """Seeded inputs of a captured graph by placeholder name."""
+    return draw(recipes(module, sizes), seed)
 
 
 def certified(rewrite: Pass, graph_module: fx.GraphModule, seeds: Sequence[int] = (0, 1)) -> Outcome:

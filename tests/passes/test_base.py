@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from passes.base import fake_einsum, fake_result, is_sum_of_products
+from passes.base import fake_result, is_sum_of_products
 
 aten = torch.ops.aten
 
@@ -14,6 +14,7 @@ SIZES = {"b": 3, "h": 5, "s": 1, "t": 7, "c": 4, "p": 6, "d": 8}
 EQUATIONS = (
     "bshp,hpc->bshc", "bshc,btc->bhst", "bhst,btc->bshc", "bshc,hvc->bshv".replace("v", "d"), "btc,hpc->bthp",
     "bhst,bthp->bshp", "bshp,dhp->bsd", "hpc,dc->hpd", "bshp,bthp->bhst", "hc,bhc->b",
+    "thp,bpc", "tb,bs", "hp,hp", "thp,bpc->bcht", "htp,hpc->cth", "bd,tdc->tbc",
 )  # fmt: skip
 
 
@@ -22,7 +23,25 @@ EQUATIONS = (
 def test_a_fake_product_has_the_layout_of_the_real_one(equation: str, queries: int) -> None:
     sizes = SIZES | {"s": queries}
     operands = [torch.randn([sizes[c] for c in letters]) for letters in equation.split("->")[0].split(",")]
-    real, fake = torch.einsum(equation, *operands), fake_einsum(equation, operands)
+    assert_same_layout(equation, operands)
+
+
+DOTTED = {
+    "...d,hd->...h": [(3, 5, 4), (7, 4)],
+    "...st,...tv->...sv": [(1, 5, 2, 4), (3, 1, 4, 6)],
+    "...st, tv...": [(5, 2, 4), (4, 6, 3, 5)],
+    "b...d,d->b": [(3, 5, 2, 4), (4,)],
+}
+
+
+@pytest.mark.parametrize("equation", DOTTED)
+def test_a_fake_product_with_an_ellipsis_has_the_layout_of_the_real_one(equation: str) -> None:
+    assert_same_layout(equation, [torch.randn(shape) for shape in DOTTED[equation]])
+
+
+def assert_same_layout(equation: str, operands: list[Tensor]) -> None:
+    real = torch.einsum(equation, *operands)
+    fake = fake_result(aten.einsum.default, (equation, operands), {})
     assert fake.shape == real.shape
     wide = [(n, stride) for n, stride in zip(real.shape, real.stride(), strict=True) if n != 1]
     assert [(n, s) for n, s in zip(fake.shape, fake.stride(), strict=True) if n != 1] == wide
@@ -47,12 +66,13 @@ def test_a_fake_norm_and_a_fake_layer_have_the_layout_of_the_real_ones(x: Tensor
         (aten.rms_norm.default, (x, [6])),
         (aten.linear.default, (x, matrix, bias)),
         (aten.linear.default, (x[0], matrix)),
+        (aten.linear.default, (x, matrix[0])),
     ):
         real, fake = target(*arguments), fake_result(target, arguments, {})
         assert (fake.dtype, fake.shape, fake.stride()) == (real.dtype, real.shape, real.stride())
 
 
-@pytest.mark.parametrize("equation", ["bc,bc->bc", "b,c->cb"])
-def test_what_sums_nothing_is_left_to_torch(equation: str) -> None:
-    assert not is_sum_of_products(equation, (torch.ones(2), torch.ones(2)))
-    assert is_sum_of_products("bc,bc->b", (torch.ones(2), torch.ones(2)))
+@pytest.mark.parametrize(("letters", "out"), [(("bc", "bc"), "bc"), (("b", "c"), "cb")])
+def test_what_sums_nothing_is_left_to_torch(letters: tuple[str, str], out: str) -> None:
+    assert not is_sum_of_products(letters, out)
+    assert is_sum_of_products(("bc", "bc"), "b")

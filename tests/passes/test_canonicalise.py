@@ -111,3 +111,35 @@ def test_what_sums_no_index_adds_nothing():
     first, second, *_ = graph.graph.output_node().args[0]
     assert first.op == "placeholder" and second.target is aten.linear.default
     assert count(graph, aten.add) == 2
+
+
+class Rounded(nn.Module):
+    """Divisions by one that round, and products with a matrix that a permute leaves as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        floor, trunc = (torch.div(rows, 1, rounding_mode=mode) for mode in ("floor", "trunc"))
+        return floor, trunc, torch.mm(rows, self.w.permute(0, 1)), torch.mm(rows, self.w.transpose(1, -1))
+
+
+def test_divisions_that_round_and_matrices_as_they_are_stay():
+    graph = module_graph(Rounded(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.div) == 2 and count(graph, aten.mm) == 2
+
+
+class Logarithms(nn.Module):
+    """Of negative numbers, and of zero: no number, and −∞."""
+
+    def forward(self, x):
+        return torch.log(x) * 2, torch.log(x - x), torch.log(x)
+
+
+def test_values_that_are_no_numbers_before_and_after_are_certified():
+    graph = module_graph(Logarithms(), X)
+    assert apply(Canonicalise(), graph).matches
+    assert count(graph, aten.log) == 2

@@ -64,7 +64,14 @@ class Given(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("module", [Filled, Zeros])
+class Whole(nn.Module):
+    """A buffer that one write fills along its first dim, of which nothing is said."""
+
+    def forward(self, a, b):
+        return torch.slice_scatter(torch.zeros(5, 4), a.sum((0, 1)).expand(5, 4)) * b.sum()
+
+
+@pytest.mark.parametrize("module", [Filled, Zeros, Whole])
 def test_filled_buffers_become_concatenations(module):
     graph = module_graph(module(), *INPUTS)
     assert len(apply(ConcatenateSlices(), graph).matches) == 1

@@ -43,6 +43,7 @@ STEPS = {
     "lift": lambda y: y.unsqueeze(2).expand(-1, -1, 2, *y.shape[2:]) if y.dim() < 6 else y,
     "slice": lambda y: y[..., : max(2, y.shape[-1] - 1)],
     "copy": lambda y: y.contiguous() / 3,
+    "round": lambda y: torch.div(y, 0.1, rounding_mode="floor"),
 }
 X = Input("x_BSD", Role.ACTIVATION, ("B", "S", 5), torch.float32)
 
@@ -112,3 +113,29 @@ def test_axes_are_fresh_at_every_reading():
     axes = [{a for t in v.terms for o in t.operands for a in o.axes} for v in (first, second)]
     assert not axes[0] & axes[1]
     assert len(list(itertools.chain(*axes))) > 0
+
+
+class Spelled(nn.Module):
+    """Two products, the inner one with an ellipsis, the outer one without an arrow; then one with a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        y = torch.einsum("...d,ed->...e", x, self.w)
+        return torch.nn.functional.linear(torch.einsum("bse,ez", y, self.w), self.v)
+
+
+def test_products_are_read_however_their_equation_is_written():
+    graph = module_graph(Spelled(), X)
+    specimen, before = Specimen.of(graph), clone(graph)
+    assert rewrite_left_to_right(graph) == 4
+    specimen.certify(before, "left to right")
+
+
+def test_a_division_that_rounds_ends_the_reading():
+    graph = module_graph(Views(["round", "swap"]), X)
+    root = list(calls(graph.graph, aten.einsum))[-1]
+    (term,) = lift(root).terms
+    assert [o.node.target for o in term.operands] == [aten.div.Tensor_mode] * 2 and term.scale == 1.0

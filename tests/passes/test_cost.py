@@ -13,10 +13,11 @@ from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from passes.base import Context, Role, Workload, sweep
 from passes.cost import B, S, T, cost
-from passes.inputs import random_inputs, size_values
+from passes.inputs import size_values
 from passes.pipeline import DEFAULT_PIPELINE
 from passes.verify import clone, run_float64
 from tests.dsv3_compile.tiny import TINY
+from tests.passes.capture import random_inputs
 from tests.passes.harness import layer_graph, module_graph
 
 DENSE, MOE = 0, 1
@@ -114,3 +115,23 @@ def test_a_broadcast_dim_is_stored_once():
     graph = module_graph(Broadcast(), Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32))
     key, weight, result = 6, 7 * 5 * 6, 7 * 5
     assert cost(graph.graph).at(Workload(1, 1, 1)).bytes == 4 * (key + weight + result)
+
+
+class Products(nn.Module):
+    """Products without an arrow and with an ellipsis, and one that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 7))
+
+    def forward(self, x):
+        return (
+            torch.einsum("bsi,io", x, self.w),
+            torch.einsum("...i,io->...o", x, self.w),
+            torch.einsum("sb...i,...io->sb...o", x.transpose(0, 1)[:, :, None], self.w.expand(3, 6, 7)),
+        )
+
+
+def test_products_count_however_their_equation_is_written():
+    graph = module_graph(Products(), Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32))
+    assert cost(graph.graph).at(Workload(2, 5, 1)).flops == (1 + 1 + 3) * 2 * 2 * 5 * 6 * 7

@@ -49,6 +49,8 @@ class Norm(nn.Module):
         product = F.linear(normed, self.weight, self.bias)
         if self.twist == "read":
             return product, normed.relu()
+        if self.twist == "vector":
+            return F.linear(normed, self.weight[0])
         if self.twist == "turned":
             return F.linear(self.weight, normed[0])
         return (product, F.linear(normed, self.other)) if self.twist == "two" else product
@@ -72,6 +74,7 @@ def test_a_target_without_the_kernel_keeps_the_norm():
         ("bias", "has a bias"),
         ("read", "which is no product with a weight"),
         ("computed", "is no weight"),
+        ("vector", "is no matrix"),
         ("turned", ""),
     ],
 )

@@ -4,13 +4,17 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from model_def.presets import PRESETS
+from passes.base import calls
 from passes.fuse_attention import FuseAttention
+from passes.inputs import size_values
 from passes.order_contractions import OrderContractions
 from passes.pipeline import Pipeline, RequirementError, check_required
-from tests.passes.capture import CONTEXT
-from tests.passes.harness import apply, count, layer_graph, mla_graph, reasons
+from passes.verify import run_float64
+from tests.passes.capture import CONTEXT, random_inputs, tensor
+from tests.passes.harness import apply, count, layer_graph, mla_graph, module_graph, reasons
 from tests.passes.mla import HeadFirst, Mla
 
 dsv3 = torch.ops.dsv3
@@ -68,9 +72,21 @@ class Leaking(Mla):
         return torch.einsum("bhst,bthx->bshx", shares, k), shares
 
 
+class Rounded(Mla):
+    """Scores that are rounded are no products."""
+
+    def scores(self, q_nope, q_rope, k, rope_key):
+        return torch.div(super().scores(q_nope, q_rope, k, rope_key), 0.25, rounding_mode="floor")
+
+
 @pytest.mark.parametrize(
     "module, reason",
-    [(Windowed, "not a comparison of positions"), (Finite, "not a mask with −∞"), (Leaking, "shares are used by")],
+    [
+        (Windowed, "not a comparison of positions"),
+        (Finite, "not a mask with −∞"),
+        (Leaking, "shares are used by"),
+        (Rounded, "not plain products of two operands"),
+    ],
 )
 def test_near_misses_stay(module, reason):
     graph = mla_graph(module, "S")
@@ -99,3 +115,48 @@ def test_the_definition_decodes_on_its_latent(dtype):
     apply(OrderContractions(decode="absorbed"), graph)
     apply(FuseAttention(), graph)
     assert count(graph, dsv3.mla_attention) == 1
+    assert count(graph, torch.ops.aten.clamp_max) == 0  # positions lie in the cache already
+
+
+class Bounded(nn.Module):
+    """Every query sees the positions up to the same one, which may lie behind the context."""
+
+    def __init__(self, visible):
+        super().__init__()
+        self.visible = visible
+
+    def forward(self, q, k, v):
+        scores = torch.einsum("bshx,bthx->bhst", q, k) * 0.3
+        hidden = ~self.visible(torch.arange(k.shape[1]), k.shape[1])
+        return torch.einsum("bhst,bthx->bshx", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+
+def bounded(visible, context):
+    inputs = [tensor("q", 2, 3, 5, 8), tensor("k", 2, context, 5, 8), tensor("v", 2, context, 5, 8)]
+    return module_graph(Bounded(visible), *inputs)
+
+
+@pytest.mark.parametrize("context", [7, "T"])
+@pytest.mark.parametrize("last", [0, 4, 100])
+def test_no_query_sees_what_lies_behind_the_context(context, last):
+    graph = bounded(lambda t, context: t <= last, context)
+    assert len(apply(FuseAttention(), graph).matches) == 1
+    (attention,) = calls(graph.graph, dsv3.attention)
+    inputs = random_inputs(graph, size_values(graph), 0)
+    _, values = run_float64(graph, inputs, record=True)
+    assert int(values[attention.args[3].name].max()) == min(last, inputs["k"].shape[1] - 1)
+
+
+@pytest.mark.parametrize(
+    ("visible", "reason"),
+    [
+        (lambda t, context: t <= -1, "hides every position"),
+        (lambda t, context: t <= 2.5, "does not compare arange with positions"),
+        (lambda t, context: t <= context, "does not compare arange with positions"),
+        (lambda t, context: ~(t < context), "does not compare arange with positions"),
+    ],
+    ids=["nothing", "a fraction", "a free size", "behind a free size"],
+)
+def test_bounds_that_are_no_positions(visible, reason):
+    outcome = FuseAttention().run(bounded(visible, "T"), CONTEXT)
+    assert not outcome.matches and reason in reasons(outcome)

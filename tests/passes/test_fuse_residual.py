@@ -43,6 +43,8 @@ class Sum(nn.Module):
     def forward(self, x):
         if self.twist == "activations":
             return x + F.linear(x, x[0, :D].contiguous())
+        if self.twist == "vector":
+            return x[..., 0] + F.linear(x, self.norm)
         product = self.first(x)
         if self.twist == "norm":
             return dsv3.add_rms_norm(x, product, self.norm, 1e-6)
@@ -77,6 +79,7 @@ def test_a_target_without_the_kernel_keeps_the_sum():
         ("bias", "has a bias"),
         ("leak", "is used by output as well"),
         ("activations", "is no product with a weight"),
+        ("vector", "the weight of linear is no matrix"),
         ("broadcast", ""),
     ],
 )
@@ -85,3 +88,21 @@ def test_near_misses(twist, reason):
     graph = module_graph(Sum(twist), tensor("x", *shape))
     outcome = apply(FuseResidual(), graph)
     assert not outcome.matches and reason in reasons(outcome), outcome
+
+
+class Regrouped(nn.Module):
+    """The product of x [A, B, D] seen as [B, A, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(D, D, bias=False)
+
+    def forward(self, x, residual):
+        return residual + self.first(x).view(residual.shape)
+
+
+@pytest.mark.parametrize("rows", [(1, 5), (3, 5)])
+def test_rows_that_are_grouped_otherwise_than_the_residual(rows):
+    graph = module_graph(Regrouped(), tensor("x", *rows, D), tensor("residual", *rows[::-1], D))
+    outcome = apply(FuseResidual(), graph)
+    assert not outcome.matches and reasons(outcome) == "rows of linear and residual are grouped differently"

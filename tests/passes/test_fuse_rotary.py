@@ -188,3 +188,22 @@ def test_other_mixtures_are_no_candidates(two):
         return torch.cat(two(*x.chunk(2, -1), cos[:, :, None], sin[:, :, None]), -1)
 
     assert untouched(FuseRotary(), graph_with(function)) == ""
+
+
+def rows_regrouped_before(x, c, s):
+    a, b = x.view(2, 5, H, F, 2).unbind(-1)
+    return torch.stack(turned(a, b, c[:, :, None], s[:, :, None]), -1).flatten(-2)
+
+
+def rows_regrouped_behind(x, c, s):
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack(turned(a, b, c[:, :, None], s[:, :, None]), -1).view(5, 2, H, R)
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "name"), [(rows_regrouped_before, (5, 2), "x"), (rows_regrouped_behind, (2, 5), "view")]
+)
+def test_a_view_that_regroups_rows_along_with_pairs_is_not_read_over(function, rows, name):
+    inputs = [tensor("x", *rows, H, R), tensor("cos", 2, 5, F), tensor("sin", 2, 5, F)]
+    reason = f"rows of {name} are grouped otherwise than the pairs"
+    assert untouched(FuseRotary(), graph_of(Rotation(function), inputs)) == reason

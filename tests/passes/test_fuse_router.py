@@ -51,6 +51,8 @@ class Router(nn.Module):
             return F.linear(rows.float(), self.weight), rows.relu(), total
         if self.twist == "rounded":
             return F.linear(rows, self.weight.to(rows.dtype)), rows.relu()
+        if self.twist == "vector":
+            return F.linear(rows.float(), self.weight[0]), rows.relu()
         if self.twist == "residual":
             return dsv3.linear(rows.float(), self.weight, None, x.flatten(0, 1)[:, :E].float()), rows.relu()
         logits = F.linear(rows.float(), self.weight, self.bias)
@@ -87,6 +89,7 @@ def test_a_target_without_the_kernel_keeps_two_steps():
         ("rounded", "is rounded to torch.float16"),
         ("rounded sum", "is rounded to torch.float16"),
         ("residual", "is more than a product"),
+        ("vector", "the weight of linear is no matrix"),
         ("alone", ""),
     ],
 )

@@ -120,3 +120,22 @@ def rows_of_another_order(logits, bias):
 )
 def test_near_misses(routing, reason):
     assert untouched(FuseRouting(), routing_graph(routing, 12)) == reason
+
+
+def test_what_divides_a_softmax_over_the_chosen_logits_is_one_and_epsilon():
+    def routing(logits, bias):
+        order, indices, weights = softmax_of_the_chosen(logits, bias)
+        return order, indices, weights / (weights.sum(-1, keepdim=True) + 0.25) * 3.0
+
+    graph = routing_graph(routing, 12)
+    assert len(certified(FuseRouting(), graph).matches) == 1
+    assert attributes(graph)["scale"] == pytest.approx(3.0 / 1.25)
+
+
+def test_scores_gathered_along_the_tokens_are_no_weights():
+    def routing(logits, bias):
+        scores = logits.sigmoid()
+        indices = (scores + bias).topk(K).indices
+        return indices, scores.gather(0, indices)
+
+    assert untouched(FuseRouting(), routing_graph(routing, 12)) == "the scores of the chosen experts are not read"

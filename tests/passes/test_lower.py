@@ -129,6 +129,21 @@ def test_reading_an_old_row_through_a_view_after_the_write_is_refused(view_of: A
     assert not outcome.matches and "after it is written" in outcome.refusals[0].reason
 
 
+@pytest.mark.parametrize("through", ["slice", "whole"])
+def test_writing_what_is_read_from_the_same_cache_is_refused(through: str) -> None:
+    """Rows that move to the next place would be overwritten before they are read."""
+
+    def build(graph: fx.Graph, nodes: Nodes) -> tuple[fx.Node, ...]:
+        cache = nodes["latent_BTC"]
+        rows = cache if through == "whole" else call(graph, aten.slice.Tensor, cache, 0, 0, 2)
+        order = call(graph, aten.arange.start, int(rows is not cache), 3)
+        return (call(graph, aten.index_put.default, cache, [order], rows),)
+
+    module, outcome = lowered(build)
+    assert not outcome.matches and "index_put_default writes to latent_BTC what it reads there" in str(outcome)
+    assert count(module, aten.index_put) == 1
+
+
 def test_giving_back_the_old_cache_beside_the_new_one_is_refused() -> None:
     def build(graph: fx.Graph, nodes: Nodes) -> tuple[fx.Node, ...]:
         return index_put(graph, nodes, nodes["latent_BTC"]), nodes["latent_BTC"]

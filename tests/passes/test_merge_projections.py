@@ -9,6 +9,7 @@ from torch import nn
 
 from passes.base import shape_of
 from passes.merge_projections import MergeProjections
+from passes.pipeline import PassError, set_option
 from passes.sparsify_experts import SparsifyExperts
 from tests.passes.capture import (
     CONTEXT,
@@ -73,6 +74,12 @@ def test_max_siblings_limits_a_family():
     assert count(graph, aten.linear) == 2
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_families_of_nobody_are_refused_in_one_line(number):
+    with pytest.raises(PassError, match=rf"^merge-projections.max_siblings={number}: .* a number from 1 on$"):
+        set_option(MergeProjections(), "max_siblings", str(number))
+
+
 def test_biases_are_merged_too():
     graph = graph_with(lambda m, x: (F.linear(x, m.a, m.s), F.linear(x, m.b, m.t)), a=(3, D), b=(5, D), s=(3,), t=(5,))
     certified(MergeProjections(), graph)
@@ -107,8 +114,16 @@ def test_a_weight_computed_late_is_moved_up():
         lambda m, x: (F.linear(x, m.a), F.linear(x, m.b, m.b[:, 0])),
         lambda m, x: (torch.einsum("nd,hd->nh", x, m.a), torch.einsum("nd,hd->hn", x, m.b)),
         lambda m, x: (torch.einsum("nd,hd->nh", x, m.a), torch.einsum("nd,hd->n", x, m.b)),
+        lambda m, x: (F.linear(x, m.a[0]), F.linear(x, m.b[0])),
     ],
-    ids=["other input", "weight from activations", "one has a bias", "other order of outputs", "outputs summed"],
+    ids=[
+        "other input",
+        "weight from activations",
+        "one has a bias",
+        "other order of outputs",
+        "outputs summed",
+        "vectors",
+    ],
 )
 def test_near_misses(function):
     assert untouched(MergeProjections(), graph_with(function, a=(3, D), b=(5, D))) == ""

@@ -32,7 +32,11 @@ def result_of(function):
     ("function", "letters"),
     [
         (lambda x, w: torch.einsum("bsd,ed->bse", x, w), ("bsd", "ed", "bse")),
+        (lambda x, w: torch.einsum("bsd,ed", x, w), ("bsd", "ed", "bes")),
+        (lambda x, w: torch.einsum("...c, ec -> ...e", x, w), ("abc", "ec", "abe")),
+        (lambda x, w: torch.einsum("bsd,bsd->sd", x, x[:, :1]), ("bsd", "b1d", "sd")),
         (lambda x, w: torch.nn.functional.linear(x, w), ("aby", "zy", "abz")),
+        (lambda x, w: torch.nn.functional.linear(x, w[0]), ("aby", "y", "ab")),
         (lambda x, w: torch.matmul(x, w.transpose(0, 1).unsqueeze(0)), ("axy", "1yz", "axz")),
         (lambda x, w: x * x[:, :1], ("abc", "a1c", "abc")),
         (lambda x, w: x.sum(1), ("abc", "ac")),
@@ -46,7 +50,12 @@ def test_products(function, letters):
 
 
 def test_what_is_no_product():
-    for function in (lambda x, w: x + 1, lambda x, w: x * 2, lambda x, w: torch.einsum("...d->...", x)):
+    for function in (
+        lambda x, w: x + 1,
+        lambda x, w: x.sum([]),
+        lambda x, w: x * 2,
+        lambda x, w: torch.einsum("dd->d", w[:, :3]),
+    ):
         assert product_of(result_of(function)) is None
 
 

@@ -56,6 +56,11 @@ def test_numbers_are_captured():
     assert found(Var("x") + Number(value=2), lambda x, y: x + 3) == []
 
 
+def test_a_division_that_rounds_is_no_quotient():
+    assert found(Var("x") / Var("y"), lambda x, y: x / y) == [{"x": "x", "y": "y"}]
+    assert found(Var("x") / Var("y"), lambda x, y: torch.div(x, y, rounding_mode="floor")) == []
+
+
 def test_a_scaled_sum_is_another_sum():
     assert found(Var("x") + Var("y"), lambda x, y: torch.add(x, y, alpha=2)) == []
 

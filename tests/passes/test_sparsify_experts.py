@@ -185,9 +185,14 @@ def sum_over_tokens(m, x, g):
     return torch.einsum("ne,nei,eoi->o", g, hidden(m, x), m.w2)
 
 
+def rounded(m, x, g):
+    return torch.div(g[..., None] * torch.einsum("nei,eoi->neo", hidden(m, x), m.w2), 0.1, rounding_mode="floor").sum(1)
+
+
 @pytest.mark.parametrize(
     ("total", "reason"),
     [
+        (rounded, ""),
         (softmax_over_experts, "softmax may look at several experts at once"),
         (hidden_used_elsewhere, "gelu is used by sum as well"),
         (shared_down_projection, "shared in einsum has no expert axis"),

@@ -33,6 +33,8 @@ class Products(nn.Module):
             return F.linear(x.float(), self.weights[0].float() * 2)
         if self.twist == "no weight":
             return F.linear(x, x[0])
+        if self.twist == "vector":
+            return F.linear(x, self.weights[0][0])
         return [F.linear(x, weight, self.bias) for weight in self.weights]
 
 
@@ -79,7 +81,12 @@ def test_a_target_without_the_kernel_keeps_the_product():
 
 @pytest.mark.parametrize(
     ("twist", "reason"),
-    [("bias", "has a bias"), ("wide", "is not one of 16-bit floats"), ("no weight", "is no product with a weight")],
+    [
+        ("bias", "has a bias"),
+        ("wide", "is not one of 16-bit floats"),
+        ("no weight", "is no product with a weight"),
+        ("vector", "the weight of linear is no matrix"),
+    ],
 )
 def test_near_misses(twist, reason):
     outcome = apply(StreamProducts(), module_graph(Products(twist=twist), rows(2, 2)), phase="any")

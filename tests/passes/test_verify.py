@@ -11,8 +11,9 @@ from torch import fx, nn
 from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.bisection import first_departure, relative_error
-from passes.inputs import random_inputs, size_values
+from passes.inputs import size_values
 from passes.verify import CertificateError, Specimen, clone, run_float64
+from tests.passes.capture import random_inputs
 
 aten = torch.ops.aten
 
@@ -122,9 +123,15 @@ def test_masked_infinities_are_not_taken_for_the_first_difference(graph):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_never_agree(bad):
-    value = torch.tensor([1.0, bad])
-    assert relative_error(value, value) == math.inf
+def test_values_that_are_not_finite_agree_with_themselves_alone(bad):
+    value = torch.tensor([4.0, bad, 2.0])
+    assert relative_error(value, value.clone()) == 0.0
+    assert relative_error(torch.tensor([4.0, bad, 3.0]), value) == 0.25
+    assert relative_error(value, torch.tensor([4.0, 1.0, 2.0])) == math.inf
+    for other in (torch.tensor([4.0, 1.0, 2.0]), torch.tensor([bad, 4.0, 2.0]), torch.tensor([4.0, bad, bad])):
+        assert relative_error(other, value) == math.inf
+    for others in {math.nan, math.inf, -math.inf} - {bad}:
+        assert relative_error(torch.tensor([4.0, others, 2.0]), value) == math.inf
 
 
 def test_integers_must_be_equal():

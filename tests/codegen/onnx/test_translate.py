@@ -30,8 +30,13 @@ FUNCTIONS = {
     ),
     "compared": lambda x, y: (torch.where(x > 0, x, 0.0), x.masked_fill(x <= 0.1, -1.0), (x > 0) & ~(x > 1)),
     "reduced": lambda x, y: (x.sum(1), x.mean(-1, keepdim=True), x.amax((0, 1)), x.softmax(-1)),
-    "products": lambda x, y: (x @ y, F.linear(x, y.T), F.linear(x, y.T, y[0])),
+    "products": lambda x, y: (x @ y, F.linear(x, y.T), F.linear(x, y.T, y[0]), F.linear(x, y[:, 0])),
     "einsum": lambda x, y: (torch.einsum("bsd,de->bse", x, y), torch.einsum("bsd,btd->bst", x, x)),
+    "einsum without an arrow": lambda x, y: (torch.einsum("bsd,de", x, y), torch.einsum("bsd,bsd", x, x)),
+    "einsum with an ellipsis": lambda x, y: (
+        torch.einsum("...d,de->...e", x, y),
+        torch.einsum("...sd,...de->...se", x, y[None]),
+    ),
     "einsum of several summed axes": lambda x, y: (
         torch.einsum("bshp,hpc->bsc", x.unflatten(2, (2, 3)), y.unflatten(0, (2, 3))),
         torch.einsum("bshp,hpc->bshc", x.unflatten(2, (2, 3)), y.unflatten(0, (2, 3))),
