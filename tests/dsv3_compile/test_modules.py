@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import dsv3_compile
+from codegen import dispatch
+from codegen.targets import TARGETS
 from dsv3_compile import backend
+from dsv3_compile.functional import Functional
 from dsv3_compile.modules import CompiledModule, ModuleError
+from passes.base import calls
 from passes.pipeline import PassError
 from tests.passes.mla import Mla
 
@@ -223,3 +227,42 @@ def test_attention_on_a_latent_is_absorbed_in_a_module_of_ones_own() -> None:
     assert (found(*example) - expected).abs().max() <= 1e-5 * expected.abs().max()
     (block,) = found.report["blocks"]
     assert {one["name"]: len(one["matches"]) for one in block["passes"]}["order-contractions"] == 2
+
+
+class Gated(nn.Module):
+    """What the passes know: a norm, SwiGLU, and products with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64, 1e-6)
+        self.gate, self.up, self.down = nn.Linear(64, 96, False), nn.Linear(64, 96, False), nn.Linear(96, 64, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_a_gpu_gets_the_kernels_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(backend, "inductor", lambda graph, *_: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])
+    monkeypatch.setattr(dispatch, "register", lambda _: None)
+    module, x = Gated().bfloat16(), torch.randn(2, 64).bfloat16()
+    found, expected = dsv3_compile.compile(module, (x,))(x), module(x)
+    assert (found - expected).norm() <= 2e-2 * expected.norm()
+    called = {str(node.target) for node in compiled[0].graph.nodes}
+    assert {f"dsv3.{op}.default" for op in ("linear_pair_call", "swiglu_call", "linear_call")} <= called
+
+
+def test_a_graph_on_which_a_pass_stops_goes_to_inductor_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(found: Functional, *_: Any) -> None:
+        for node in calls(found.module.graph, torch.ops.aten.linear):
+            node.replace_all_uses_with(node.args[0])
+        raise ZeroDivisionError("half-way")
+
+    monkeypatch.setattr(backend, "lower", lower)
+    module, x = Mla().eval(), torch.randn(3, 1, 20)
+    example = (x, torch.tensor([[19], [17], [0]]), torch.randn(3, 20, 24), torch.randn(3, 20, 6))
+    found = dsv3_compile.compile(module, example)
+    assert found.report["fallback"] == "lowering stopped with ZeroDivisionError: half-way"
+    torch.testing.assert_close(found(*example), module(*example))
