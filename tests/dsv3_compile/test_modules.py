@@ -72,19 +72,19 @@ def test_structure_free_sizes_and_buffers_are_those_of_the_module() -> None:
     ("arguments", "message"),
     [
         ((torch.ones(2, 5), False, EXTRA), "argument 1 is False; the module was compiled for True"),
-        ((torch.ones(2, 6), True, EXTRA), r"tensor 0 has shape \[2, 6\]"),
+        ((torch.ones(2, 6), True, EXTRA), r"argument 0 has shape \[2, 6\]"),
         (
             (torch.ones(2, 5, dtype=torch.float64), True, EXTRA),
-            "tensor 0 is torch.float64 with 2 dims on cpu; the module was compiled for torch.float32",
+            "argument 0 is torch.float64 with 2 dims on cpu; the module was compiled for torch.float32",
         ),
-        ((torch.ones(2, 5, device="meta"), True, EXTRA), "tensor 0 is torch.float32 with 2 dims on meta; .* on cpu"),
-        ((torch.ones(2, 5).to_sparse(), True, EXTRA), r"tensor 0 is .*, torch\.sparse_coo; the module"),
-        ((torch.ones(5, 2).T, True, EXTRA), r"tensor 0 has strides \[1, 2\]; the module was compiled for \[5, 1\]"),
-        ((torch.ones(65, 5), True, EXTRA), "tensor 0 has size 65 at dim 0; the module was compiled for 1 to 64"),
+        ((torch.ones(2, 5, device="meta"), True, EXTRA), "argument 0 is torch.float32 with 2 dims on meta; .* on cpu"),
+        ((torch.ones(2, 5).to_sparse(), True, EXTRA), r"argument 0 is .*, torch\.sparse_coo; the module"),
+        ((torch.ones(5, 2).T, True, EXTRA), r"argument 0 has strides \[1, 2\]; the module was compiled for \[5, 1\]"),
+        ((torch.ones(65, 5), True, EXTRA), "argument 0 has size 65 at dim 0; the module was compiled for 1 to 64"),
         ((torch.ones(2, 5), 1, EXTRA), "argument 1 is 1; the module was compiled for True"),
         ((torch.ones(2, 5), torch.ones(2), EXTRA), "argument 1 is tensor"),
         (([1.0], True, EXTRA), "another structure"),
-        ((1.0, True, EXTRA), "tensor 0 is a float; the module was compiled for torch.float32 with 2 dims on cpu"),
+        ((1.0, True, EXTRA), "argument 0 is a float; the module was compiled for torch.float32 with 2 dims on cpu"),
         ((torch.ones(2, 5), True), "another structure"),
     ],
 )
@@ -103,9 +103,14 @@ class Halves(nn.Module):
 
 PAIR = 2 * Dim("pair", min=2, max=8)
 DEPENDENT = [
-    (({0: PAIR}, {0: PAIR.root}), [(12, 6), (4, 2)], (12, 5), r"tensor 0 has shape \[12, 6\]; compiled for \[2\*s"),
-    (({0: PAIR}, {0: PAIR.root}), [(16, 8)], (18, 9), "tensor 1 has size 9 at dim 0; .* compiled for 2 to 8"),
-    (({0: Dim.AUTO}, {0: Dim.AUTO}), [(6, 5), (6, 6)], (7, 5), r"compiled for .*tensor_0\.shape\[0\]\) % 4\) == 0"),
+    (
+        ({0: PAIR}, {0: PAIR.root}),
+        [(12, 6), (4, 2)],
+        (12, 5),
+        r"argument 0 has shape \[12, 6\]; the module was compiled for \[2\*s",
+    ),
+    (({0: PAIR}, {0: PAIR.root}), [(16, 8)], (18, 9), "argument 1 has size 9 at dim 0; .* compiled for 2 to 8"),
+    (({0: Dim.AUTO}, {0: Dim.AUTO}), [(6, 5), (6, 6)], (7, 5), r"compiled for .*argument_0\.shape\[0\]\) % 4\) == 0"),
 ]
 
 
@@ -122,7 +127,7 @@ def test_sizes_that_depend_on_each_other_are_held_to_it(
 
 
 def test_a_size_that_no_dim_has_is_refused() -> None:
-    with pytest.raises(ModuleError, match=r"dim 0 of tensor 0 is 2\*\w+, and no dim is \w+ itself"):
+    with pytest.raises(ModuleError, match=r"dim 0 of argument 0 is 2\*\w+, and no dim is \w+ itself"):
         dsv3_compile.compile(nn.ReLU(), (torch.randn(8, 6),), dynamic_shapes=({0: PAIR},))
 
 
