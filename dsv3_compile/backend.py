@@ -37,7 +37,6 @@ from passes.pipeline import (
     check_required,
 )
 from passes.plan import NoSuchForm
-from passes.verify import CertificateError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -77,9 +76,8 @@ def dsv3(
 ) -> Callable[..., Any]:
     """Compile one graph; the entry point "dsv3" of torch.compile, which takes `mode` and `options`.
 
-    Raises OptionError or PassError for an option, a pass or an option of one that does not exist, CertificateError
-    when a rewrite changed what the graph computes, RequirementError when a required pass found nothing, or did not
-    run because the graph falls back.
+    Raises OptionError or PassError for an option, a pass or an option of one that does not exist, RequirementError
+    when a required pass found nothing, or did not run because the graph falls back.
     """
     settings, others = split_options(options)
     configured(settings, target_of(examples))  # a graph that falls back would hide a wrong option
@@ -118,8 +116,9 @@ def improve(
 ) -> tuple[bool, dict[str, Any]]:
     """Send a graph through the passes and put kernels into it, in place: whether it is to be used, and the report.
 
-    given: integers and masks by input name, for the certificates. A graph on which a step of this stops unexpectedly is
-    one that we cannot read: the log and the report's `fallback` name step and exception. Not where passes are required.
+    given: integers and masks by input name, for the certificates. A graph on which a step of this stops, or that a pass
+    changed according to its certificate, is one that we cannot read, and no reason to keep it from running: the log and
+    the report's `fallback` name step and exception. Where passes are required, the exception is raised.
     """
     target, steps = target_of(examples), ["reading the graph"]
     records: list[PassRecord] = []
@@ -128,7 +127,7 @@ def improve(
         if gained:
             steps.append("lowering")
             lower(found, target)
-    except (CertificateError, NoSuchForm, PassError, RequirementError):
+    except (NoSuchForm, PassError, RequirementError):
         raise
     except Exception as problem:
         if settings.require:
