@@ -24,19 +24,19 @@ class ModuleError(ValueError):
 
 @dataclass(frozen=True)
 class FreeSize:
-    """A size that differs from call to call, and a dim that it is."""
+    """A size that differs from call to call, and the dim of an argument that it is."""
 
-    tensor: int
+    argument: int
     axis: int
     lowest: int
     highest: int | None
 
-    def of(self, tensors: Sequence[Tensor]) -> int:
+    def of(self, flat: Sequence[Any]) -> int:
         """Its value in a call. Raises ModuleError where it is out of range."""
-        value = tensors[self.tensor].shape[self.axis]
+        value = flat[self.argument].shape[self.axis]
         if value < self.lowest or (self.highest is not None and value > self.highest):
             most = " and more" if self.highest is None else f" to {self.highest}"
-            where = f"tensor {self.tensor} has size {value} at dim {self.axis}"
+            where = f"argument {self.argument} has size {value} at dim {self.axis}"
             raise ModuleError(f"{where}; the module was compiled for {self.lowest}{most}")
         return value
 
@@ -51,12 +51,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a module is called: the structure of its arguments and results, and the arguments that are no tensors."""
+    """How a module is called: the structure of its arguments and results, and what each flattened argument is."""
 
     arguments: Any
     results: Any
-    constants: Mapping[int, Any]  # by position among the flattened arguments
-    tensors: tuple[Tensor, ...]  # fake, with the free sizes as symbols
+    constants: Mapping[int, Any]  # by position
+    tensors: Mapping[int, Tensor]  # by position; fake, with the free sizes as symbols
     free: tuple[FreeSize, ...]
     shapes: Callable[..., tuple[tuple[int, ...], ...]]  # of the tensors, given the free sizes
     strides: Callable[..., tuple[tuple[int, ...] | None, ...]]  # the same; None where contiguous
@@ -67,11 +67,12 @@ class Signature:
         """Of an exported module, whose tensor arguments are the placeholders `inputs`."""
         flat = tree_flatten((tuple(example_inputs), {}))[0]
         constants = {position: value for position, value in enumerate(flat) if not isinstance(value, Tensor)}
-        fakes = tuple(node.meta["val"] for node in inputs)
+        positions = [position for position in range(len(flat)) if position not in constants]
+        fakes = {position: node.meta["val"] for position, node in zip(positions, inputs, strict=True)}
         free = _free_sizes(fakes, exported.range_constraints)
         conditions = _conditions(fakes, free)  # before the fakes are asked anything, which would be noted as well
-        shapes = [list(map(expression_of, fake.shape)) for fake in fakes]
-        strides = [None if fake.is_contiguous() else list(map(expression_of, fake.stride())) for fake in fakes]
+        shapes = [list(map(expression_of, fake.shape)) for fake in fakes.values()]
+        strides = [None if fake.is_contiguous() else list(map(expression_of, fake.stride())) for fake in fakes.values()]
         return cls(
             arguments=exported.call_spec.in_spec,
             results=exported.call_spec.out_spec,
@@ -88,22 +89,25 @@ class Signature:
         for position, value in self.constants.items():
             if not _same(flat[position], value):
                 raise ModuleError(f"argument {position} is {flat[position]!r}; the module was compiled for {value!r}")
-        tensors = [value for position, value in enumerate(flat) if position not in self.constants]
-        for number, (given, fake) in enumerate(zip(tensors, self.tensors, strict=True)):
+        for position, fake in self.tensors.items():
+            given = flat[position]
             if not isinstance(given, Tensor) or _kind(given) != _kind(fake):
-                raise ModuleError(f"tensor {number} is {_words(given)}; the module was compiled for {_words(fake)}")
-        sizes = [one.of(tensors) for one in self.free]
-        shapes, strides = self.shapes(*sizes), self.strides(*sizes)
-        for number, (given, fake) in enumerate(zip(tensors, self.tensors, strict=True)):
-            if given.shape != shapes[number]:
-                raise ModuleError(f"tensor {number} has shape {list(given.shape)}; compiled for {list(fake.shape)}")
-            if not _lies(given, strides[number]):
-                found, wanted = list(given.stride()), list(fake.stride())
-                raise ModuleError(f"tensor {number} has strides {found}; the module was compiled for {wanted}")
+                raise ModuleError(f"argument {position} is {_words(given)}; the module was compiled for {_words(fake)}")
+        sizes = [one.of(flat) for one in self.free]
+        expected = zip(self.tensors, self.shapes(*sizes), self.strides(*sizes), strict=True)
+        for position, shape, strides in expected:
+            given = flat[position]
+            if given.shape != shape:
+                found, wanted = list(given.shape), list(self.tensors[position].shape)
+                raise ModuleError(f"argument {position} has shape {found}; the module was compiled for {wanted}")
+            if not _has_strides(given, strides):
+                found, wanted = list(given.stride()), list(self.tensors[position].stride())
+                raise ModuleError(f"argument {position} has strides {found}; the module was compiled for {wanted}")
+        tensors = [flat[position] for position in self.tensors]
         for condition in self.conditions:
             if not condition.holds(*sizes):
                 found = [list(given.shape) for given in tensors]
-                raise ModuleError(f"the tensors have shapes {found}; the module was compiled for {condition.text}")
+                raise ModuleError(f"the arguments have shapes {found}; the module was compiled for {condition.text}")
         return tensors
 
 
@@ -123,7 +127,7 @@ def _words(value: Any) -> str:
     return f"{value.dtype} with {value.ndim} dims on {value.device}{layout}"
 
 
-def _lies(tensor: Tensor, strides: tuple[int, ...] | None) -> bool:
+def _has_strides(tensor: Tensor, strides: tuple[int, ...] | None) -> bool:
     """Whether elements lie where the compiled code looks for them: strides of dims of one element say nothing."""
     if strides is None:
         return tensor.is_contiguous()
@@ -131,31 +135,31 @@ def _lies(tensor: Tensor, strides: tuple[int, ...] | None) -> bool:
     return tensor.numel() == 0 or all(found == wanted for size, found, wanted in pairs if size > 1)
 
 
-def _free_sizes(fakes: Sequence[Tensor], ranges: Mapping[Any, Any]) -> dict[sympy.Symbol, FreeSize]:
+def _free_sizes(fakes: Mapping[int, Tensor], ranges: Mapping[Any, Any]) -> dict[sympy.Symbol, FreeSize]:
     """Every free size. Raises ModuleError for one that only other dims depend on, as Inductor cannot read it there."""
     dims = [
-        (expression_of(size), number, axis) for number, fake in enumerate(fakes) for axis, size in enumerate(fake.shape)
+        (expression_of(size), number, axis) for number, fake in fakes.items() for axis, size in enumerate(fake.shape)
     ]
     free: dict[sympy.Symbol, FreeSize] = {}
     for expression, number, axis in sorted(dims, key=lambda dim: not isinstance(dim[0], sympy.Symbol)):
         for symbol in getattr(expression, "free_symbols", set()) - free.keys():
             if expression != symbol:
-                raise ModuleError(f"dim {axis} of tensor {number} is {expression}, and no dim is {symbol} itself")
+                raise ModuleError(f"dim {axis} of argument {number} is {expression}, and no dim is {symbol} itself")
             limits = ranges.get(symbol)
             highest = None if limits is None or not limits.upper.is_Integer else int(limits.upper)
             free[symbol] = FreeSize(number, axis, 0 if limits is None else int(limits.lower), highest)
     return free
 
 
-def _conditions(fakes: Sequence[Tensor], free: Mapping[sympy.Symbol, FreeSize]) -> tuple[Condition, ...]:
+def _conditions(fakes: Mapping[int, Tensor], free: Mapping[sympy.Symbol, FreeSize]) -> tuple[Condition, ...]:
     """What torch.export noted of the sizes and dims alone do not say: that one divides another, for instance.
 
     Not that two of them differ: code for sizes that differ is right where they happen to be the same.
     """
-    environment = next((fake.fake_mode.shape_env for fake in fakes if isinstance(fake, FakeTensor)), None)
+    environment = next((fake.fake_mode.shape_env for fake in fakes.values() if isinstance(fake, FakeTensor)), None)
     if environment is None:
         return ()
-    names = {symbol: sympy.Symbol(f"tensor_{one.tensor}.shape[{one.axis}]") for symbol, one in free.items()}
+    names = {symbol: sympy.Symbol(f"argument_{one.argument}.shape[{one.axis}]") for symbol, one in free.items()}
     found: dict[str, Condition] = {}
     for guard in environment.guards:
         expression = environment.simplify(guard.expr)

@@ -37,7 +37,6 @@ from passes.pipeline import (
     check_required,
 )
 from passes.plan import NoSuchForm
-from passes.verify import CertificateError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -77,9 +76,8 @@ def dsv3(
 ) -> Callable[..., Any]:
     """Compile one graph; the entry point "dsv3" of torch.compile, which takes `mode` and `options`.
 
-    Raises OptionError or PassError for an option, a pass or an option of one that does not exist, CertificateError
-    when a rewrite changed what the graph computes, RequirementError when a required pass found nothing, or did not
-    run because the graph falls back.
+    Raises OptionError or PassError for an option, a pass or an option of one that does not exist, RequirementError
+    when a required pass found nothing, or did not run because the graph falls back.
     """
     settings, others = split_options(options)
     configured(settings, target_of(examples))  # a graph that falls back would hide a wrong option
@@ -95,7 +93,7 @@ def dsv3(
         if settings.require:
             raise RequirementError(f"required pass {settings.require[0]} did not run: {reason}")
         return inductor(traced, examples, mode, others)
-    changed = improved_and_lowered(found, examples, settings)
+    changed, _ = improve(found, examples, settings, lambda: given_integers(found.module, examples))
     return inductor(callable_again(found) if changed else traced, examples, mode, others)
 
 
@@ -113,20 +111,23 @@ def configured(settings: Settings, target: Target) -> Pipeline:
     return pipeline.configured(settings.set, settings.disable)
 
 
-def improved_and_lowered(found: Functional, examples: Sequence[Any], settings: Settings) -> bool:
-    """Send a graph through the passes and put kernels into it, in place: whether it is to be used.
+def improve(
+    found: Functional, examples: Sequence[Any], settings: Settings, given: Callable[[], Mapping[str, Tensor]]
+) -> tuple[bool, dict[str, Any]]:
+    """Send a graph through the passes and put kernels into it, in place: whether it is to be used, and the report.
 
-    A graph on which a step of this stops unexpectedly is one that we cannot read: the log and the report's `fallback`
-    name step and exception. Not where passes are required.
+    given: integers and masks by input name, for the certificates. A graph on which a step of this stops, or that a pass
+    changed according to its certificate, is one that we cannot read, and no reason to keep it from running: the log and
+    the report's `fallback` name step and exception. Where passes are required, the exception is raised.
     """
-    steps, report = ["reading the graph"], None
+    target, steps = target_of(examples), ["reading the graph"]
+    records: list[PassRecord] = []
     try:
-        given = given_integers(found.module, examples)
-        changed, report = improve(found, examples, settings, given, lambda name, number: steps.append(name))
-        if changed:
+        gained, records = _run_passes(found, target, settings, given(), lambda name, number: steps.append(name))
+        if gained:
             steps.append("lowering")
-            lower(found, target_of(examples))
-    except (CertificateError, NoSuchForm, PassError, RequirementError):
+            lower(found, target)
+    except (NoSuchForm, PassError, RequirementError):
         raise
     except Exception as problem:
         if settings.require:
@@ -134,11 +135,31 @@ def improved_and_lowered(found: Functional, examples: Sequence[Any], settings: S
         text = next(iter(str(problem).splitlines()), "")
         reason = f"{steps[-1]} stopped with {type(problem).__name__}: {text}"
         LOGGER.warning("%s; the graph goes to Inductor as it came", reason, exc_info=True)
-        if report is None:
-            report = _publish([], examples, settings, reason)
-        report["fallback"] = reason
-        return False
-    return changed
+        return False, _publish(records, examples, settings, reason)
+    return gained, _publish(records, examples, settings, "")
+
+
+def _run_passes(
+    found: Functional,
+    target: Target,
+    settings: Settings,
+    given: Mapping[str, Tensor],
+    step: Callable[[str, int], None],
+) -> tuple[bool, list[PassRecord]]:
+    """Whether that was worth it, and what each pass did; `step` is told its name before it runs.
+
+    Raises RequirementError when a required pass did nothing.
+    """
+    if target.backend != "cpu":
+        dispatch.register(target)
+    context = Context("any", target, Workload(0, 0, 0))
+    specimen = RegionalSpecimen(found.module, given) if settings.verify else None
+    # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
+    pipeline = configured(settings, target)
+    with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):
+        records = pipeline.run(found.module, context, f"graph {_next_number()}", specimen, step, _Printer())
+    check_required(records, settings.require)
+    return any(r.matches for one, r in zip(pipeline.passes, records, strict=True) if not one.prepares), records
 
 
 def lower(found: Functional, target: Target) -> None:
@@ -149,32 +170,6 @@ def lower(found: Functional, target: Target) -> None:
         hold_shared(found.module.graph, target)
     dispatch.call_kernels(found.module.graph, target)
     found.module.recompile()
-
-
-def improve(
-    found: Functional,
-    examples: Sequence[Any],
-    settings: Settings,
-    given: Mapping[str, Tensor],
-    step: Callable[[str, int], None] = lambda name, number: None,
-) -> tuple[bool, dict[str, Any]]:
-    """Send a graph through the passes, in place: whether that was worth it, and the report, which is published.
-
-    given: integers and masks by input name, for the certificates. step: is told each pass's name before it runs.
-    """
-    target = target_of(examples)
-    if target.backend != "cpu":
-        dispatch.register(target)
-    context = Context("any", target, Workload(0, 0, 0))
-    pipeline = configured(settings, target)
-    specimen = RegionalSpecimen(found.module, given) if settings.verify else None
-    # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
-    with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):
-        records = pipeline.run(found.module, context, f"graph {_next_number()}", specimen, step, _Printer())
-    check_required(records, settings.require)
-    report = _publish(records, examples, settings, "")
-    gained = any(record.matches for one, record in zip(pipeline.passes, records, strict=True) if not one.prepares)
-    return gained, report
 
 
 def last_report() -> dict[str, Any]:
@@ -189,7 +184,7 @@ def last_report() -> dict[str, Any]:
 
 
 def reports() -> list[dict[str, Any]]:
-    """The reports of the graphs compiled so far, oldest first; the last 64 are kept."""
+    """The reports of the graphs compiled so far, oldest first; the last KEPT_REPORTS are kept."""
     return [report for _, report in _reports]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
 
 from dsv3_compile.artifact import ArtifactError
 from dsv3_compile.inspection import REPORT
@@ -38,19 +39,23 @@ def measure(model: Model) -> dict[str, Any]:
         "bytes_per_second": bandwidth(model.device),
         "flops_per_second": product_speed(model.device, getattr(torch, model.artifact.manifest.dtype)),
     }
-    costs = _costs(model)
+    costs, vocabulary = _costs(model), model.config["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        """Random tokens, so that rows choose experts of their own, as the floor has it."""
+        return torch.randint(vocabulary, shape, generator=generator)
+
     runs = []
     for length in PROMPTS:
         if length <= model.max_length:
-            prompt = torch.zeros(1, length, dtype=torch.int64)
-            seconds = _median(partial(model.prefill, prompt))
+            seconds = _median(partial(model.prefill, drawn(1, length)))
             runs.append(_row("prefill", 1, length, length, seconds, costs, machine))
     for batch in sorted({1, model.max_batch}):
         for length in CONTEXTS:
             if length + REPEATS + 1 <= model.max_length:
-                _, cache = model.prefill(torch.zeros(batch, length, dtype=torch.int64))
-                token = torch.zeros(batch, 1, dtype=torch.int64)
-                seconds = _median(partial(model.decode, token, cache))
+                _, cache = model.prefill(drawn(batch, length))
+                seconds = _median(partial(model.decode, drawn(batch, 1), cache))
                 runs.append(_row("decode", batch, 1, length, seconds, costs, machine))
     return {"machine": machine, "runs": runs}
 

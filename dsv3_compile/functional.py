@@ -18,9 +18,10 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
-from dsv3_compile.owners import holds_memory, owner_of, owners
+from dsv3_compile.owners import owner_of, owners
 from dsv3_compile.tracing import tidy
 from passes.base import Role, call, module_of, placeholders
+from passes.nodes import is_tensor
 
 aten = torch.ops.aten
 
@@ -131,13 +132,12 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
     for value, owner in zip(values[len(targets) :], rewritten.owners[len(targets) :], strict=True):
         # The new value of an input is that input: the caller may rely on sharing its memory.
         same = [target for new, target, known in updates if new is value and known == owner and isinstance(known, str)]
-        if same or not holds_memory(value):
+        if same or not is_tensor(value):
             returned.append(same[0] if same else value)
             continue
         now = owner_of(value)
-        lasting = inputs.index(now) if now in inputs else now.name if now.op == "get_attr" else None
-        kept = owner == (owned.setdefault(now, owner) if lasting is None else lasting)
-        returned.append(value if kept and now not in overwritten else snapshot(graph, value))
+        kept = now not in overwritten and _lies_as_before(now, owner, inputs, owned)
+        returned.append(value if kept else snapshot(graph, value))
     # What an input held before is read before the first of them is overwritten.
     news = [snapshot(graph, v) if v is not t and owner_of(v) in overwritten else v for v, t, _ in updates]
     for value, target in zip(news, targets, strict=True):
@@ -145,6 +145,13 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
             call(graph, aten.copy_.default, target, value, like=target)
     graph.output(tuple(returned))
     return fx.GraphModule(rewritten.module, graph)
+
+
+def _lies_as_before(now: fx.Node, owner: Hashable, inputs: list[fx.Node], owned: dict[fx.Node, Hashable]) -> bool:
+    """Is `now` the memory that a result lay in before the passes? owned: those of the results that came earlier."""
+    if now in inputs:
+        return owner == inputs.index(now)
+    return owner == (now.name if now.op == "get_attr" else owned.setdefault(now, owner))
 
 
 def snapshot(graph: fx.Graph, value: fx.Node) -> fx.Node:

@@ -98,7 +98,9 @@ def compile_module(
     real = [*state, *signature.checked(flat)]
     integers = {n.name: t.cpu() for n, t in zip(inputs, real, strict=True) if not t.is_floating_point()}
     fakes = [node.meta["val"] for node in inputs]
-    _, report = backend.improve(found, fakes, settings, integers)
+    changed, report = backend.improve(found, fakes, settings, lambda: integers)
+    if not changed:  # not worth it, or stopped half-way
+        found, _ = functional_of(exported)
     return CompiledModule(backend.inductor(callable_again(found), fakes, mode, others), state, signature, report)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from passes.base import placeholders
+from passes.nodes import is_tensor
 
 
 def owner_of(node: fx.Node) -> fx.Node:
@@ -42,10 +42,6 @@ def owners(graph: fx.Graph) -> tuple[Hashable, ...]:
     values: Sequence[Any] = graph.output_node().args[0]
     found: list[Hashable] = []
     for value in values:
-        owner = owner_of(value) if holds_memory(value) else None
+        owner = owner_of(value) if is_tensor(value) else None
         found.append(None if owner is None else positions.get(owner, owner.name))
     return tuple(found)
-
-
-def holds_memory(value: Any) -> bool:
-    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)

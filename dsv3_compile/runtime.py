@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from dsv3_compile.device import device_for
 from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
 from dsv3_compile.recording import CudaRecorder, Layer, Prompt, Prompts, Recorder, Slot, Slots, padded_length
+from dsv3_compile.requests import checked_count, checked_ends, checked_ids, checked_lengths
 from dsv3_compile.sampling import Sampler
 
 LOGGER = logging.getLogger(__name__)
@@ -154,11 +154,10 @@ class Model:
         probabilities reach top_p. eos: end tokens, the model's own where omitted, none where empty.
         Raises ValueError, at once, for an argument that is not of these kinds or does not fit the model.
         """
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number from 1")
+        room = checked_count(max_new_tokens)
         sampler = Sampler(temperature, top_p, seed, self.device)
         ends = self._ends(eos)
-        return self._tokens(*self._checked_prompts(input_ids, lengths), max_new_tokens, sampler, ends)
+        return self._tokens(*self._checked_prompts(input_ids, lengths), room, sampler, ends)
 
     def _tokens(
         self, input_ids: Tensor, lengths: Tensor, max_new_tokens: int, sampler: Sampler, ends: Tensor
@@ -185,7 +184,7 @@ class Model:
         batch, queries = input_ids.shape
         if queries > self.max_length:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
-        return input_ids, _checked_lengths(lengths, batch, queries)
+        return input_ids, checked_lengths(lengths, batch, queries)
 
     def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor, room: int = 1) -> tuple[Tensor, Cache]:
         """Everything but the head, and a cache with room for that many more positions, as far as they are allowed."""
@@ -333,23 +332,14 @@ class Model:
         cache.release = weakref.finalize(cache, self.slots.give_back, slot)
 
     def _checked_ids(self, ids: Tensor) -> Tensor:
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or 0 in ids.shape:
-            given = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
-            raise ValueError(f"token ids are {given}; expected a tensor int64 [batch, tokens]")
-        if len(ids) > self.max_batch:
-            raise ValueError(f"the batch has {len(ids)} rows; this artifact was made for {self.max_batch}")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.config["vocab_size"]:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is not in the vocabulary of {self.config['vocab_size']}")
-        return ids.to(self.device)
+        return checked_ids(ids, self.max_batch, self.config["vocab_size"]).to(self.device)
 
     def _ends(self, eos: int | Sequence[int] | None) -> Tensor:
         """End tokens, int64: the model's own as they are, others checked."""
         own = self.config.get("eos_token_id")
         ends: Iterable[int] = [] if own is None else own if isinstance(own, Iterable) else [own]
         if eos is not None:
-            ends = _checked_ends(eos, self.config["vocab_size"])
+            ends = checked_ends(eos, self.config["vocab_size"])
         return torch.tensor(list(ends), dtype=torch.int64, device=self.device)
 
 
@@ -378,30 +368,3 @@ def _larger(layers: list[Layer], capacity: int) -> list[Layer]:
         return new
 
     return [tuple(map(grown, layer)) for layer in layers]
-
-
-def _checked_ends(eos: Any, vocabulary: int) -> list[int]:
-    refusal = ValueError(f"eos is {eos!r}; expected a token id or several, below {vocabulary}")
-    try:
-        several = list(eos) if isinstance(eos, Iterable) else [eos]
-        ends = [operator.index(end) for end in several]
-    except TypeError:
-        raise refusal from None
-    no_ids = isinstance(eos, str) or any(isinstance(end, bool) for end in several)
-    if no_ids or any(not 0 <= end < vocabulary for end in ends):
-        raise refusal
-    return ends
-
-
-def _checked_lengths(lengths: Tensor | Sequence[int] | None, batch: int, queries: int) -> Tensor:
-    if lengths is None:
-        return torch.full((batch,), queries, dtype=torch.int64)
-    try:
-        found = torch.as_tensor(lengths)
-    except (TypeError, ValueError, RuntimeError):  # text, ragged lists, numbers of no dtype
-        found = torch.empty(0)
-    whole = found.shape == (batch,) and found.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if not whole or int(found.min()) < 1 or int(found.max()) > queries:
-        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-        raise ValueError(f"lengths is {given!r}; expected {batch} whole numbers from 1 to {queries}")
-    return found.to(torch.int64)

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import dsv3_compile
@@ -20,6 +20,7 @@ from codegen.targets import TARGETS
 from dsv3_compile import backend
 from dsv3_compile.inspection import table
 from dsv3_compile.options import OptionError
+from passes.base import Outcome, calls
 from passes.pipeline import PassError, RequirementError
 from tests.foreign.models import deepseek_v2, deepseek_v3, kimi_like, randomised
 
@@ -257,6 +258,27 @@ def test_a_graph_on_which_a_step_stops_goes_to_inductor_and_says_so(
     torch._dynamo.reset()
     with pytest.raises(Exception, match="no number"):
         torch.compile(routing, backend="dsv3", options={"require": ("fuse-routing",)})(x)
+
+
+def test_a_graph_that_a_pass_changed_goes_to_inductor_as_it_came(
+    monkeypatch: pytest.MonkeyPatch, without_inductor: None
+) -> None:
+    def wrong(self: Any, graph_module: fx.GraphModule, context: Any) -> Outcome:
+        (node,) = calls(graph_module.graph, torch.ops.aten.sigmoid)
+        node.target = torch.ops.aten.tanh.default
+        return Outcome(matches=[node.name])
+
+    def scores(x: Tensor) -> Tensor:
+        return x.sigmoid() + x
+
+    monkeypatch.setattr("passes.fuse_routing.FuseRouting.run", wrong)
+    x = torch.randn(3, 8)
+    assert torch.equal(torch.compile(scores, backend="dsv3")(x), scores(x))
+    assert dsv3_compile.last_report()["fallback"].startswith("fuse-routing stopped with CertificateError: fuse-routing")
+    torch._dynamo.reset()
+    required = torch.compile(scores, backend="dsv3", options={"require": ("fuse-routing",)})
+    with pytest.raises(Exception, match="fuse-routing on graph . differs|sigmoid differs"):
+        required(x)
 
 
 def test_a_graph_break_is_two_graphs(without_inductor: None) -> None:

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import dsv3_compile
+from codegen import dispatch
+from codegen.targets import TARGETS
 from dsv3_compile import backend
+from dsv3_compile.functional import Functional
 from dsv3_compile.modules import CompiledModule, ModuleError
+from passes.base import calls
 from passes.pipeline import PassError
 from tests.passes.mla import Mla
 
@@ -68,19 +72,19 @@ def test_structure_free_sizes_and_buffers_are_those_of_the_module() -> None:
     ("arguments", "message"),
     [
         ((torch.ones(2, 5), False, EXTRA), "argument 1 is False; the module was compiled for True"),
-        ((torch.ones(2, 6), True, EXTRA), r"tensor 0 has shape \[2, 6\]"),
+        ((torch.ones(2, 6), True, EXTRA), r"argument 0 has shape \[2, 6\]"),
         (
             (torch.ones(2, 5, dtype=torch.float64), True, EXTRA),
-            "tensor 0 is torch.float64 with 2 dims on cpu; the module was compiled for torch.float32",
+            "argument 0 is torch.float64 with 2 dims on cpu; the module was compiled for torch.float32",
         ),
-        ((torch.ones(2, 5, device="meta"), True, EXTRA), "tensor 0 is torch.float32 with 2 dims on meta; .* on cpu"),
-        ((torch.ones(2, 5).to_sparse(), True, EXTRA), r"tensor 0 is .*, torch\.sparse_coo; the module"),
-        ((torch.ones(5, 2).T, True, EXTRA), r"tensor 0 has strides \[1, 2\]; the module was compiled for \[5, 1\]"),
-        ((torch.ones(65, 5), True, EXTRA), "tensor 0 has size 65 at dim 0; the module was compiled for 1 to 64"),
+        ((torch.ones(2, 5, device="meta"), True, EXTRA), "argument 0 is torch.float32 with 2 dims on meta; .* on cpu"),
+        ((torch.ones(2, 5).to_sparse(), True, EXTRA), r"argument 0 is .*, torch\.sparse_coo; the module"),
+        ((torch.ones(5, 2).T, True, EXTRA), r"argument 0 has strides \[1, 2\]; the module was compiled for \[5, 1\]"),
+        ((torch.ones(65, 5), True, EXTRA), "argument 0 has size 65 at dim 0; the module was compiled for 1 to 64"),
         ((torch.ones(2, 5), 1, EXTRA), "argument 1 is 1; the module was compiled for True"),
         ((torch.ones(2, 5), torch.ones(2), EXTRA), "argument 1 is tensor"),
         (([1.0], True, EXTRA), "another structure"),
-        ((1.0, True, EXTRA), "tensor 0 is a float; the module was compiled for torch.float32 with 2 dims on cpu"),
+        ((1.0, True, EXTRA), "argument 0 is a float; the module was compiled for torch.float32 with 2 dims on cpu"),
         ((torch.ones(2, 5), True), "another structure"),
     ],
 )
@@ -99,9 +103,14 @@ class Halves(nn.Module):
 
 PAIR = 2 * Dim("pair", min=2, max=8)
 DEPENDENT = [
-    (({0: PAIR}, {0: PAIR.root}), [(12, 6), (4, 2)], (12, 5), r"tensor 0 has shape \[12, 6\]; compiled for \[2\*s"),
-    (({0: PAIR}, {0: PAIR.root}), [(16, 8)], (18, 9), "tensor 1 has size 9 at dim 0; .* compiled for 2 to 8"),
-    (({0: Dim.AUTO}, {0: Dim.AUTO}), [(6, 5), (6, 6)], (7, 5), r"compiled for .*tensor_0\.shape\[0\]\) % 4\) == 0"),
+    (
+        ({0: PAIR}, {0: PAIR.root}),
+        [(12, 6), (4, 2)],
+        (12, 5),
+        r"argument 0 has shape \[12, 6\]; the module was compiled for \[2\*s",
+    ),
+    (({0: PAIR}, {0: PAIR.root}), [(16, 8)], (18, 9), "argument 1 has size 9 at dim 0; .* compiled for 2 to 8"),
+    (({0: Dim.AUTO}, {0: Dim.AUTO}), [(6, 5), (6, 6)], (7, 5), r"compiled for .*argument_0\.shape\[0\]\) % 4\) == 0"),
 ]
 
 
@@ -118,7 +127,7 @@ def test_sizes_that_depend_on_each_other_are_held_to_it(
 
 
 def test_a_size_that_no_dim_has_is_refused() -> None:
-    with pytest.raises(ModuleError, match=r"dim 0 of tensor 0 is 2\*\w+, and no dim is \w+ itself"):
+    with pytest.raises(ModuleError, match=r"dim 0 of argument 0 is 2\*\w+, and no dim is \w+ itself"):
         dsv3_compile.compile(nn.ReLU(), (torch.randn(8, 6),), dynamic_shapes=({0: PAIR},))
 
 
@@ -223,3 +232,42 @@ def test_attention_on_a_latent_is_absorbed_in_a_module_of_ones_own() -> None:
     assert (found(*example) - expected).abs().max() <= 1e-5 * expected.abs().max()
     (block,) = found.report["blocks"]
     assert {one["name"]: len(one["matches"]) for one in block["passes"]}["order-contractions"] == 2
+
+
+class Gated(nn.Module):
+    """What the passes know: a norm, SwiGLU, and products with weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64, 1e-6)
+        self.gate, self.up, self.down = nn.Linear(64, 96, False), nn.Linear(64, 96, False), nn.Linear(96, 64, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_a_gpu_gets_the_kernels_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(backend, "inductor", lambda graph, *_: compiled.append(graph) or graph.forward)
+    monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])
+    monkeypatch.setattr(dispatch, "register", lambda _: None)
+    module, x = Gated().bfloat16(), torch.randn(2, 64).bfloat16()
+    found, expected = dsv3_compile.compile(module, (x,))(x), module(x)
+    assert (found - expected).norm() <= 2e-2 * expected.norm()
+    called = {str(node.target) for node in compiled[0].graph.nodes}
+    assert {f"dsv3.{op}.default" for op in ("linear_pair_call", "swiglu_call", "linear_call")} <= called
+
+
+def test_a_graph_on_which_a_pass_stops_goes_to_inductor_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lower(found: Functional, *_: Any) -> None:
+        for node in calls(found.module.graph, torch.ops.aten.linear):
+            node.replace_all_uses_with(node.args[0])
+        raise ZeroDivisionError("half-way")
+
+    monkeypatch.setattr(backend, "lower", lower)
+    module, x = Mla().eval(), torch.randn(3, 1, 20)
+    example = (x, torch.tensor([[19], [17], [0]]), torch.randn(3, 20, 24), torch.randn(3, 20, 6))
+    found = dsv3_compile.compile(module, example)
+    assert found.report["fallback"] == "lowering stopped with ZeroDivisionError: half-way"
+    torch.testing.assert_close(found(*example), module(*example))

@@ -187,6 +187,7 @@ def test_prompts_that_are_no_tensor_are_refused(model: Model) -> None:
         [[1, 2]],
         [1.5, 3.0],
         [True, True],
+        [True, 2],
         "ab",
         "3",
         ["1", "2"],
