@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
-from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional
+from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional, why_unreadable
 from dsv3_compile.held import hold_shared
 from dsv3_compile.in_place import count_together, write_in_place
 from dsv3_compile.inspection import block_document, header, print_graph
@@ -89,9 +89,7 @@ def dsv3(
         except NotFunctional as problem:
             reason = str(problem)
     if found is None:
-        _publish([], examples, settings, reason)
-        if settings.require:
-            raise RequirementError(f"required pass {settings.require[0]} did not run: {reason}")
+        _leave(examples, settings, reason)
         return inductor(traced, examples, mode, others)
     changed, _ = improve(found, examples, settings, lambda: given_integers(found.module, examples))
     return inductor(callable_again(found) if changed else traced, examples, mode, others)
@@ -120,6 +118,9 @@ def improve(
     changed according to its certificate, is one that we cannot read, and no reason to keep it from running: the log and
     the report's `fallback` name step and exception. Where passes are required, the exception is raised.
     """
+    reason = why_unreadable(found)
+    if reason:
+        return False, _leave(examples, settings, reason)
     target, steps = target_of(examples), ["reading the graph"]
     records: list[PassRecord] = []
     try:
@@ -137,6 +138,14 @@ def improve(
         LOGGER.warning("%s; the graph goes to Inductor as it came", reason, exc_info=True)
         return False, _publish(records, examples, settings, reason)
     return gained, _publish(records, examples, settings, "")
+
+
+def _leave(examples: Sequence[Any], settings: Settings, reason: str) -> dict[str, Any]:
+    """The published report of a graph that no pass has seen. RequirementError where one had to."""
+    report = _publish([], examples, settings, reason)
+    if settings.require:
+        raise RequirementError(f"required pass {settings.require[0]} did not run: {reason}")
+    return report
 
 
 def _run_passes(
@@ -196,6 +205,8 @@ def _next_number() -> int:
 def _why_not(examples: Sequence[Any]) -> str:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in examples):
         return "the graph trains: the passes are for inference (call the model under torch.no_grad)"
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        return "autocast is on, whose casts are not in the graph"
     return ""
 
 
@@ -232,8 +243,15 @@ class _Printer:
     def __call__(self, module: fx.GraphModule) -> str:
         now = state(module.graph)
         if now != self.state:
-            self.state, self.text = now, print_graph(module)
+            self.state, self.text = now, self._printed(module)
         return self.text
+
+    @staticmethod
+    def _printed(module: fx.GraphModule) -> str:
+        try:
+            return print_graph(module)
+        except ValueError:  # somebody's graph may hold what has no source, such as large constants
+            return str(module.graph)
 
 
 def inductor(

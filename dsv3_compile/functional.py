@@ -20,11 +20,14 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from dsv3_compile.owners import owner_of, owners
 from dsv3_compile.tracing import tidy
-from passes.base import Role, call, module_of, placeholders
+from passes.base import Role, call, is_call, module_of, placeholders
 from passes.nodes import is_tensor
 
 aten = torch.ops.aten
 
+SWITCHES = (
+    torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast,
+)  # fmt: skip
 NAME_LENGTH = 60  # of an input: Dynamo spells the whole path, wrapper by wrapper
 
 
@@ -49,6 +52,8 @@ def functional(traced: fx.GraphModule) -> Functional:
     """
     if any(True for _ in traced.parameters()):
         raise NotFunctional("the graph holds parameters instead of taking them as inputs")
+    if any("functorch" in getattr(node.target, "__module__", "") for node in traced.graph.nodes):
+        raise NotFunctional("the graph maps over an axis (vmap), or differentiates")  # torch stops half-way through it
     inputs = traced.graph.find_nodes(op="placeholder")
     values = [node.meta["example_value"] for node in inputs]
     mode = detect_fake_mode(values)
@@ -70,8 +75,14 @@ def functional(traced: fx.GraphModule) -> Functional:
 
 
 def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.GraphModule:
-    """The same graph with readable input names, roles, and of every stack trace the frames of the model."""
+    """The same graph with readable input names, roles, and of every stack trace the frames of the model.
+
+    Without switches that change nothing where nobody trains and no autocast is on.
+    """
     graph = fx.Graph()
+    for node in exported.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
+        if node.args[2]:
+            raise NotFunctional("the graph turns autocast on, whose casts are not in it")
     copies: dict[fx.Node, fx.Node] = {}
     remaining = iter(originals)
     for node in exported.graph.nodes:
@@ -82,7 +93,7 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
             copies[node].meta = {"val": node.meta["val"], "role": role_of(original)}
         elif node.op == "output":
             graph.output(tuple(fx.node.map_arg(node.args[0], copies.__getitem__)))
-        else:
+        elif node.target not in SWITCHES:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = tidy(node.meta)
             if node.op == "get_attr" and "val" not in copies[node].meta:
@@ -91,9 +102,22 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
 
 
 def _fake(exported: fx.GraphModule, node: fx.Node) -> Any:
-    """A constant of the graph as the fake value that its readers expect."""
+    """A constant of the graph as the fake value that its readers expect; None for a graph of its own."""
+    value = getattr(exported, str(node.target))
+    if not isinstance(value, Tensor):
+        return None
     mode = next(n.meta["val"].fake_mode for n in exported.graph.nodes if hasattr(n.meta.get("val"), "fake_mode"))
-    return mode.from_tensor(getattr(exported, str(node.target)), static_shapes=True)
+    return mode.from_tensor(value, static_shapes=True)
+
+
+def why_unreadable(found: Functional) -> str:
+    """Why no pass may look at a graph, or ''."""
+    for node in found.module.graph.nodes:
+        if node.op == "get_attr" and not isinstance(node.meta.get("val"), Tensor):
+            return f"the graph has another in it: {node.target}"
+        if is_call(node, aten.as_strided, aten.as_strided_scatter, aten.as_strided_copy):
+            return f"{node.name} reads memory, in whatever order values lie there"
+    return ""
 
 
 def role_of(placeholder: fx.Node) -> Role:

@@ -21,7 +21,7 @@ from dsv3_compile.arguments import ModuleError, Signature
 from dsv3_compile.functional import Functional, callable_again, short_name
 from dsv3_compile.owners import owners
 from dsv3_compile.tracing import tidy
-from passes.base import Role, placeholders
+from passes.base import Role, module_of, placeholders
 
 
 class CompiledModule(nn.Module):
@@ -153,7 +153,7 @@ def functional_of(exported: ExportedProgram) -> tuple[Functional, list[Tensor]]:
     # torch.export no longer knows whether a result was the buffer or what went into it; like its own module, neither is
     # the buffer here.
     of_results = owners(graph)[len(positions) :]
-    return Functional(fx.GraphModule(nn.Module(), graph), positions, (None,) * len(positions) + of_results), state
+    return Functional(module_of(exported.graph_module, graph), positions, (None,) * len(positions) + of_results), state
 
 
 WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)

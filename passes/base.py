@@ -191,10 +191,13 @@ _NO_PACKET = object()
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Is it a call of one of these ops? Overload packets match any of their overloads."""
+    """Is it a call of one of these ops? Overload packets match any of their overloads, view not the one that reads
+    the same bits as another dtype.
+    """
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    return node.target in targets or getattr(node.target, "overloadpacket", _NO_PACKET) in targets
+    packet = getattr(node.target, "overloadpacket", _NO_PACKET)
+    return node.target in targets or (packet in targets and node.target is not torch.ops.aten.view.dtype)
 
 
 def calls(graph: fx.Graph, *targets: Any) -> Iterator[fx.Node]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
-from passes.nodes import is_division, is_random, is_tensor, same_shape
+from passes.nodes import VIEWS, is_division, is_random, is_tensor, same_shape
 from passes.products import part_of, product_of, sources_of_dims
 
 aten = torch.ops.aten
@@ -53,6 +53,14 @@ class Canonicalise(Pass):
         return outcome
 
 
+def read_by_layout(node: fx.Node) -> bool:
+    """Does somebody read the tensor, or a view of it, in a way that not every layout allows?"""
+    return any(
+        is_call(user, aten.view_as_complex, aten.view.dtype) or (is_call(user, *VIEWS) and read_by_layout(user))
+        for user in node.users
+    )
+
+
 CHECKS = (aten._assert_tensor_metadata, aten._assert_async, aten.sym_constrain_range_for_size)
 
 
@@ -64,7 +72,7 @@ def same_value(node: fx.Node) -> fx.Node | None:
     if not isinstance(value, torch.Tensor) or not isinstance(source.meta.get("val"), torch.Tensor):
         return None
     if is_call(node, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy):
-        return source
+        return None if read_by_layout(node) else source
     if is_call(node, aten._to_copy, aten.to, aten.type_as):
         same = value.dtype == source.meta["val"].dtype and value.device == source.meta["val"].device
         return source if same else None

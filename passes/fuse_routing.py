@@ -78,6 +78,8 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     indices = piece(topk, 1)
     if indices is None:
         return None
+    if len(shape_of(topk.args[0])) < 2:
+        return None  # of a single token without an axis of its own
     choice, mask = masked_choice(topk.args[0])
     scores, bias = scores_and_bias(choice)
     if scores is None:
@@ -255,12 +257,12 @@ def group_score(ranked: fx.Node) -> tuple[str, fx.Node]:
 def chosen_weights(topk: fx.Node, indices: fx.Node, scores: fx.Node, bias: fx.Node | None, limit: Limit) -> fx.Node:
     """The scores of the chosen experts."""
     values, gathers = piece(topk, 0), [u for u in users(indices) if reads_at(u, indices)]
+    allowed = shape_of(scores)[-1] // limit.groups * limit.top_groups
+    if topk.args[1] > allowed:
+        raise Refused(topk, f"{topk.args[1]} experts are chosen among {allowed}: some of them are masked, and equal")
     if values is not None:
         if bias is not None:
             raise Refused(values, f"the weights {values.name} are scores with the bias {bias.name} in them")
-        allowed = shape_of(scores)[-1] // limit.groups * limit.top_groups
-        if topk.args[1] > allowed:
-            raise Refused(values, f"{topk.args[1]} experts are chosen among {allowed}: some weights are masked scores")
         if gathers:
             raise Refused(values, f"weights are read twice, as {values.name} and {gathers[0].name}")
         return values

@@ -29,7 +29,7 @@ class NotAttention(Exception):
 
 @dataclass(frozen=True)
 class Visible:
-    """A query sees cached positions t ≤ `last`; None: all of them. Positions of queries are taken as not negative."""
+    """A query sees cached positions t ≤ `last`; None: all of them. One that sees none is padding (dsv3.attention)."""
 
     last: fx.Node | int | None = None
     dims: Dims = ()
@@ -113,7 +113,7 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
     if is_call(node, aten.add) and not node.kwargs:
         for scores, mask in (node.args[:2], node.args[1::-1]):
             if isinstance(mask, fx.Node) and is_mask(mask):
-                return scores, read_additive(mask)
+                return scores, read_additive(mask, dtype_of(node))
     if is_call(node, *MASKING):
         raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     return node, Visible()
@@ -142,26 +142,31 @@ def through(node: fx.Node) -> fx.Node:
     return node
 
 
-def read_additive(mask: fx.Node) -> Visible:
+def read_additive(mask: fx.Node, scores: torch.dtype) -> Visible:
     """A mask of zero where a query sees and −∞ (or the lowest number of its dtype) where it does not."""
     node, dims = behind(mask, tuple(range(4 - len(shape_of(mask)), 4)))
-    if is_call(node, aten.triu) and is_lowest(node.args[0], node) and _is_diagonal(node, dims, 1):
+    if is_call(node, aten.triu) and is_lowest(node.args[0], node, scores) and _is_diagonal(node, dims, 1):
         return Visible(dims=(dims[0],), diagonal=True)
-    if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node):
+    if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node, scores):
         return read_comparison(node.args[1], False, dims)
     if is_call(node, aten.where):
         condition, yes, no = node.args
-        if constant_of(yes) == 0 and is_lowest(no, node):
+        if constant_of(yes) == 0 and is_lowest(no, node, scores):
             return read_comparison(condition, True, dims)
-        if constant_of(no) == 0 and is_lowest(yes, node):
+        if constant_of(no) == 0 and is_lowest(yes, node, scores):
             return read_comparison(condition, False, dims)
     raise NotAttention(f"{mask.name}, added before the softmax, is not a mask of zero and −∞", mask)
 
 
-def is_lowest(value: Any, mask: fx.Node) -> bool:
-    """−∞, or the lowest number of the mask's dtype: no score that is added to it leaves anything of its share."""
-    number = constant_of(value)
-    return number is not None and (number == -inf or number == torch.finfo(dtype_of(mask)).min)
+def is_lowest(value: Any, mask: fx.Node, scores: torch.dtype) -> bool:
+    """−∞, or the lowest number of the mask's dtype: no score that is added to it leaves anything of its share.
+
+    That of float16 only among its own: scores of other dtypes reach as far.
+    """
+    number, dtype = constant_of(value), dtype_of(mask)
+    if number is None or not dtype.is_floating_point:
+        return False
+    return number == -inf or (number == torch.finfo(dtype).min and (dtype is not torch.float16 or scores is dtype))
 
 
 def behind(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:

@@ -11,7 +11,7 @@ from torch import fx
 from passes.base import Context, Outcome, Pass, calls, is_call, shape_of, sweep
 from passes.dense_sum import DenseSum
 from passes.layouts import EXPERT, FEATURE
-from passes.nodes import CASTS, is_division, steps_between, substitute
+from passes.nodes import CASTS, dtype_of, is_division, steps_between, substitute
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused, matched
 
@@ -87,7 +87,8 @@ def _labels_after(node: fx.Node, reached: dict[fx.Node, str]) -> str | None:
     if sources is not None:
         after = "".join(FEATURE if s is None else before[s] for s in sources)
         return after if EXPERT in after else None
-    scaled = is_call(node, aten.mul, aten.neg, *CASTS) or is_division(node)
+    widened = is_call(node, *CASTS) and dtype_of(node).is_floating_point
+    scaled = widened or is_call(node, aten.mul, aten.neg) or is_division(node)
     return (
         before
         if scaled and len(shape_of(node)) == len(before) and not any(n in reached for n in node.all_input_nodes[1:])

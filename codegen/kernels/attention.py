@@ -102,7 +102,7 @@ def attention_kernel(
         maximum = higher
 
     o_row = ((batch * queries + row) * H + head)[:, None] * V
-    result = (mixed / total[:, None]).to(out.dtype.element_ty)
+    result = (mixed / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty)
     tl.store(out + o_row + c[None, :], result, mask=inside[:, None] & (c < V)[None, :])
 
 

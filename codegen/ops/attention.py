@@ -41,16 +41,17 @@ def mla_attention(
 
     softmax over t ≤ positions[b, s] of scale · (q_latent · latent[b, t] + q_rope · rope_key[b, t]), times
     latent → [B, S, H, C]. One latent row is key and value of every head. positions are int64; cache rows
-    behind the last one are not read.
+    behind the last one are not read. A row at a negative position is padding: it sees nothing, and is zero or, on
+    Hopper, some other finite number.
     """
     heads, wide = q_latent.shape[2], compute_dtype(q_latent)
-    length = int(positions.max()) + 1
+    length = int(positions.max()) + 1 if positions.numel() else 0
     latent, rope_key = latent[:, :length].to(wide), rope_key[:, :length].to(wide)
     scores = torch.bmm((q_latent.to(wide) * scale).flatten(1, 2), latent.mT)
     scores = torch.baddbmm(scores, (q_rope.to(wide) * scale).flatten(1, 2), rope_key.mT)
     hidden = torch.arange(length, device=positions.device) > positions.unsqueeze(-1)
     scores.unflatten(1, (-1, heads)).masked_fill_(hidden.unsqueeze(2), -math.inf)
-    return torch.bmm(scores.softmax(-1), latent).view(q_latent.shape).to(q_latent.dtype)
+    return torch.bmm(torch._safe_softmax(scores, -1), latent).view(q_latent.shape).to(q_latent.dtype)
 
 
 def _value_output(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> Tensor:
@@ -89,12 +90,13 @@ def attention(
     """q [B, S, H, A], k [B, T, G, A], v [B, T, G, V], positions [B, S] int64 → [B, S, H, V].
 
     softmax over t ≤ positions[b, s] of scale · q · k, times v; query head h reads group h // (H/G).
-    Rows of k and v behind the last position are not read. A second part of every head, q_rope [B, S, H, R] and
-    k_rope [B, T, G, R] or, shared by all heads, [B, T, 1, R], adds its product to the first one's.
+    Rows of k and v behind the last position are not read; padding is as in mla_attention. A second part of every head,
+    q_rope [B, S, H, R] and k_rope [B, T, G, R] or, shared by all heads, [B, T, 1, R], adds its product to the first
+    one's.
     """
     if q_rope is not None and k_rope is not None:
         q, k = torch.cat([q, q_rope], -1), torch.cat([k, k_rope.expand(-1, -1, k.shape[2], -1)], -1)
-    length, value_width = int(positions.max()) + 1, v.shape[3]
+    length, value_width = int(positions.max()) + 1 if positions.numel() else 0, v.shape[3]
     k, v = k[:, :length], v[:, :length]
     # torch's fused kernels want one head width for keys and values; zero columns change no score and no sum.
     width = max(q.shape[3], value_width)

@@ -260,6 +260,68 @@ def test_a_graph_on_which_a_step_stops_goes_to_inductor_and_says_so(
         torch.compile(routing, backend="dsv3", options={"require": ("fuse-routing",)})(x)
 
 
+def latent_attention(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, 4] is its own latent; weight [2, 4, 4] makes keys of it: more to do than to ask the latent itself."""
+    scores = torch.einsum("sa,had,td->hst", x[-1:], weight, x)
+    return torch.einsum("hst,td->shd", scores.softmax(-1), x)
+
+
+def strided(x: Tensor, weight: Tensor) -> Tensor:
+    return latent_attention(x, weight) + x.mT.contiguous().as_strided((1, 1, 4), (4, 4, 1))
+
+
+def branching(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (latent_attention(x, weight),))
+
+
+def mapped(x: Tensor, weight: Tensor) -> Tensor:
+    return latent_attention(x, weight) + torch.vmap(lambda row: row.softmax(-1) * row)(x).sum()
+
+
+def casting(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return latent_attention(x, weight) + torch.nn.functional.linear(x, weight[0])[:1, None]
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (strided, "as_strided reads memory"),
+        (branching, "the graph has another in it: true_graph_0"),
+        (mapped, "the graph maps over an axis (vmap)"),
+        (casting, "the graph turns autocast on"),
+    ],
+)
+def test_what_no_pass_may_read_goes_to_inductor_as_it_came(
+    model: Callable[..., Tensor], reason: str, without_inductor: None
+) -> None:
+    arguments = torch.randn(9, 4), torch.randn(2, 4, 4)
+    assert torch.allclose(torch.compile(model, backend="dsv3")(*arguments), model(*arguments), atol=1e-6)
+    assert dsv3_compile.last_report()["fallback"].startswith(reason)
+
+
+def test_under_autocast_a_graph_goes_to_inductor_as_it_came(without_inductor: None) -> None:
+    x, weight = torch.randn(9, 4), torch.randn(2, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = torch.compile(latent_attention, backend="dsv3")(x, weight), latent_attention(x, weight)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert dsv3_compile.last_report()["fallback"].startswith("autocast is on")
+
+
+def test_switches_and_constants_do_not_keep_passes_away(without_inductor: None) -> None:
+    @torch.enable_grad()
+    def model(x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            weights, indices = torch.nn.functional.linear(x, weight[0]).sigmoid().topk(2)
+        table = torch.tensor([float(i % 7) for i in range(5000)])
+        return weights / weights.sum(-1, keepdim=True) + indices + table[3]
+
+    x, weight = torch.randn(9, 4), torch.randn(2, 4, 4)
+    assert torch.allclose(torch.compile(model, backend="dsv3")(x, weight), model(x, weight))
+    report = dsv3_compile.last_report()
+    assert not report["fallback"] and matches(report)["fuse-routing"] == 1
+
+
 def test_a_graph_that_a_pass_changed_goes_to_inductor_as_it_came(
     monkeypatch: pytest.MonkeyPatch, without_inductor: None
 ) -> None:

@@ -143,3 +143,17 @@ def test_values_that_are_no_numbers_before_and_after_are_certified():
     graph = module_graph(Logarithms(), X)
     assert apply(Canonicalise(), graph).matches
     assert count(graph, aten.log) == 2
+
+
+class Reread(nn.Module):
+    """Bits read as another dtype, and a copy that puts numbers beside each other that are to be complex ones."""
+
+    def forward(self, x):
+        pairs = x.unflatten(-1, (2, 3)).transpose(-1, -2).contiguous()
+        return x.view(torch.int32) + 0, torch.view_as_real(torch.view_as_complex(pairs) * 2)
+
+
+def test_what_reads_bits_or_layout_reads_what_it_did():
+    graph = module_graph(Reread(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.view.dtype) == count(graph, aten.contiguous, aten.clone) == 1

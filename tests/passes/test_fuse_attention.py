@@ -160,3 +160,36 @@ def test_no_query_sees_what_lies_behind_the_context(context, last):
 def test_bounds_that_are_no_positions(visible, reason):
     outcome = FuseAttention().run(bounded(visible, "T"), CONTEXT)
     assert not outcome.matches and reason in reasons(outcome)
+
+
+class Added(nn.Module):
+    """A mask that is added to scores of float32."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, q, k, v, positions):
+        scores = torch.einsum("bshx,bthx->bhst", q, k) * 0.3
+        hidden = torch.arange(k.shape[1]) > positions[:, None, :, None]
+        return torch.einsum("bhst,bthx->bshx", (scores + self.mask(hidden)).softmax(-1), v)
+
+
+def lowest(dtype):
+    return lambda hidden: torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def added(mask):
+    inputs = [tensor("q", 2, 3, 5, 8), tensor("k", 2, 7, 5, 8), tensor("v", 2, 7, 5, 8)]
+    return module_graph(Added(mask), *inputs, tensor("positions", 2, 3, dtype=torch.int64, upper=7))
+
+
+@pytest.mark.parametrize("mask", [lowest(torch.float32), lowest(torch.bfloat16)], ids=["float32", "bfloat16"])
+def test_the_lowest_number_hides(mask):
+    assert len(apply(FuseAttention(), added(mask)).matches) == 1
+
+
+@pytest.mark.parametrize("mask", [lowest(torch.float16), lambda hidden: torch.where(hidden, -10000, 0)])
+def test_numbers_that_scores_reach_do_not_hide(mask):
+    outcome = apply(FuseAttention(), added(mask))
+    assert not outcome.matches and "is not a mask of zero and −∞" in reasons(outcome)

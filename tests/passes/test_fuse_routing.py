@@ -252,8 +252,28 @@ def test_masked_values_as_weights_when_too_few_experts_are_allowed():
         return indices, weights
 
     assert untouched(FuseRouting(), routing_graph(routing, 12)) == (
-        "4 experts are chosen among 3: some weights are masked scores"
+        "4 experts are chosen among 3: some of them are masked, and equal"
     )
+
+
+def test_masked_experts_when_too_few_are_allowed():
+    def routing(logits, bias):
+        scores = logits.softmax(-1)
+        kept = kept_groups(scores.view(-1, 4, 3).amax(-1), 1)
+        indices = scores.masked_fill(spread(kept) == 0, -math.inf).topk(4, -1).indices
+        return indices, scores.gather(1, indices)
+
+    assert untouched(FuseRouting(), routing_graph(routing, 12)) == (
+        "4 experts are chosen among 3: some of them are masked, and equal"
+    )
+
+
+def test_a_single_token_without_an_axis_is_no_routing():
+    def routing(logits, bias):
+        weights, indices = logits[0].softmax(-1).topk(3, -1)
+        return indices, weights
+
+    assert untouched(FuseRouting(), routing_graph(routing, 12)) == ""
 
 
 def test_a_top_k_of_something_else_is_no_routing():

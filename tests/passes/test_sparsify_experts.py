@@ -189,10 +189,15 @@ def rounded(m, x, g):
     return torch.div(g[..., None] * torch.einsum("nei,eoi->neo", hidden(m, x), m.w2), 0.1, rounding_mode="floor").sum(1)
 
 
+def whole_numbers(m, x, g):
+    return (g[..., None] * torch.einsum("nei,eoi->neo", hidden(m, x), m.w2)).to(torch.int64).sum(1)
+
+
 @pytest.mark.parametrize(
     ("total", "reason"),
     [
         (rounded, ""),
+        (whole_numbers, ""),
         (softmax_over_experts, "softmax may look at several experts at once"),
         (hidden_used_elsewhere, "gelu is used by sum as well"),
         (shared_down_projection, "shared in einsum has no expert axis"),

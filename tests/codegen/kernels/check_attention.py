@@ -37,3 +37,12 @@ def test_a_second_part_of_every_head(heads, groups, rows, widths, dtype):
     arguments = (q, k, v, positions, 0.3, q_rope, k_rope)
     expected = torch.ops.dsv3.attention(*arguments)
     torch.testing.assert_close(attention(*arguments), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_padding_sees_nothing_and_is_zero():
+    q, k, v = torch.randn(2, 3, 4, 16), torch.randn(2, 70, 2, 16), torch.randn(2, 70, 2, 5)
+    arguments = (q, k, v, torch.tensor([[-1, 0, 1], [-1, -1, 64]]), 0.3)
+    found = attention(*arguments)
+    torch.testing.assert_close(found, torch.ops.dsv3.attention(*arguments))
+    seen = arguments[3] >= 0
+    assert (found[~seen] == 0).all() and (found[seen] != 0).all()

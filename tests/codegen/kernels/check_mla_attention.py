@@ -48,3 +48,13 @@ def test_query_halves_and_cache_prefixes_need_no_copy():
     latent, rope_key = torch.randn(2, 50, 24)[:, :40], torch.randn(2, 50, 6)[:, :40]
     arguments = (q[..., :24], q[..., 24:], latent, rope_key, torch.tensor([[39], [0]]), 0.2)
     torch.testing.assert_close(mla_attention(*arguments), torch.ops.dsv3.mla_attention(*arguments))
+
+
+@pytest.mark.parametrize("min_split", [32, 256])
+def test_padding_sees_nothing_and_is_zero(min_split, monkeypatch):
+    monkeypatch.setattr(module, "MIN_SPLIT", min_split)
+    *tensors, _ = draw(2, 2, 3, 24, 6, 150, torch.float32)
+    arguments = (*tensors, torch.tensor([[-1, 0], [-1, 140]]), 0.2)
+    found = mla_attention(*arguments)
+    torch.testing.assert_close(found, torch.ops.dsv3.mla_attention(*arguments))
+    assert (found[:, 0] == 0).all() and (found[:, 1] != 0).all()

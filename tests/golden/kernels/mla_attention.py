@@ -136,7 +136,8 @@ def mla_attention_kernel(
         tl.store(out + part[:, None] * C + c[None, :], mixed, mask=written & seen)
     else:
         place = (batch * rows + row)[:, None] * C + c[None, :]
-        tl.store(out + place, (mixed / total[:, None]).to(out.dtype.element_ty), mask=written)
+        sure = tl.where(total > 0, total, 1.0)  # zero where a row of padding saw nothing
+        tl.store(out + place, (mixed / sure[:, None]).to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -164,13 +165,15 @@ def merge_splits_kernel(
         # A split that this row sees nothing of has written no values; what lies there must not be read.
         used = own > -float("inf")
         higher = tl.maximum(maximum, tl.max(own, 0))
-        fade = tl.exp2(maximum - higher)
-        weight = tl.exp2(own - higher)
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        fade = tl.exp2(maximum - safe)
+        weight = tl.exp2(own - safe)
         values = tl.load(parts + part[:, None] * C + c[None, :], mask=used[:, None] & (c < C)[None, :], other=0.0)
         total = total * fade + tl.sum(tl.load(sums + part, mask=used, other=0.0) * weight, 0)
         mixed = mixed * fade + tl.sum(values * weight[:, None], 0)
         maximum = higher
-    tl.store(out + (batch * rows + row) * C + c, (mixed / total).to(out.dtype.element_ty), mask=c < C)
+    sure = tl.where(total > 0, total, 1.0)
+    tl.store(out + (batch * rows + row) * C + c, (mixed / sure).to(out.dtype.element_ty), mask=c < C)
 
 
 def mla_attention(
