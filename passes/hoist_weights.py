@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, Role, ancestors, is_call, placeholders
-from passes.chains import weight_only
+from passes.nodes import from_weights
 
 aten = torch.ops.aten
 VIEWS = (
@@ -28,7 +28,7 @@ class HoistWeights(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
-        computed = weight_only(graph)
+        computed = from_weights(graph)
         roots = [n for n in graph.nodes if n in computed and any(user not in computed for user in n.users)]
         anchor = next(n for n in graph.nodes if n.op != "placeholder")
         for node in roots:

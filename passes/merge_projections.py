@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, shape_of, source_line, sweep
-from passes.nodes import bring_before, dtype_of, erase_dead, settled, weights_only
+from passes.nodes import bring_before, dtype_of, erase_dead, from_weights, settled, weights_only
 from passes.products import product_of
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -50,10 +50,10 @@ class MergeProjections(Pass):
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         outcome, graph = Outcome(), graph_module.graph
         families: dict[Any, list[Projection]] = {}
-        known: dict[fx.Node, bool] = {}
+        weights = from_weights(graph)
         for node in graph.nodes:
             projection = projection_of(node)
-            if projection is not None and all(weights_only(w, known) for w in projection.weights):
+            if projection is not None and weights.issuperset(projection.weights):
                 families.setdefault(projection.form, []).append(projection)
         for family in families.values():
             step = self.max_siblings or len(family)

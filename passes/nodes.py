@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, call, is_call, same_size, shape_of
+from passes.base import Role, call, is_call, placeholders, same_size, shape_of
 
 aten = torch.ops.aten
 
@@ -109,16 +109,26 @@ def constant_of(value: Any) -> float | None:
     return 1.0 if is_call(value, aten.ones, aten.ones_like, aten.new_ones) else None
 
 
-def weights_only(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
+def weights_only(node: fx.Node) -> bool:
     """Is the value computed from weights alone?"""
-    known = {} if known is None else known
-    if node not in known:
-        if node.op == "placeholder":
-            known[node] = node.meta["role"] is Role.WEIGHT
-        else:
-            inputs = node.all_input_nodes
-            known[node] = bool(inputs) and all(weights_only(n, known) for n in inputs)
-    return known[node]
+    seen, stack = {node}, [node]
+    while stack:
+        one = stack.pop()
+        is_weight = one.op == "placeholder" and one.meta["role"] is Role.WEIGHT
+        if not one.all_input_nodes and not is_weight:
+            return False
+        stack.extend(source for source in one.all_input_nodes if source not in seen)
+        seen.update(one.all_input_nodes)
+    return True
+
+
+def from_weights(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The weights, and all calls of which `weights_only` is true."""
+    found = set(placeholders(graph, Role.WEIGHT))
+    for node in graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def is_division(node: Any) -> bool:
