@@ -52,19 +52,19 @@ class RegionalSpecimen:
         before.output(before.graph_copy(self.module.graph, {}))
         return before
 
-    def certify(self, before: fx.Graph, label: str, bound: float = EXACT) -> Certificate:
+    def certify(self, before: fx.Graph, label: str) -> Certificate:
         """Compare `module`, just rewritten, with its snapshot. CertificateError names pass, value and error."""
         changes, traced = Changes(before, self.module.graph), traced_sizes(before)
         errors, skipped = [0.0], []
         for root in changes.roots:
             try:
-                errors.append(self._certify(changes, root, traced, label, bound))
+                errors.append(self._certify(changes, root, traced, label))
             except TooLarge as reason:
                 skipped.append(f"{root[0].name}: {reason}")
         sizes = {str(symbol): value for symbol, value in traced.items()}
-        return Certificate(max(errors), bound, sizes=sizes, skipped=tuple(skipped))
+        return Certificate(max(errors), sizes=sizes, skipped=tuple(skipped))
 
-    def _certify(self, changes: Changes, root: Pair, traced: Sizes, label: str, bound: float) -> float:
+    def _certify(self, changes: Changes, root: Pair, traced: Sizes, label: str) -> float:
         failed = ""
         for depth in DEPTHS:
             region = changes.region(root, depth)
@@ -79,8 +79,8 @@ class RegionalSpecimen:
                 except NodeError as stopped:
                     error, failed = float("inf"), f"the graph no longer runs: {stopped}"
                 else:
-                    failed = f"{region.root} differs by {error:.3g} (bound {bound:g})"
-                if not error <= bound:
+                    failed = f"{region.root} differs by {error:.3g} (bound {EXACT:g})"
+                if not error <= EXACT:
                     if region.whole:
                         break
                     continue

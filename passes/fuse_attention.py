@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from codegen import ops as _vocabulary  # noqa: F401  registers torch.ops.dsv3
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product, lift

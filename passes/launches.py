@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import codegen.ops  # noqa: F401  registers the vocabulary
 from codegen.targets import Target
 from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of, sweep

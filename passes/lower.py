@@ -11,7 +11,6 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-import codegen.ops  # noqa: F401  registers the vocabulary
 from passes.base import Context, Outcome, Pass, Role, call, calls, sweep
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3

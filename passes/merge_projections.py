@@ -38,14 +38,8 @@ class MergeProjections(Pass):
        b = x · Wbᵀ           →
 
     The same for grouped products and einsums with one weight. Only weights are put side by side, so that it is done
-    once, when they are bound; `max_siblings` limits how many.
+    once, when they are bound.
     """  # fmt: skip
-
-    max_siblings: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_siblings is not None and self.max_siblings < 1:
-            raise ValueError(f"max_siblings is {self.max_siblings}; accepted: none, or a number from 1 on")
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         outcome, graph = Outcome(), graph_module.graph
@@ -55,11 +49,9 @@ class MergeProjections(Pass):
             projection = projection_of(node)
             if projection is not None and weights.issuperset(projection.weights):
                 families.setdefault(projection.form, []).append(projection)
-        for family in families.values():
-            step = self.max_siblings or len(family)
-            for siblings in (family[i : i + step] for i in range(0, len(family), step)):
-                if len(siblings) > 1:
-                    outcome.matches.append(merge(graph, siblings))
+        for siblings in families.values():
+            if len(siblings) > 1:
+                outcome.matches.append(merge(graph, siblings))
         sweep(graph_module)
         return outcome
 
