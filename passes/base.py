@@ -99,6 +99,12 @@ def source_line(node: fx.Node) -> str:
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
 
 
+def told(old: str, new: fx.Node) -> str:
+    """One line of prose about what a new node replaces."""
+    where = source_line(new)
+    return f"{old} → {new.name}" + (f" ({where})" if where else "")
+
+
 def value_of(argument: Any) -> Any:
     """The fake value of an argument: nodes become their meta['val'], everything else stays."""
     return fx.node.map_arg(argument, lambda node: node.meta["val"])

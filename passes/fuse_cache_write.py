@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of, source_line, sweep
+from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of, sweep, told
 from passes.fuse_norm import read_norm
 from passes.nodes import CASTS, erase_dead, settled, steps_between, users
 from passes.products import Part, join, part_of, sources_of_dims
@@ -107,8 +107,7 @@ def fuse(graph: fx.Graph, key: Rows) -> str:
     for rows, new in zip((latent, key), written, strict=True):
         rows.put.replace_all_uses_with(new)
         erase_dead(graph, rows.put)
-    where = source_line(write)
-    return f"{names} → {write.name}" + (f" ({where})" if where else "")
+    return told(names, write)
 
 
 def find_latent(graph: fx.Graph, key: Rows, columns: Part) -> tuple[Rows, Part]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, is_call, shape_of, source_line, sweep
+from passes.base import Context, Outcome, Pass, call, is_call, shape_of, sweep, told
 from passes.nodes import bring_before, dtype_of, erase_dead, from_weights, settled, weights_only
 from passes.products import product_of
 
@@ -117,5 +117,4 @@ def merge(graph: fx.Graph, siblings: list[Projection]) -> str:
     for sibling, part in zip(siblings, parts, strict=True):
         sibling.node.replace_all_uses_with(part)
         erase_dead(graph, sibling.node)
-    where = source_line(product)
-    return f"{names} → {product.name}" + (f" ({where})" if where else "")
+    return told(names, product)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, same_size, shape_of, source_line
+from passes.base import Context, call, is_call, same_size, shape_of, told
 from passes.fuse_head_products import HeadProduct, head_product
 from passes.fuse_norm import nearest_norm
 from passes.launches import SIZED, FuseLaunches, why_not_few
@@ -101,8 +101,7 @@ class StreamAttentionInputs(FuseLaunches):
         for put, value in zip(found.puts, written, strict=True):
             put.replace_all_uses_with(value)
             erase_dead(graph, put)
-        where = source_line(new)
-        return f"{', '.join(put.name for put in found.puts)} → {new.name}" + (f" ({where})" if where else "")
+        return told(", ".join(put.name for put in found.puts), new)
 
 
 def inputs_of(attention: fx.Node) -> Inputs:
