@@ -217,11 +217,14 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def expression_of(size: Any) -> Any:
+    """The sympy expression of a SymInt; an int stays."""
+    return getattr(getattr(size, "node", None), "expr", size)
+
+
 def same_size(left: Any, right: Any) -> bool:
     """Are two sizes (int or SymInt) equal for every value of the symbols?"""
-    left = getattr(getattr(left, "node", None), "expr", left)
-    right = getattr(getattr(right, "node", None), "expr", right)
-    return bool(left == right)
+    return bool(expression_of(left) == expression_of(right))
 
 
 def module_of(root: Any, graph: fx.Graph) -> fx.GraphModule:

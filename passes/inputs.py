@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from passes.base import Role, placeholders
+from passes.base import Role, expression_of, placeholders
 
 Recipe = tuple[str, str, tuple[int, ...], int]
 """Name, kind ("normal", "matrix", "vector" or an integer dtype), shape, and the bound below which integers lie."""
@@ -79,11 +79,6 @@ def ascending(shape: tuple[int, ...], upper: int, generator: torch.Generator) ->
         return torch.randint(0, upper, shape, generator=generator)
     order = torch.rand([*rows, upper], generator=generator, dtype=torch.float32)
     return order.argsort(-1)[..., :width].sort(-1).values
-
-
-def expression_of(size: Any) -> Any:
-    """The sympy expression of a SymInt; an int stays."""
-    return getattr(getattr(size, "node", None), "expr", size)
 
 
 def number_of(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, equation_of, is_call, same_size, shape_of
+from passes.base import Role, equation_of, expression_of, is_call, same_size, shape_of
 from passes.contraction import (
     CONTRACTIONS,
     Axis,
@@ -25,7 +25,6 @@ from passes.contraction import (
     Term,
     Value,
     contract,
-    size_expr,
     unify,
 )
 from passes.nodes import is_division, is_probability
@@ -36,7 +35,7 @@ aten = torch.ops.aten
 
 
 def leaf(node: fx.Node) -> Value:
-    axes = tuple(Axis(size_expr(s)) for s in shape_of(node))
+    axes = tuple(Axis(expression_of(s)) for s in shape_of(node))
     return Value(tuple((a,) for a in axes), (Piece((Term((Operand(node, (), axes),)),)),))
 
 
@@ -177,7 +176,7 @@ def _read_same(node: fx.Node) -> Value:
 
 def _read_view(node: fx.Node) -> Value:
     """Split and merge axes: walk over both shapes and cut the input's axes where the output's dims end."""
-    value, wanted = _read(node.args[0]), [size_expr(s) for s in shape_of(node)]
+    value, wanted = _read(node.args[0]), [expression_of(s) for s in shape_of(node)]
     if value.through == frozenset() and _merges_features(node):
         raise NotLinear("a plain tensor whose features are merged is an operand as it stands")
     return reshaped(value, wanted)
@@ -212,7 +211,7 @@ def _read_permute(node: fx.Node) -> Value:
 
 def _read_expand(node: fx.Node) -> Value:
     value = _read(node.args[0])
-    wanted = [size_expr(s) for s in shape_of(node)]
+    wanted = [expression_of(s) for s in shape_of(node)]
     return broadcast(value, wanted)
 
 
