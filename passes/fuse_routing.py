@@ -13,13 +13,13 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of, sweep
-from passes.grouped_calls import counts_up
 from passes.nodes import (
     CASTS,
     RESHAPES,
     SOFTMAX,
     VIEWS,
     constant_of,
+    counts_up,
     dtype_of,
     over_last_axis,
     same_shape,

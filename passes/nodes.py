@@ -109,6 +109,14 @@ def constant_of(value: Any) -> float | None:
     return 1.0 if is_call(value, aten.ones, aten.ones_like, aten.new_ones) else None
 
 
+def counts_up(node: Any, start: int) -> bool:
+    """Is it start, start + 1, …?"""
+    if not is_call(node, aten.arange) or len(shape_of(node)) != 1:
+        return False
+    bounds = node.args if len(node.args) > 1 else (0, *node.args)
+    return bounds[0] == start and (len(bounds) < 3 or bounds[2] == 1)
+
+
 def weights_only(node: fx.Node) -> bool:
     """Is the value computed from weights alone?"""
     seen, stack = {node}, [node]

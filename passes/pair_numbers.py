@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import counted_indices, counts_up, uncast_integers
+from passes.grouped_calls import counted_indices, uncast_integers
 from passes.layouts import EXPERT, FEATURE, TOKEN_AXES, has_labels, labels_before
-from passes.nodes import RESHAPES
+from passes.nodes import RESHAPES, counts_up
 from passes.products import BROADCAST, sources_of_dims
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
