@@ -44,11 +44,11 @@ class FuseAttention(Pass):
                 continue
             core.out.replace_all_uses_with(node)
             graph.eliminate_dead_code()
-            outcome.matches.append(f"{softmax.name}: {op_before(node)}")
+            outcome.matches.append(f"{softmax.name}: {op_behind(node)}")
         return outcome
 
 
-def op_before(node: fx.Node) -> str:
+def op_behind(node: fx.Node) -> str:
     """The name of the attention op behind rearrangements of its result."""
     while "dsv3" not in str(node.target):
         node = node.args[0]
@@ -95,7 +95,7 @@ def only_path(node: fx.Node, *through: object) -> fx.Node:
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
-    while is_call(node, aten._to_copy, aten.to):
+    while is_call(node, *CASTS):
         node = node.args[0]
     return node
 

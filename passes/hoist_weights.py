@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from passes.base import Context, Outcome, Pass, Role, ancestors, is_call, placeh
 from passes.nodes import from_weights
 
 aten = torch.ops.aten
-VIEWS = (
+SHARE_STORAGE = (
     aten.view, aten.unflatten, aten.flatten, aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose, aten.t,
     aten.expand, aten.slice, aten.select, aten.split_with_sizes, aten.split, aten.chunk, aten.alias, aten.detach,
+    operator.getitem,
 )  # fmt: skip
 
 
@@ -52,13 +54,9 @@ class HoistWeights(Pass):
 
 def source_of_views(node: fx.Node) -> fx.Node:
     """The node whose storage this one looks at."""
-    while is_view(node):
+    while is_call(node, *SHARE_STORAGE):
         node = node.all_input_nodes[0]
     return node
-
-
-def is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and (is_call(node, *VIEWS) or "getitem" in getattr(node.target, "__name__", ""))
 
 
 def extract(root: fx.Node) -> fx.GraphModule:

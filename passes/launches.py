@@ -13,13 +13,13 @@ from torch import fx
 from codegen.targets import Target
 from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of, sweep
-from passes.nodes import CASTS, settled, users
+from passes.nodes import CASTS, RESHAPES, settled, users
 
 aten = torch.ops.aten
 
 FEW_ROWS = 64  # of a product that is bound by reading its weight
 SIZED = (aten.view, aten.reshape, aten._unsafe_view)  # which are told every size
-REGROUPINGS = (*SIZED, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)
+REGROUPINGS = (*RESHAPES, aten.unsqueeze, aten.squeeze)
 
 
 @dataclass(frozen=True)

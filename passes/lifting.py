@@ -27,7 +27,7 @@ from passes.contraction import (
     contract,
     unify,
 )
-from passes.nodes import is_division, is_probability
+from passes.nodes import CASTS, COPIES, RESHAPES, is_division, is_probability
 from passes.products import part_of, sources_of_dims
 from passes.reshaping import broadcast, concatenated, repeated, reshaped, squeezed
 
@@ -299,8 +299,8 @@ READERS: tuple[tuple[tuple[Any, ...], Callable[[fx.Node], Value]], ...] = (
     ((aten.einsum,), _read_einsum),
     ((aten.linear,), _read_linear),
     ((aten.mm, aten.bmm, aten.matmul), _read_matmul),
-    ((aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), _read_view),
-    ((aten.clone, aten.contiguous, aten.alias, aten.detach, aten._to_copy, aten.to), _read_same),
+    (RESHAPES, _read_view),
+    ((*COPIES, *CASTS), _read_same),
     ((aten.unsqueeze,), _read_unsqueeze),
     ((aten.squeeze,), _read_squeeze),
     ((aten.permute, aten.transpose, aten.t), _read_permute),

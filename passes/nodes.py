@@ -205,6 +205,6 @@ def bring_before(place: fx.Node, weight: fx.Node) -> None:
 
 def is_probability(node: fx.Node) -> bool:
     """Is the node a softmax, possibly cast afterwards?"""
-    while is_call(node, aten._to_copy, aten.to, aten.clone):
+    while is_call(node, *CASTS, aten.clone):
         node = node.args[0]
     return is_call(node, *SOFTMAX)
