@@ -38,7 +38,7 @@ class Canonicalise(Pass):
             if source is not None:
                 node.replace_all_uses_with(source)
                 outcome.matches.append(f"{node.name} is {source.name}")
-        for node in calls(graph, aten._unsafe_view, aten.view):
+        for node in calls(graph, aten._unsafe_view, aten.view.default):
             node.target = aten.reshape.default
         for node in calls(graph, aten.type_as):
             if node.meta["val"].device == node.args[0].meta["val"].device:

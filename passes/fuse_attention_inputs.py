@@ -101,7 +101,7 @@ def whole_heads(nope: Part | None, rope: Part | None) -> fx.Node | None:
     if nope is None or rope is None or (nope.start, nope.step, rope.step) != (0, 1, 1) or rope.start != nope.length:
         return None
     heads = [settled(part.source) for part in (nope, rope)]
-    if any(not is_call(one, aten.view, aten.reshape, aten.unflatten) for one in heads):
+    if any(not is_call(one, aten.view.default, aten.reshape, aten.unflatten) for one in heads):
         return None
     if any(len(shape_of(one)) != 4 or part.axis != 3 for one, part in zip(heads, (nope, rope), strict=True)):
         return None

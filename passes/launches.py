@@ -18,7 +18,7 @@ from passes.nodes import CASTS, RESHAPES, settled, users
 aten = torch.ops.aten
 
 FEW_ROWS = 64  # of a product that is bound by reading its weight
-SIZED = (aten.view, aten.reshape, aten._unsafe_view)  # which are told every size
+SIZED = (aten.view.default, aten.reshape, aten._unsafe_view)  # which are told every size
 REGROUPINGS = (*RESHAPES, aten.unsqueeze, aten.squeeze)
 
 

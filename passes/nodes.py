@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 CASTS = (aten._to_copy, aten.to)
 COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
-RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
+RESHAPES = (aten.view.default, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
 VIEWS = (*RESHAPES, aten.expand, aten.slice)
 ASSERTIONS = (aten._assert_tensor_metadata,)
 SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
