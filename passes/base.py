@@ -190,7 +190,7 @@ def fake_einsum(letters: Sequence[str], out: str, operands: Sequence[Tensor]) ->
 
 
 def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder" and role in (None, n.meta["role"])]
+    return [n for n in graph.nodes if n.op == "placeholder" and (role is None or n.meta["role"] == role)]
 
 
 _NO_PACKET = object()

@@ -198,10 +198,10 @@ def _bytes(value: Any, size: SizeOf) -> Any:
         return sum(_bytes(v, size) for v in value)
     if not isinstance(value, torch.Tensor):
         return 0
-    return prod((size(d) for d in _distinct(value)), start=1) * value.element_size()
+    return prod((size(d) for d in stored_dims(value)), start=1) * value.element_size()
 
 
-def _distinct(value: torch.Tensor) -> list[Any]:
+def stored_dims(value: torch.Tensor) -> list[Any]:
     """Dims of the memory behind a tensor: a broadcast dim (stride 0) is stored once."""
     return [
         d

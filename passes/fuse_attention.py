@@ -12,7 +12,7 @@ from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import CASTS, SOFTMAX, is_division, is_probability, steps_between
+from passes.nodes import CASTS, SOFTMAX, is_division, is_probability, steps_between, vocabulary_op
 from passes.products import REARRANGEMENTS
 from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
@@ -50,9 +50,9 @@ class FuseAttention(Pass):
 
 def op_behind(node: fx.Node) -> str:
     """The name of the attention op behind rearrangements of its result."""
-    while "dsv3" not in str(node.target):
+    while (op := vocabulary_op(node)) is None:
         node = node.args[0]
-    return str(node.target).removeprefix("dsv3.").removesuffix(".default")
+    return op
 
 
 @dataclass(frozen=True)

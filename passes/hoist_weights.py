@@ -91,7 +91,7 @@ def bound_name(recipe: fx.GraphModule) -> str:
         names[node] = f"v{len(names)}"
         lines.append(f"{names[node]} = {node.target}{arguments}")
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
-    sources = [str(n.target) for n in recipe.graph.nodes if n.op == "placeholder"]
+    sources = [str(n.target) for n in placeholders(recipe.graph)]
     common = sources[0].rsplit("_", 1)[0] if len(sources) == 1 else _common_prefix(sources)
     return f"{common or 'weight'}_bound_{digest}"
 

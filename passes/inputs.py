@@ -41,10 +41,14 @@ def _recipe(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Recipe:
     if not fake.is_floating_point():
         dtype = str(fake.dtype).removeprefix("torch.")
         return str(node.target), dtype, shape, number_of(node.meta["upper"], sizes)
-    kind = "normal"
-    if node.meta["role"] is Role.WEIGHT:
-        kind = "matrix" if len(shape) > 1 else "vector"
-    return str(node.target), kind, shape, 0
+    return str(node.target), kind_of(node), shape, 0
+
+
+def kind_of(node: fx.Node) -> str:
+    """How an input of floating-point numbers is drawn."""
+    if node.meta["role"] is not Role.WEIGHT:
+        return "normal"
+    return "matrix" if len(node.meta["val"].shape) > 1 else "vector"
 
 
 # The functions below import nothing of ours: repro scripts carry their source.

@@ -13,7 +13,7 @@ from torch import fx
 from codegen.targets import Target
 from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of, sweep
-from passes.nodes import CASTS, RESHAPES, settled, users
+from passes.nodes import CASTS, RESHAPES, settled, users, vocabulary_op
 
 aten = torch.ops.aten
 
@@ -68,10 +68,8 @@ class FuseLaunches(Pass):
 
 def runs_kernel(node: Any, target: Target) -> bool:
     """Is the node a call for which the target has a kernel of its own?"""
-    op = node.target if isinstance(node, fx.Node) else None
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "dsv3":
-        return False
-    return own_form(op._schema.name.removeprefix("dsv3::"), target) is not None
+    op = vocabulary_op(node)
+    return op is not None and own_form(op, target) is not None
 
 
 def why_not_few(product: fx.Node, sizes: Sequence[Any], context: Context) -> str | None:

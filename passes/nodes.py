@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from codegen.ops import NAMESPACE
 from passes.base import Role, call, is_call, placeholders, same_size, shape_of
 
 aten = torch.ops.aten
@@ -40,6 +41,19 @@ def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> 
 def is_tensor(value: Any) -> bool:
     """Is it a node that is a tensor, and not a number or a free size?"""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def vocabulary_op(node: Any) -> str | None:
+    """The name of the op of our vocabulary that a node calls, or None."""
+    target = node.target if isinstance(node, fx.Node) else None
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+        return None
+    return target._schema.name.removeprefix(f"{NAMESPACE}::")
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Does torch say that every number of the result depends on those at its own place alone?"""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def is_random(node: fx.Node) -> bool:
@@ -205,6 +219,11 @@ def bring_before(place: fx.Node, weight: fx.Node) -> None:
 
 def is_probability(node: fx.Node) -> bool:
     """Is the node a softmax, possibly cast afterwards?"""
+    return softmax_behind(node) is not None
+
+
+def softmax_behind(node: fx.Node) -> fx.Node | None:
+    """The softmax behind casts of its result, or None."""
     while is_call(node, *CASTS, aten.clone):
         node = node.args[0]
-    return is_call(node, *SOFTMAX)
+    return node if is_call(node, *SOFTMAX) else None

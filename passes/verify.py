@@ -131,7 +131,7 @@ def _argument(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
     recipe = node.meta.get("bind")
     if recipe is None:
         return inputs[str(node.target)]
-    names = [str(n.target) for n in recipe.graph.nodes if n.op == "placeholder"]
+    names = [str(n.target) for n in placeholders(recipe.graph)]
     arguments = (inputs[name] for name in names)
     (value,) = tree_leaves(Float64Interpreter(recipe).run(*arguments, enable_io_processing=False))
     return value
