@@ -74,7 +74,7 @@ class Context:
 class Pass:
     """Base of all passes. Subclasses are frozen dataclasses whose fields are their options."""
 
-    prepares: ClassVar[bool] = False  # does it only write things in the way that later passes read?
+    prepares: ClassVar[bool] = False  # are matches of this pass alone no reason to replace a foreign graph?
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         """Change the graph in place and say what was done and what was left."""
