@@ -19,11 +19,6 @@ class Target:
     flops: float
     launch_seconds: float  # cost of one more kernel inside a replayed graph
 
-    @property
-    def balance(self) -> float:
-        """FLOP per byte at which the two ceilings meet."""
-        return self.flops / self.bandwidth
-
 
 TARGETS = {
     target.name: target

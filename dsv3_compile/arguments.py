@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.printers import PythonPrinter
 
-from passes.inputs import expression_of
+from passes.base import expression_of
 
 
 class ModuleError(ValueError):

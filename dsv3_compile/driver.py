@@ -32,7 +32,7 @@ from model_def.presets import PRESETS
 from model_def.specs import LayerSpec
 from passes.base import Context, Workload
 from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_forms, check_required
-from passes.verify import EXACT, CertificateError, Specimen
+from passes.verify import CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
 
@@ -155,8 +155,7 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
         records = pipeline.run(block.module, context, label, specimen, step, history)
         check_ops(block)
         if specimen is not None:
-            bound = max((r.certificate.bound for r in records if r.certificate), default=EXACT)
-            program.certificates[name, phase] = specimen.certify_whole(label, bound)
+            program.certificates[name, phase] = specimen.certify_whole(label)
         program.records[name, phase] = records
         program.graphs[name, phase] = history.document()
         dump(name, phase, records, program.graphs[name, phase])

@@ -9,7 +9,6 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from codegen.emit import EmittedKernel, KernelSource, compile_kernels, write_kernel
@@ -20,8 +19,7 @@ from dsv3_compile.artifact import Progress
 from dsv3_compile.program import BlockGraph, Program
 from dsv3_compile.source import KernelCall, axis_letters
 from passes.base import is_call, value_of
-
-VOCABULARY = "dsv3"
+from passes.nodes import vocabulary_op
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,9 @@ def write_kernels(bindings: Bindings, folder: Path) -> None:
 def _calls(block: BlockGraph, target: Target) -> Iterator[tuple[fx.Node, str, list[Operand]]]:
     letters = axis_letters(block.module)
     for node in block.module.graph.nodes:
-        if _is_vocabulary(node) and available(_op(node), target):
-            yield node, _op(node), [_operand(argument, letters) for argument in _arguments(node)]
-
-
-def _is_vocabulary(node: Any) -> bool:
-    target = getattr(node, "target", None)
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == VOCABULARY
-
-
-def _op(node: fx.Node) -> str:
-    return node.target._schema.name.removeprefix(f"{VOCABULARY}::")
+        op = vocabulary_op(node)
+        if op is not None and available(op, target):
+            yield node, op, [_operand(argument, letters) for argument in _arguments(node)]
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -98,6 +88,6 @@ def _arguments(node: fx.Node) -> list[Any]:
 def _operand(argument: Any, letters: dict[str, str]) -> Operand:
     operand = spec_of(value_of(argument), letters)
     producer = argument.args[0] if is_call(argument, getitem) else argument
-    if isinstance(operand, TensorSpec) and _is_vocabulary(producer):
+    if isinstance(operand, TensorSpec) and vocabulary_op(producer):
         return replace(operand, strides=None)  # a kernel's outputs are contiguous, whatever those of its reference
     return operand

@@ -10,8 +10,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from dsv3_compile.program import BlockGraph
-from passes.base import fake_mode_of, fake_result, module_of, sweep
-from passes.inputs import expression_of
+from passes.base import expression_of, fake_mode_of, fake_result, module_of, sweep
 
 QUERIES = "S"
 

@@ -74,7 +74,7 @@ class Context:
 class Pass:
     """Base of all passes. Subclasses are frozen dataclasses whose fields are their options."""
 
-    prepares: ClassVar[bool] = False  # does it only write things in the way that later passes read?
+    prepares: ClassVar[bool] = False  # are matches of this pass alone no reason to replace a foreign graph?
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         """Change the graph in place and say what was done and what was left."""
@@ -97,6 +97,12 @@ def source_line(node: fx.Node) -> str:
     """'file:line' of the innermost model frame in the node's stack trace, or ''."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
+
+
+def told(old: str, new: fx.Node) -> str:
+    """One line of prose about what a new node replaces."""
+    where = source_line(new)
+    return f"{old} → {new.name}" + (f" ({where})" if where else "")
 
 
 def value_of(argument: Any) -> Any:
@@ -184,7 +190,7 @@ def fake_einsum(letters: Sequence[str], out: str, operands: Sequence[Tensor]) ->
 
 
 def placeholders(graph: fx.Graph, role: Role | None = None) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op == "placeholder" and role in (None, n.meta["role"])]
+    return [n for n in graph.nodes if n.op == "placeholder" and (role is None or n.meta["role"] == role)]
 
 
 _NO_PACKET = object()
@@ -214,11 +220,14 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def expression_of(size: Any) -> Any:
+    """The sympy expression of a SymInt; an int stays."""
+    return getattr(getattr(size, "node", None), "expr", size)
+
+
 def same_size(left: Any, right: Any) -> bool:
     """Are two sizes (int or SymInt) equal for every value of the symbols?"""
-    left = getattr(getattr(left, "node", None), "expr", left)
-    right = getattr(getattr(right, "node", None), "expr", right)
-    return bool(left == right)
+    return bool(expression_of(left) == expression_of(right))
 
 
 def module_of(root: Any, graph: fx.Graph) -> fx.GraphModule:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
-from passes.nodes import VIEWS, is_division, is_random, is_tensor, same_shape
+from passes.nodes import CASTS, COPIES, VIEWS, is_division, is_random, is_tensor, same_shape
 from passes.products import part_of, product_of, sources_of_dims
 
 aten = torch.ops.aten
@@ -71,15 +71,13 @@ def same_value(node: fx.Node) -> fx.Node | None:
     source, value = node.args[0], node.meta["val"]
     if not isinstance(value, torch.Tensor) or not isinstance(source.meta.get("val"), torch.Tensor):
         return None
-    if is_call(node, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy):
+    if is_call(node, *COPIES):
         return None if read_by_layout(node) else source
-    if is_call(node, aten._to_copy, aten.to, aten.type_as):
+    if is_call(node, *CASTS, aten.type_as):
         same = value.dtype == source.meta["val"].dtype and value.device == source.meta["val"].device
         return source if same else None
-    if is_call(node, aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.slice, aten.flatten):
-        shapes = shape_of(node), shape_of(source)
-        same = len(shapes[0]) == len(shapes[1]) and all(same_size(a, b) for a, b in zip(*shapes, strict=True))
-        return source if same else None
+    if is_call(node, *VIEWS):
+        return source if same_shape(node, source) else None
     if is_call(node, aten.add, aten.sub) and node.args[1] == 0 and not isinstance(node.args[1], fx.Node):
         return source if value.dtype == source.meta["val"].dtype else None
     scales = is_call(node, aten.mul) or is_division(node)

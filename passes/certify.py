@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import sympy
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from passes.base import Role, placeholders
+from passes.base import placeholders
 from passes.bisection import relative_error
 from passes.changes import Changes, Pair, Region, number
-from passes.cost import node_costs, traced_sizes
-from passes.inputs import draw_one, number_of
+from passes.cost import node_costs, stored_dims, traced_sizes
+from passes.inputs import draw_one, kind_of, number_of
 from passes.verify import EXACT, Certificate, CertificateError, NodeError, run_float64
 
 MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
@@ -52,19 +53,19 @@ class RegionalSpecimen:
         before.output(before.graph_copy(self.module.graph, {}))
         return before
 
-    def certify(self, before: fx.Graph, label: str, bound: float = EXACT) -> Certificate:
+    def certify(self, before: fx.Graph, label: str) -> Certificate:
         """Compare `module`, just rewritten, with its snapshot. CertificateError names pass, value and error."""
         changes, traced = Changes(before, self.module.graph), traced_sizes(before)
         errors, skipped = [0.0], []
         for root in changes.roots:
             try:
-                errors.append(self._certify(changes, root, traced, label, bound))
+                errors.append(self._certify(changes, root, traced, label))
             except TooLarge as reason:
                 skipped.append(f"{root[0].name}: {reason}")
         sizes = {str(symbol): value for symbol, value in traced.items()}
-        return Certificate(max(errors), bound, sizes=sizes, skipped=tuple(skipped))
+        return Certificate(max(errors), sizes=sizes, skipped=tuple(skipped))
 
-    def _certify(self, changes: Changes, root: Pair, traced: Sizes, label: str, bound: float) -> float:
+    def _certify(self, changes: Changes, root: Pair, traced: Sizes, label: str) -> float:
         failed = ""
         for depth in DEPTHS:
             region = changes.region(root, depth)
@@ -79,8 +80,8 @@ class RegionalSpecimen:
                 except NodeError as stopped:
                     error, failed = float("inf"), f"the graph no longer runs: {stopped}"
                 else:
-                    failed = f"{region.root} differs by {error:.3g} (bound {bound:g})"
-                if not error <= bound:
+                    failed = f"{region.root} differs by {error:.3g} (bound {EXACT:g})"
+                if not error <= EXACT:
                     if region.whole:
                         break
                     continue
@@ -99,10 +100,7 @@ class RegionalSpecimen:
             return number_of(value, sizes)
         shape = tuple(number_of(size, sizes) for size in value.shape)
         if value.is_floating_point():
-            kind = "normal"
-            if node.meta["role"] is Role.WEIGHT:
-                kind = "matrix" if len(shape) > 1 else "vector"
-            return draw_one(kind, shape, 0, generator)
+            return draw_one(kind_of(node), shape, 0, generator)
         given = self.given.get(node.name)
         if given is None:
             upper = 2 if value.dtype is torch.bool else min((*shape, *sizes.values()), default=2)
@@ -134,15 +132,8 @@ def affordable_sizes(region: Region, traced: Sizes) -> Sizes:
 def _numbers(graph: fx.Graph, sizes: Sizes) -> int:
     """How many numbers the values of a graph hold together."""
     values = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    return sum(_elements(value, sizes) for value in values)
+    return sum(prod(number_of(size, sizes) for size in stored_dims(value)) for value in values)
 
 
 def _flops(graph: fx.Graph, sizes: Sizes) -> float:
     return sum(float(c.flops) for c in node_costs(graph, lambda size: number_of(size, sizes)).values())
-
-
-def _elements(value: Tensor, sizes: Sizes) -> int:
-    total = 1
-    for size, stride in zip(value.shape, value.stride(), strict=True):
-        total *= 1 if isinstance(stride, int) and stride == 0 else number_of(size, sizes)
-    return total

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, calls, is_call, placeholders
+from passes.base import calls, is_call
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import lift
-from passes.nodes import SOFTMAX, is_probability
+from passes.nodes import SOFTMAX, from_weights, is_probability
 
 aten = torch.ops.aten
 FORMS = ("expanded", "absorbed", "folded")
@@ -139,8 +139,7 @@ def leaves(tree: Tree) -> Subset:
 
 def find_chains(graph: fx.Graph) -> list[Chain]:
     """All maximal products of three or more operands, in graph order."""
-    weights = weight_only(graph)
-    context_axes_of = {}
+    weights = from_weights(graph)
     chains: list[Chain] = []
     inside: set[fx.Node] = set()
     for root in reversed(list(calls(graph, *CONTRACTIONS))):
@@ -154,19 +153,8 @@ def find_chains(graph: fx.Graph) -> list[Chain]:
         if all(len(t.operands) < 3 for t in terms) or any(len(t.operands) > 5 for t in terms):
             continue
         inside |= value.through
-        chain = Chain(root, value, weights, frozenset(summed_by_softmax(root, value)))
-        context_axes_of[root] = chain.context_axes
-        chains.append(chain)
+        chains.append(Chain(root, value, weights, frozenset(summed_by_softmax(root, value))))
     return chains[::-1]
-
-
-def weight_only(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Nodes computed from weights alone."""
-    found = set(placeholders(graph, Role.WEIGHT))
-    for node in graph.nodes:
-        if node.op == "call_function" and node.all_input_nodes and all(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
 
 
 def summed_by_softmax(root: fx.Node, value: Value) -> list[Axis]:

@@ -13,7 +13,7 @@ from torch import fx
 from passes.base import is_call, same_size, shape_of
 from passes.grouped_calls import GroupedCall, grouped_call
 from passes.layouts import EXPERT, FEATURE
-from passes.nodes import CASTS, is_division, settled
+from passes.nodes import CASTS, is_division, is_pointwise, settled
 from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
 from passes.pairs import Pairs
 from passes.products import BROADCAST, Part, part_of, product_of, sources_of_dims
@@ -295,7 +295,7 @@ def unknown(node: fx.Node, reason: str) -> Refused:
 
 
 def _pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *CASTS)
+    return is_pointwise(node) or is_call(node, *CASTS)
 
 
 def _factor(node: fx.Node) -> float | None:

@@ -15,7 +15,6 @@ from itertools import accumulate
 from math import prod
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -131,11 +130,6 @@ class Value:
 
 def _swap(dims: tuple[tuple[Axis, ...], ...], old: Axis, new: Sequence[Axis]) -> tuple[tuple[Axis, ...], ...]:
     return tuple(tuple(a for axis in group for a in (new if axis is old else (axis,))) for group in dims)
-
-
-def size_expr(size: Any) -> Size:
-    """int stays int; a SymInt becomes its sympy expression."""
-    return size if isinstance(size, int) else sympy.sympify(getattr(size.node, "expr", size))
 
 
 def unify(a: Value, b: Value, dim_a: int, dim_b: int) -> tuple[Value, Value]:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from codegen.ops import NAMESPACE
 from codegen.targets import Target
-from passes.base import Role, Workload, equation_of, is_call, placeholders
+from passes.base import Role, Workload, equation_of, expression_of, is_call, placeholders
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -115,7 +115,7 @@ def symbolic_sizes(graph: fx.Graph) -> SizeOf:
     def named(expression: Any) -> Any:
         return sympy.sympify(expression).subs(names)
 
-    return lambda dim: dim if isinstance(dim, int) else named(_expr(dim))
+    return lambda dim: dim if isinstance(dim, int) else named(expression_of(dim))
 
 
 def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
@@ -127,11 +127,7 @@ def concrete_sizes(graph: fx.Graph, workload: Workload) -> SizeOf:
     def numbered(expression: Any) -> int:
         return int(sympy.sympify(expression).subs(values))
 
-    return lambda dim: dim if isinstance(dim, int) else numbered(_expr(dim))
-
-
-def _expr(dim: Any) -> Any:
-    return dim.node.expr if hasattr(dim, "node") else dim
+    return lambda dim: dim if isinstance(dim, int) else numbered(expression_of(dim))
 
 
 def node_costs(graph: fx.Graph, size: SizeOf) -> dict[fx.Node, NodeCost]:
@@ -202,10 +198,10 @@ def _bytes(value: Any, size: SizeOf) -> Any:
         return sum(_bytes(v, size) for v in value)
     if not isinstance(value, torch.Tensor):
         return 0
-    return prod((size(d) for d in _distinct(value)), start=1) * value.element_size()
+    return prod((size(d) for d in stored_dims(value)), start=1) * value.element_size()
 
 
-def _distinct(value: torch.Tensor) -> list[Any]:
+def stored_dims(value: torch.Tensor) -> list[Any]:
     """Dims of the memory behind a tensor: a broadcast dim (stride 0) is stored once."""
     return [
         d

@@ -13,7 +13,7 @@ from torch import fx
 
 from passes.base import is_call, same_size, shape_of
 from passes.layouts import EXPERT, FEATURE, labels_before
-from passes.nodes import CASTS, constant_of, settled
+from passes.nodes import CASTS, constant_of, is_pointwise, settled
 from passes.pairs import Pairs
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused
@@ -136,7 +136,7 @@ class DenseSum(Pairs):
         if product is not None:
             value, weights = self.product(node, labels, product)
             return self.multiply_in(value, weights)
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()) or is_call(node, *CASTS):
+        if is_pointwise(node) or is_call(node, *CASTS):
             return self.pointwise(node, labels, self.value)
         raise Refused(node, f"{node.name} may look at several experts at once")
 

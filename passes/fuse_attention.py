@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from codegen import ops as _vocabulary  # noqa: F401  registers torch.ops.dsv3
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import CASTS, SOFTMAX, is_division, is_probability, steps_between
+from passes.nodes import CASTS, SOFTMAX, is_division, is_probability, steps_between, vocabulary_op
 from passes.products import REARRANGEMENTS
 from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
@@ -45,15 +44,15 @@ class FuseAttention(Pass):
                 continue
             core.out.replace_all_uses_with(node)
             graph.eliminate_dead_code()
-            outcome.matches.append(f"{softmax.name}: {op_before(node)}")
+            outcome.matches.append(f"{softmax.name}: {op_behind(node)}")
         return outcome
 
 
-def op_before(node: fx.Node) -> str:
+def op_behind(node: fx.Node) -> str:
     """The name of the attention op behind rearrangements of its result."""
-    while "dsv3" not in str(node.target):
+    while (op := vocabulary_op(node)) is None:
         node = node.args[0]
-    return str(node.target).removeprefix("dsv3.").removesuffix(".default")
+    return op
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def only_path(node: fx.Node, *through: object) -> fx.Node:
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
-    while is_call(node, aten._to_copy, aten.to):
+    while is_call(node, *CASTS):
         node = node.args[0]
     return node
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import call, is_call, same_size, shape_of, source_line
+from passes.base import call, is_call, same_size, shape_of, told
 from passes.fuse_head_products import HeadProduct, head_product
 from passes.launches import FuseLaunches
 from passes.lower import readers_of
@@ -66,8 +66,7 @@ class FuseAttentionInputs(FuseLaunches):
         for dead in old:
             erase_dead(graph, dead)
         graph.erase_node(found.write)
-        where = source_line(both)
-        return f"{found.write.name}, {found.rotary.name} → {both.name}" + (f" ({where})" if where else "")
+        return told(f"{found.write.name}, {found.rotary.name}", both)
 
 
 def inputs_of(attention: fx.Node) -> Inputs | str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of, source_line, sweep
+from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of, sweep, told
 from passes.fuse_norm import read_norm
-from passes.nodes import CASTS, erase_dead, settled, steps_between, users
+from passes.nodes import CASTS, counts_up, erase_dead, settled, steps_between, users
 from passes.products import Part, join, part_of, sources_of_dims
 from passes.rewrite import Match, Refused
 
@@ -107,8 +107,7 @@ def fuse(graph: fx.Graph, key: Rows) -> str:
     for rows, new in zip((latent, key), written, strict=True):
         rows.put.replace_all_uses_with(new)
         erase_dead(graph, rows.put)
-    where = source_line(write)
-    return f"{names} → {write.name}" + (f" ({where})" if where else "")
+    return told(names, write)
 
 
 def find_latent(graph: fx.Graph, key: Rows, columns: Part) -> tuple[Rows, Part]:
@@ -129,7 +128,7 @@ def same_positions(latent: fx.Node, key: fx.Node) -> fx.Node:
         indices = put.args[1]
         if put.args[3:4] == (True,) or put.kwargs.get("accumulate"):
             raise Refused(put, f"{put.name} adds to what is in the cache")
-        if len(indices) != 2 or not counts_rows(indices[0], shape_of(indices[1])[0]):
+        if len(indices) != 2 or not numbers_rows(indices[0], shape_of(indices[1])[0]):
             raise Refused(put, f"{put.name} does not write row b of the batch to row b of the cache")
         found.append(settled(indices[1]))
     if found[0] is not found[1]:
@@ -139,14 +138,13 @@ def same_positions(latent: fx.Node, key: fx.Node) -> fx.Node:
     return found[0]
 
 
-def counts_rows(index: fx.Node, rows: object) -> bool:
+def numbers_rows(index: fx.Node, rows: object) -> bool:
     """Is the index [[0], [1], …], one number per batch row?"""
     index = settled(index)
     if len(shape_of(index)) != 2 or not same_size(shape_of(index)[1], 1) or sources_of_dims(index) is None:
         return False
     count = settled(index.args[0])
-    from_zero = is_call(count, aten.arange) and (len(count.args) == 1 or count.args[0] == 0) and len(count.args) < 3
-    return from_zero and len(shape_of(count)) == 1 and same_size(shape_of(count)[0], rows)
+    return counts_up(count, 0) and same_size(shape_of(count)[0], rows)
 
 
 def place_for(latent: fx.Node, key: fx.Node, inputs: list[fx.Node]) -> fx.Node:

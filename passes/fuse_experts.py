@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import codegen.ops  # noqa: F401  defines torch.ops.dsv3
 from passes.base import call, is_call, shape_of
 from passes.nodes import settled, users
 from passes.rewrite import Found, Match, Number, Op, Pattern, Rewrite, Var

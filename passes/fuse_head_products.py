@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, shape_of, source_line
+from passes.base import Context, call, is_call, shape_of, told
 from passes.launches import FuseLaunches, why_not_few
 from passes.nodes import erase_dead, weights_only
 from passes.products import product_of
@@ -55,8 +55,7 @@ class FuseHeadProducts(FuseLaunches):
             new = call(graph, dsv3.head_linear.default, product.x, weight, like=node)
         node.replace_all_uses_with(new)
         erase_dead(graph, node)
-        where = source_line(new)
-        return f"{node.name} → {new.name}" + (f" ({where})" if where else "")
+        return told(node.name, new)
 
 
 def head_product(node: fx.Node) -> HeadProduct | None:

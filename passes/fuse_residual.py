@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, shape_of, source_line
+from passes.base import Context, call, is_call, shape_of, told
 from passes.fuse_norm import is_residual_sum
 from passes.launches import FuseLaunches, has_many_rows, only_reader, regroup, regrouped_from
 from passes.nodes import dtype_of, erase_dead, same_shape, why_no_product
@@ -76,8 +76,7 @@ class FuseResidual(FuseLaunches):
         else:
             node.replace_all_uses_with(summed)
             erase_dead(graph, node)
-        where = source_line(total)
-        return f"{node.name} → {total.name}" + (f" ({where})" if where else "")
+        return told(node.name, total)
 
 
 def sums_of(node: fx.Node) -> list[Sum]:

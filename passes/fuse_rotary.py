@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, same_size, shape_of
-from passes.nodes import VIEWS, cast, dtype_of, keeps, over_last_axis, settled, uncast
+from passes.nodes import VIEWS, cast, dtype_of, is_pointwise, keeps, over_last_axis, settled, uncast
 from passes.products import BROADCAST, Part, join, part_of, sources_of_dims
 from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var
 
@@ -214,5 +214,4 @@ def halves_are_equal(node: fx.Node) -> bool:
         parts = node.args[0]
         return len(parts) == 2 and parts[0] is parts[1] and last_axis_of_result(node)
     inputs = node.all_input_nodes
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise and len(inputs) == 1 and halves_are_equal(inputs[0])
+    return is_pointwise(node) and len(inputs) == 1 and halves_are_equal(inputs[0])

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from codegen.ops.registry import compute_dtype
-from passes.base import call, is_call, source_line
+from passes.base import call, is_call, told
 from passes.launches import FuseLaunches, regroup_like, regrouped_from
 from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, weights_only, why_no_product
 from passes.stream_products import streamed
@@ -52,7 +52,7 @@ class FuseRouter(FuseLaunches):
     def rewrite(self, graph: fx.Graph, node: fx.Node) -> str:
         norm, views = regrouped_from(uncast(node.args[0]))
         if not is_call(norm, dsv3.rms_norm):
-            return told(node, streamed(graph, node))
+            return told(node.name, streamed(graph, node))
         weight = uncast(node.args[1])
         bring_before(norm, weight)
         bring_before(norm, norm.args[1])
@@ -66,12 +66,7 @@ class FuseRouter(FuseLaunches):
         for dead in (node, norm):
             if not dead._erased:
                 erase_dead(graph, dead)
-        return told(node, both)
-
-
-def told(node: fx.Node, new: fx.Node) -> str:
-    where = source_line(new)
-    return f"{node.name} → {new.name}" + (f" ({where})" if where else "")
+        return told(node.name, both)
 
 
 def readers(norm: fx.Node, views: list[fx.Node]) -> list[fx.Node]:

@@ -13,13 +13,13 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of, sweep
-from passes.grouped_calls import counts_up
 from passes.nodes import (
     CASTS,
     RESHAPES,
     SOFTMAX,
     VIEWS,
     constant_of,
+    counts_up,
     dtype_of,
     over_last_axis,
     same_shape,
@@ -84,8 +84,7 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     scores, bias = scores_and_bias(choice)
     if scores is None:
         return fuse_softmax_of_chosen(graph, topk, indices)
-    if not over_last_axis(topk, 2, -1) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
-        raise Refused(topk, f"{topk.name} does not choose the largest of the last axis")
+    refuse_other_choices(topk)
     if not widens(torch.float32, dtype_of(scores)):
         raise Refused(scores, f"{scores.name} is rounded to {dtype_of(scores)}, which changes the chosen experts")
     limit = Limit() if mask is None else read_limit(choice, *mask)
@@ -110,6 +109,12 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     return route
 
 
+def refuse_other_choices(topk: fx.Node) -> None:
+    """Raises Refused for a top-k that is not of the largest along the last axis."""
+    if not over_last_axis(topk, 2, -1) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
+        raise Refused(topk, f"{topk.name} does not choose the largest of the last axis")
+
+
 def fuse_softmax_of_chosen(graph: fx.Graph, topk: fx.Node, indices: fx.Node) -> fx.Node | None:
     """softmax over the K largest logits: the softmax over all, divided by the sum of the chosen."""
     values, logits = piece(topk, 0), topk.args[0]
@@ -117,8 +122,7 @@ def fuse_softmax_of_chosen(graph: fx.Graph, topk: fx.Node, indices: fx.Node) -> 
     runs_experts = any(is_call(u, dsv3.sort_pairs, aten.scatter) for u in users(indices))
     if len(softmaxes) != 1 or len(users(values)) != 1 or not runs_experts or len(shape_of(logits)) != 2:
         return None  # what is sampled from the largest logits looks alike, and is no routing
-    if not over_last_axis(topk, 2, -1) or topk.kwargs.get("largest", True) is not True or topk.args[3:4] == (False,):
-        raise Refused(topk, f"{topk.name} does not choose the largest of the last axis")
+    refuse_other_choices(topk)
     (end,) = softmaxes
     if not widens(torch.float32, dtype_of(end)):
         raise Refused(end, f"{end.name} is rounded to {dtype_of(end)}")

@@ -13,9 +13,9 @@ from torch import fx
 from passes.base import Context, Outcome, Pass, is_call, same_size, shape_of, sweep
 from passes.chosen_pairs import ChosenPairs
 from passes.grouped_calls import grouped_call
-from passes.layouts import FEATURE
+from passes.layouts import FEATURE, TOKEN_AXES
 from passes.nodes import constant_of, substitute
-from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, TOKEN_AXES, PairNumbers, chosen_behind, chosen_experts
+from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, PairNumbers, chosen_behind, chosen_experts
 from passes.products import BROADCAST, product_of
 from passes.rewrite import Refused, matched
 from passes.unrolled_experts import unrolled_experts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.base import is_call, shape_of
-from passes.nodes import CASTS, constant_of, settled
+from passes.nodes import CASTS, constant_of, counts_up, settled
 
 aten = torch.ops.aten
 
@@ -108,14 +108,6 @@ def _of_one_hot(hot: Any) -> fx.Node | None:
         if is_call(column, aten.unsqueeze) and shape_of(column)[-1] == 1:
             return column.args[0]
     return None
-
-
-def counts_up(node: Any, start: int) -> bool:
-    """Is it start, start + 1, …?"""
-    if not is_call(node, aten.arange) or len(shape_of(node)) != 1:
-        return False
-    bounds = node.args if len(node.args) > 1 else (0, *node.args)
-    return bounds[0] == start and (len(bounds) < 3 or bounds[2] == 1)
 
 
 def uncast_integers(node: Any) -> Any:

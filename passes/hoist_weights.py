@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, Role, ancestors, is_call, placeholders
-from passes.chains import weight_only
+from passes.nodes import from_weights
 
 aten = torch.ops.aten
-VIEWS = (
+SHARE_STORAGE = (
     aten.view, aten.unflatten, aten.flatten, aten.unsqueeze, aten.squeeze, aten.permute, aten.transpose, aten.t,
     aten.expand, aten.slice, aten.select, aten.split_with_sizes, aten.split, aten.chunk, aten.alias, aten.detach,
+    operator.getitem,
 )  # fmt: skip
 
 
@@ -28,7 +30,7 @@ class HoistWeights(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
-        computed = weight_only(graph)
+        computed = from_weights(graph)
         roots = [n for n in graph.nodes if n in computed and any(user not in computed for user in n.users)]
         anchor = next(n for n in graph.nodes if n.op != "placeholder")
         for node in roots:
@@ -52,13 +54,9 @@ class HoistWeights(Pass):
 
 def source_of_views(node: fx.Node) -> fx.Node:
     """The node whose storage this one looks at."""
-    while is_view(node):
+    while is_call(node, *SHARE_STORAGE):
         node = node.all_input_nodes[0]
     return node
-
-
-def is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and (is_call(node, *VIEWS) or "getitem" in getattr(node.target, "__name__", ""))
 
 
 def extract(root: fx.Node) -> fx.GraphModule:
@@ -93,7 +91,7 @@ def bound_name(recipe: fx.GraphModule) -> str:
         names[node] = f"v{len(names)}"
         lines.append(f"{names[node]} = {node.target}{arguments}")
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
-    sources = [str(n.target) for n in recipe.graph.nodes if n.op == "placeholder"]
+    sources = [str(n.target) for n in placeholders(recipe.graph)]
     common = sources[0].rsplit("_", 1)[0] if len(sources) == 1 else _common_prefix(sources)
     return f"{common or 'weight'}_bound_{digest}"
 

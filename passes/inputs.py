@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from passes.base import Role, placeholders
+from passes.base import Role, expression_of, placeholders
 
 Recipe = tuple[str, str, tuple[int, ...], int]
 """Name, kind ("normal", "matrix", "vector" or an integer dtype), shape, and the bound below which integers lie."""
@@ -41,10 +41,14 @@ def _recipe(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> Recipe:
     if not fake.is_floating_point():
         dtype = str(fake.dtype).removeprefix("torch.")
         return str(node.target), dtype, shape, number_of(node.meta["upper"], sizes)
-    kind = "normal"
-    if node.meta["role"] is Role.WEIGHT:
-        kind = "matrix" if len(shape) > 1 else "vector"
-    return str(node.target), kind, shape, 0
+    return str(node.target), kind_of(node), shape, 0
+
+
+def kind_of(node: fx.Node) -> str:
+    """How an input of floating-point numbers is drawn."""
+    if node.meta["role"] is not Role.WEIGHT:
+        return "normal"
+    return "matrix" if len(node.meta["val"].shape) > 1 else "vector"
 
 
 # The functions below import nothing of ours: repro scripts carry their source.
@@ -79,11 +83,6 @@ def ascending(shape: tuple[int, ...], upper: int, generator: torch.Generator) ->
         return torch.randint(0, upper, shape, generator=generator)
     order = torch.rand([*rows, upper], generator=generator, dtype=torch.float32)
     return order.argsort(-1)[..., :width].sort(-1).values
-
-
-def expression_of(size: Any) -> Any:
-    """The sympy expression of a SymInt; an int stays."""
-    return getattr(getattr(size, "node", None), "expr", size)
 
 
 def number_of(size: Any, sizes: Mapping[sympy.Symbol, int]) -> int:

@@ -10,17 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-import codegen.ops  # noqa: F401  registers the vocabulary
 from codegen.targets import Target
 from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of, sweep
-from passes.nodes import CASTS, settled, users
+from passes.nodes import CASTS, RESHAPES, settled, users, vocabulary_op
 
 aten = torch.ops.aten
 
 FEW_ROWS = 64  # of a product that is bound by reading its weight
 SIZED = (aten.view, aten.reshape, aten._unsafe_view)  # which are told every size
-REGROUPINGS = (*SIZED, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze)
+REGROUPINGS = (*RESHAPES, aten.unsqueeze, aten.squeeze)
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,8 @@ class FuseLaunches(Pass):
 
 def runs_kernel(node: Any, target: Target) -> bool:
     """Is the node a call for which the target has a kernel of its own?"""
-    op = node.target if isinstance(node, fx.Node) else None
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "dsv3":
-        return False
-    return own_form(op._schema.name.removeprefix("dsv3::"), target) is not None
+    op = vocabulary_op(node)
+    return op is not None and own_form(op, target) is not None
 
 
 def why_not_few(product: fx.Node, sizes: Sequence[Any], context: Context) -> str | None:

@@ -18,6 +18,12 @@ from passes.products import BROADCAST, sources_of_dims
 aten = torch.ops.aten
 
 EXPERT, FEATURE = "E", "."
+TOKEN_AXES = "tuvw"
+
+
+def has_labels(axes: int) -> bool:
+    """Are there labels for so many axes, one of them of the experts?"""
+    return 0 < axes <= len(TOKEN_AXES) + 1
 
 
 class Layouts:

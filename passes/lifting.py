@@ -15,29 +15,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, equation_of, is_call, shape_of
+from passes.base import Role, equation_of, expression_of, is_call, same_size, shape_of
 from passes.contraction import (
     CONTRACTIONS,
     Axis,
     NotLinear,
     Operand,
     Piece,
-    Size,
     Term,
     Value,
     contract,
-    size_expr,
     unify,
 )
-from passes.nodes import is_division, is_probability
-from passes.products import sources_of_dims
+from passes.nodes import CASTS, COPIES, RESHAPES, is_division, is_probability
+from passes.products import part_of, sources_of_dims
 from passes.reshaping import broadcast, concatenated, repeated, reshaped, squeezed
 
 aten = torch.ops.aten
 
 
 def leaf(node: fx.Node) -> Value:
-    axes = tuple(Axis(size_expr(s)) for s in shape_of(node))
+    axes = tuple(Axis(expression_of(s)) for s in shape_of(node))
     return Value(tuple((a,) for a in axes), (Piece((Term((Operand(node, (), axes),)),)),))
 
 
@@ -178,7 +176,7 @@ def _read_same(node: fx.Node) -> Value:
 
 def _read_view(node: fx.Node) -> Value:
     """Split and merge axes: walk over both shapes and cut the input's axes where the output's dims end."""
-    value, wanted = _read(node.args[0]), [size_expr(s) for s in shape_of(node)]
+    value, wanted = _read(node.args[0]), [expression_of(s) for s in shape_of(node)]
     if value.through == frozenset() and _merges_features(node):
         raise NotLinear("a plain tensor whose features are merged is an operand as it stands")
     return reshaped(value, wanted)
@@ -213,7 +211,7 @@ def _read_permute(node: fx.Node) -> Value:
 
 def _read_expand(node: fx.Node) -> Value:
     value = _read(node.args[0])
-    wanted = [size_expr(s) for s in shape_of(node)]
+    wanted = [expression_of(s) for s in shape_of(node)]
     return broadcast(value, wanted)
 
 
@@ -231,43 +229,19 @@ def _read_repeat(node: fx.Node) -> Value:
     return repeated(value, counts, blocks=False)
 
 
-def _narrow(value: Value, dim: int, start: int, stop: int, size: Size) -> Value:
-    if (start, stop) == (0, size):
+def _read_part(node: fx.Node) -> Value:
+    """A slice, or one piece of a split."""
+    part = part_of(node)
+    if part is None or part.step != 1:
+        raise NotLinear("a strided slice, or one of a symbolic dim")
+    value, stop = _read(part.source), part.start + part.length
+    if is_call(node, operator.getitem):
+        value = replace(value, through=value.through | {node.args[0]})
+    if part.start == 0 and same_size(stop, shape_of(part.source)[part.axis]):
         return value
-    if len(value.dims[dim]) != 1 or not isinstance(size, int):
-        raise NotLinear("a slice of merged or symbolic dims")
-    return value.narrow(value.dims[dim][0], start, stop)
-
-
-def _read_slice(node: fx.Node) -> Value:
-    source, dim, start, stop, step = (list(node.args) + [0, None, None, 1][len(node.args) - 1 :])[:5]
-    value, rank = _read(source), len(shape_of(source))
-    dim %= rank
-    size = size_expr(shape_of(source)[dim])
-    start = 0 if start is None else start
-    if step != 1 or not isinstance(start, int) or not (stop is None or isinstance(stop, int)):
-        raise NotLinear("a strided or symbolic slice")
-    if not isinstance(size, int):
-        if start == 0 and (stop is None or stop == 2**63 - 1):
-            return value
-        raise NotLinear("a slice of a symbolic dim")
-    stop = size if stop is None else min(stop, size)
-    start, stop = (start % size if start < 0 else start), (stop % size if stop < 0 else stop)
-    return _narrow(value, dim, start, stop, size)
-
-
-def _read_getitem(node: fx.Node) -> Value:
-    split, index = node.args
-    if not is_call(split, aten.split_with_sizes, aten.split, aten.chunk):
-        raise NotLinear("not a split")
-    source = split.args[0]
-    dim = (split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)) % len(shape_of(source))
-    sizes = [size_expr(piece.shape[dim]) for piece in split.meta["val"]]
-    if not all(isinstance(s, int) for s in sizes):
-        raise NotLinear("a symbolic split")
-    start = sum(sizes[:index])
-    value = _narrow(_read(source), dim, start, start + sizes[index], size_expr(shape_of(source)[dim]))
-    return replace(value, through=value.through | {split})
+    if len(value.dims[part.axis]) != 1:
+        raise NotLinear("a slice of merged dims")
+    return value.narrow(value.dims[part.axis][0], part.start, stop)
 
 
 def _read_cat(node: fx.Node) -> Value:
@@ -325,15 +299,14 @@ READERS: tuple[tuple[tuple[Any, ...], Callable[[fx.Node], Value]], ...] = (
     ((aten.einsum,), _read_einsum),
     ((aten.linear,), _read_linear),
     ((aten.mm, aten.bmm, aten.matmul), _read_matmul),
-    ((aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten), _read_view),
-    ((aten.clone, aten.contiguous, aten.alias, aten.detach, aten._to_copy, aten.to), _read_same),
+    (RESHAPES, _read_view),
+    ((*COPIES, *CASTS), _read_same),
     ((aten.unsqueeze,), _read_unsqueeze),
     ((aten.squeeze,), _read_squeeze),
     ((aten.permute, aten.transpose, aten.t), _read_permute),
     ((aten.expand,), _read_expand),
     ((aten.repeat, aten.repeat_interleave), _read_repeat),
-    ((aten.slice,), _read_slice),
-    ((operator.getitem,), _read_getitem),
+    ((aten.slice, operator.getitem), _read_part),
     ((aten.cat,), _read_cat),
     ((aten.mul, aten.div), _read_scale),
     ((aten.add,), _read_add),

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-import codegen.ops  # noqa: F401  registers the vocabulary
 from passes.base import Context, Outcome, Pass, Role, call, calls, sweep
+from passes.nodes import vocabulary_op
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -99,7 +99,7 @@ def _may_be_view(node: fx.Node) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    if target.namespace == "dsv3":
+    if vocabulary_op(node):
         return False  # the vocabulary returns new tensors
     composite = torch._C.DispatchKey.CompositeImplicitAutograd  # reshape and its like: a view or a copy
     aliases = any(result.alias_info is not None for result in target._schema.returns)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, same_size, shape_of
-from passes.nodes import CASTS, constant_of, dtype_of, is_tensor
+from passes.nodes import CASTS, constant_of, counts_up, dtype_of, is_tensor
 from passes.products import sources_of_dims
 
 aten = torch.ops.aten
@@ -82,7 +82,7 @@ class Visible:
 
 
 def counts_to(node: fx.Node, size: Any) -> bool:
-    return is_call(node, aten.arange) and from_zero(node) and same_size(shape_of(node)[0], size)
+    return counts_up(node, 0) and same_size(shape_of(node)[0], size)
 
 
 def last_of(graph: fx.Graph, keys: fx.Node) -> fx.Node:
@@ -232,14 +232,7 @@ def _side(side: fx.Node, comparison: fx.Node, dims: Dims) -> tuple[fx.Node, Dims
 
 
 def _counts_cached(node: fx.Node, along: Dims) -> bool:
-    return along == (CACHED,) and is_call(node, aten.arange) and from_zero(node)
-
-
-def from_zero(arange: fx.Node) -> bool:
-    """arange(end), arange(0, end) or arange(0, end, 1)"""
-    if len(arange.args) == 1:
-        return True
-    return arange.args[0] == 0 and arange.args[2:] in ((), (1,))
+    return along == (CACHED,) and counts_up(node, 0)
 
 
 def _is_diagonal(node: fx.Node, dims: Dims, diagonal: int) -> bool:

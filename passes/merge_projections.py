@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, is_call, shape_of, source_line, sweep
-from passes.nodes import bring_before, dtype_of, erase_dead, settled, weights_only
+from passes.base import Context, Outcome, Pass, call, is_call, shape_of, sweep, told
+from passes.nodes import bring_before, dtype_of, erase_dead, from_weights, settled, weights_only
 from passes.products import product_of
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -38,28 +38,20 @@ class MergeProjections(Pass):
        b = x · Wbᵀ           →
 
     The same for grouped products and einsums with one weight. Only weights are put side by side, so that it is done
-    once, when they are bound; `max_siblings` limits how many.
+    once, when they are bound.
     """  # fmt: skip
-
-    max_siblings: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_siblings is not None and self.max_siblings < 1:
-            raise ValueError(f"max_siblings is {self.max_siblings}; accepted: none, or a number from 1 on")
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         outcome, graph = Outcome(), graph_module.graph
         families: dict[Any, list[Projection]] = {}
-        known: dict[fx.Node, bool] = {}
+        weights = from_weights(graph)
         for node in graph.nodes:
             projection = projection_of(node)
-            if projection is not None and all(weights_only(w, known) for w in projection.weights):
+            if projection is not None and weights.issuperset(projection.weights):
                 families.setdefault(projection.form, []).append(projection)
-        for family in families.values():
-            step = self.max_siblings or len(family)
-            for siblings in (family[i : i + step] for i in range(0, len(family), step)):
-                if len(siblings) > 1:
-                    outcome.matches.append(merge(graph, siblings))
+        for siblings in families.values():
+            if len(siblings) > 1:
+                outcome.matches.append(merge(graph, siblings))
         sweep(graph_module)
         return outcome
 
@@ -125,5 +117,4 @@ def merge(graph: fx.Graph, siblings: list[Projection]) -> str:
     for sibling, part in zip(siblings, parts, strict=True):
         sibling.node.replace_all_uses_with(part)
         erase_dead(graph, sibling.node)
-    where = source_line(product)
-    return f"{names} → {product.name}" + (f" ({where})" if where else "")
+    return told(names, product)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from codegen.targets import Target
-from passes.base import call, is_call, same_size, shape_of, source_line
+from passes.base import call, is_call, same_size, shape_of, told
 from passes.launches import FuseLaunches, only_reader, regrouped_from
 from passes.nodes import CASTS, dtype_of, erase_dead, users, weights_only
 from passes.rewrite import Found, Op, Var
@@ -61,8 +61,7 @@ class MergeSharedExperts(FuseLaunches):
             )
         node.replace_all_uses_with(new)
         erase_dead(graph, node)
-        where = source_line(new)
-        return f"{node.name} → {new.name}" + (f" ({where})" if where else "")
+        return told(node.name, new)
 
 
 def experts_of(node: fx.Node) -> Mapping[str, Any] | None:

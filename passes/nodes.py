@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Role, call, is_call, same_size, shape_of
+from codegen.ops import NAMESPACE
+from passes.base import Role, call, is_call, placeholders, same_size, shape_of
 
 aten = torch.ops.aten
 
@@ -40,6 +41,19 @@ def over_last_axis(node: fx.Node, position: int, default: int | None = None) -> 
 def is_tensor(value: Any) -> bool:
     """Is it a node that is a tensor, and not a number or a free size?"""
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def vocabulary_op(node: Any) -> str | None:
+    """The name of the op of our vocabulary that a node calls, or None."""
+    target = node.target if isinstance(node, fx.Node) else None
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != NAMESPACE:
+        return None
+    return target._schema.name.removeprefix(f"{NAMESPACE}::")
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Does torch say that every number of the result depends on those at its own place alone?"""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def is_random(node: fx.Node) -> bool:
@@ -109,16 +123,34 @@ def constant_of(value: Any) -> float | None:
     return 1.0 if is_call(value, aten.ones, aten.ones_like, aten.new_ones) else None
 
 
-def weights_only(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
+def counts_up(node: Any, start: int) -> bool:
+    """Is it start, start + 1, …?"""
+    if not is_call(node, aten.arange) or len(shape_of(node)) != 1:
+        return False
+    bounds = node.args if len(node.args) > 1 else (0, *node.args)
+    return bounds[0] == start and (len(bounds) < 3 or bounds[2] == 1)
+
+
+def weights_only(node: fx.Node) -> bool:
     """Is the value computed from weights alone?"""
-    known = {} if known is None else known
-    if node not in known:
-        if node.op == "placeholder":
-            known[node] = node.meta["role"] is Role.WEIGHT
-        else:
-            inputs = node.all_input_nodes
-            known[node] = bool(inputs) and all(weights_only(n, known) for n in inputs)
-    return known[node]
+    seen, stack = {node}, [node]
+    while stack:
+        one = stack.pop()
+        is_weight = one.op == "placeholder" and one.meta["role"] is Role.WEIGHT
+        if not one.all_input_nodes and not is_weight:
+            return False
+        stack.extend(source for source in one.all_input_nodes if source not in seen)
+        seen.update(one.all_input_nodes)
+    return True
+
+
+def from_weights(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The weights, and all calls of which `weights_only` is true."""
+    found = set(placeholders(graph, Role.WEIGHT))
+    for node in graph.nodes:
+        if node.op == "call_function" and node.all_input_nodes and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def is_division(node: Any) -> bool:
@@ -187,6 +219,11 @@ def bring_before(place: fx.Node, weight: fx.Node) -> None:
 
 def is_probability(node: fx.Node) -> bool:
     """Is the node a softmax, possibly cast afterwards?"""
-    while is_call(node, aten._to_copy, aten.to, aten.clone):
+    return softmax_behind(node) is not None
+
+
+def softmax_behind(node: fx.Node) -> fx.Node | None:
+    """The softmax behind casts of its result, or None."""
+    while is_call(node, *CASTS, aten.clone):
         node = node.args[0]
-    return is_call(node, *SOFTMAX)
+    return node if is_call(node, *SOFTMAX) else None

@@ -34,7 +34,7 @@ class OpenAttention(Pass):
         for node in calls(graph, aten.scaled_dot_product_attention):
             arguments = arguments_of(node)
             reason = why_not(arguments)
-            if reason:
+            if reason is not None:
                 outcome.refuse(node, reason)
                 continue
             with graph.inserting_before(node):
@@ -75,8 +75,8 @@ def arguments_of(node: fx.Node) -> Arguments:
     )  # fmt: skip
 
 
-def why_not(found: Arguments) -> str:
-    """The reason for leaving a call closed, or ''."""
+def why_not(found: Arguments) -> str | None:
+    """The reason for leaving a call closed, or None."""
     if found.dropout:
         return "dropout is at work"
     if any(len(shape_of(n)) != 4 for n in (found.q, found.k, found.v)):
@@ -91,11 +91,11 @@ def why_not(found: Arguments) -> str:
     return why_keys_stay(found.k)
 
 
-def why_keys_stay(keys: fx.Node) -> str:
-    """Why no weight before the keys [B, H, T, A] can go anywhere else, or ''."""
+def why_keys_stay(keys: fx.Node) -> str | None:
+    """Why no weight before the keys [B, H, T, A] can go anywhere else, or None."""
     value = lift(keys)
     if is_product(value) and (value.joined is None or value.joined not in value.dims[2]):
-        return ""
+        return None
     seen, stack = {keys}, [keys]
     while stack:
         node = stack.pop()

@@ -15,24 +15,23 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
-from passes.grouped_calls import counted_indices, counts_up, uncast_integers
-from passes.layouts import EXPERT, FEATURE, labels_before
-from passes.nodes import RESHAPES
+from passes.grouped_calls import counted_indices, uncast_integers
+from passes.layouts import EXPERT, FEATURE, TOKEN_AXES, has_labels, labels_before
+from passes.nodes import RESHAPES, counts_up
 from passes.products import BROADCAST, sources_of_dims
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
 TOKEN, CHOICE, PAIR, RANK = "NKPS"
-TOKEN_AXES = "tuvw"
 PUTS = (aten.index_put, aten.index_copy, aten.scatter)
 
 
 def chosen_experts(node: Any) -> int | None:
-    """If it holds the result of a top-k over its last axis: how many there were to choose from."""
+    """If it holds the result of a top-k over the last of few enough axes: how many there were to choose from."""
     if not is_call(node, operator.getitem):
         return None
     split, number = node.args
-    if is_call(split, aten.topk) and number == 1:
+    if is_call(split, aten.topk) and number == 1 and has_labels(len(shape_of(node))):
         axis = split.args[2] if len(split.args) > 2 else -1
         return shape_of(split.args[0])[-1] if axis in (-1, len(shape_of(node)) - 1) else None
     return shape_of(split.args[0])[-1] if is_call(split, dsv3.route) and number == 0 else None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import fx
@@ -41,6 +39,7 @@ from passes.merge_shared_experts import MergeSharedExperts
 from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
+from passes.settings import PassError, set_option, split_setting
 from passes.sparsify_experts import SparsifyExperts
 from passes.split_heads import SplitHeads
 from passes.stream_attention_inputs import StreamAttentionInputs
@@ -119,10 +118,6 @@ IMPORTED_PIPELINE: tuple[Pass, ...] = (
     *DEFAULT_PIPELINE[DEFAULT_PIPELINE.index(MergeProjections()) :],
 )
 """For layers that somebody else wrote, on weights and caches that are ours."""
-
-
-class PassError(ValueError):
-    """A pass, an option or a value that does not exist."""
 
 
 class RequirementError(Exception):
@@ -318,8 +313,6 @@ def check_required(records: Sequence[PassRecord], required: Iterable[str]) -> No
     of which it had recognised most before it refused."""
     for name in required:
         mine = [record for record in records if record.name == name]
-        if not mine:
-            raise PassError(f"required pass {name!r} is not in the pipeline")
         if any(record.matches for record in mine):
             continue
         misses = [refusal for record in mine for refusal in record.refusals]
@@ -346,64 +339,3 @@ def _nearest(misses: Sequence[Refusal]) -> str:
         return "nothing in the model looks like it"
     miss = max(misses, key=lambda refusal: refusal.reached)
     return f"nearest miss {miss.node}{f' ({miss.source})' if miss.source else ''}: {miss.reason}"
-
-
-def split_setting(setting: str) -> tuple[str, str, str]:
-    """'pass.field=value' → (pass, field, value)."""
-    target, equals, text = setting.partition("=")
-    name, dot, option = target.partition(".")
-    if not (equals and dot and name and option):
-        raise PassError(f"setting {setting!r} is not of the form pass.field=value")
-    return name, option, text
-
-
-def set_option(one: Pass, option: str, text: str) -> Pass:
-    """The pass with one field set from text, read as the field's declared type."""
-    hints = get_type_hints(type(one))
-    names = [field.name for field in dataclasses.fields(one)]
-    if option not in names:
-        accepted = ", ".join(names) or "no options"
-        raise PassError(f"{one.name()} has no option {option!r}; accepted: {accepted}")
-    try:
-        value = _read(hints[option], text)
-        return dataclasses.replace(one, **{option: value})
-    except ValueError as error:
-        raise PassError(f"{one.name()}.{option}={text}: {error}") from error
-
-
-def _read(kind: Any, text: str) -> Any:
-    if get_origin(kind) is Literal:
-        values = {str(value): value for value in get_args(kind)}
-        if text not in values:
-            raise ValueError(f"accepted: {', '.join(values)}")
-        return values[text]
-    if get_origin(kind) in (Union, UnionType):
-        others = [part for part in get_args(kind) if part is not NoneType]
-        if text.lower() == "none" and len(others) < len(get_args(kind)):
-            return None
-        return _first_that_reads(others, text)
-    if get_origin(kind) is tuple:
-        return tuple(_read(get_args(kind)[0], part.strip()) for part in text.split(",") if part.strip())
-    if kind is bool:
-        words = {"true": True, "false": False}
-        if text.lower() not in words:
-            raise ValueError("accepted: true, false")
-        return words[text.lower()]
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError(f"accepted: {'a whole number' if kind is int else 'a number'}") from None
-    if kind is str:
-        return text
-    raise ValueError(f"cannot be set from text; its type is {kind}")
-
-
-def _first_that_reads(kinds: Sequence[Any], text: str) -> Any:
-    problems = []
-    for kind in kinds:
-        try:
-            return _read(kind, text)
-        except ValueError as error:
-            problems.append(str(error))
-    raise ValueError("; or ".join(problems))

@@ -17,6 +17,8 @@ from passes.cost import concrete_sizes, node_costs
 from passes.nodes import is_probability
 from passes.regions import Region, groups_of
 
+MOST_COMBINATIONS = 4096  # of the orders of one group that are all tried
+
 
 class NoSuchForm(ValueError):
     """A chain that cannot be multiplied in the form asked for: with a single head there is nothing to fold."""
@@ -72,9 +74,9 @@ class Plan:
         """The cheapest combination of one group whose folded weights need at most `budget` bytes."""
         tagged = [[(o, self._priced(chain, o)) for o in some] for chain, some in zip(group, options, strict=True)]
         first = [option[0] for option in tagged]
-        if prod(len(o) for o in options) <= 4096:
+        if prod(len(o) for o in options) <= MOST_COMBINATIONS:
             combos: Iterator[tuple[tuple[Order, Price], ...]] = itertools.product(*tagged)
-        else:  # too many to try them all: improve one chain at a time
+        else:  # too many to try them all: at most one chain leaves its first order
             combos = (tuple(first[:i] + [o] + first[i + 1 :]) for i, option in enumerate(tagged) for o in option)
         priced: list[tuple[float, int, int, tuple[Order, ...]]] = []
         form_seconds: dict[str, float] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from passes.base import call, equation_of, is_call, same_size, shape_of
+from passes.nodes import RESHAPES
 
 aten = torch.ops.aten
 
@@ -129,8 +130,7 @@ def _same_but_ones(before: tuple, after: tuple) -> tuple[int | None, ...] | None
 
 
 REARRANGEMENTS = (
-    aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze, aten.squeeze,
-    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten,
+    aten.permute, aten.transpose, aten.t, aten.expand, aten.unsqueeze, aten.squeeze, *RESHAPES,
 )  # fmt: skip
 
 

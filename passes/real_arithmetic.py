@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, calls, is_call, source_line, sweep
+from passes.base import Context, Outcome, Pass, call, calls, is_call, sweep, told
 from passes.nodes import COPIES, VIEWS
 
 aten = torch.ops.aten
@@ -33,8 +33,7 @@ class RealArithmetic(Pass):
             with graph.inserting_before(node):
                 new = call(graph, aten.stack.default, list(parts), -1, like=node)
             node.replace_all_uses_with(new)
-            where = source_line(new)
-            outcome.matches.append(f"{node.name} → {new.name}" + (f" ({where})" if where else ""))
+            outcome.matches.append(told(node.name, new))
         sweep(graph_module)
         return outcome
 

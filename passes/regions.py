@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.base import is_call
 from passes.chains import Chain, elementwise_users
-from passes.nodes import SOFTMAX, is_probability
+from passes.nodes import SOFTMAX, softmax_behind
 
 
 def groups_of(chains: list[Chain]) -> list[list[Chain]]:
@@ -31,11 +31,9 @@ def softmaxes_of(chain: Chain) -> Iterator[fx.Node]:
     """Those that the chain's result goes into, and those that it reads."""
     yield from (user for user in elementwise_users(chain.root) if is_call(user, *SOFTMAX))
     for operand in (operand for term in chain.value.terms for operand in term.operands):
-        node = operand.node
-        if is_probability(node):
-            while not is_call(node, *SOFTMAX):
-                node = node.args[0]
-            yield node
+        softmax = softmax_behind(operand.node)
+        if softmax is not None:
+            yield softmax
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,12 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, calls, is_call, shape_of, sweep
 from passes.dense_sum import DenseSum
-from passes.layouts import EXPERT, FEATURE
+from passes.layouts import EXPERT, FEATURE, TOKEN_AXES, has_labels
 from passes.nodes import CASTS, dtype_of, is_division, steps_between, substitute
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused, matched
 
 aten = torch.ops.aten
-
-TOKEN_LABELS = "tuvw"
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,11 @@ def sums_over_experts(gate: fx.Node) -> Iterator[tuple[fx.Node, dict[fx.Node, st
 
     Labels, one per dim: `E` the scattered axis, a letter for every other axis of the gate, `.` any other.
     """
-    axis = gate.args[1] % len(shape_of(gate))
-    tokens = iter(TOKEN_LABELS)
-    reached = {gate: "".join(EXPERT if d == axis else next(tokens) for d in range(len(shape_of(gate))))}
+    rank = len(shape_of(gate))
+    if not has_labels(rank):
+        return
+    axis = gate.args[1] % rank
+    reached = {gate: TOKEN_AXES[:axis] + EXPERT + TOKEN_AXES[axis : rank - 1]}
     for node in gate.graph.nodes:
         if node is gate or not any(source in reached for source in node.all_input_nodes):
             continue

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from codegen.targets import Target
-from passes.base import call, is_call, same_size, shape_of, source_line
+from passes.base import call, is_call, same_size, shape_of, told
 from passes.fuse_rotary import last_axis_of_result
 from passes.launches import FuseLaunches
 from passes.nodes import dtype_of, erase_dead, readers
@@ -49,8 +49,7 @@ class SplitHeads(FuseLaunches):
             new = call(graph, dsv3.attention.default, q, k, *node.args[2:], q_rope, shared_row(k_rope), like=node)
         node.replace_all_uses_with(new)
         erase_dead(graph, node)
-        where = source_line(new)
-        return f"{node.name} → {new.name}" + (f" ({where})" if where else "")
+        return told(node.name, new)
 
 
 def why_not_two_parts(joined: fx.Node) -> str | None:

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, same_size, shape_of, source_line
+from passes.base import Context, call, is_call, same_size, shape_of, told
 from passes.fuse_head_products import HeadProduct, head_product
 from passes.fuse_norm import nearest_norm
 from passes.launches import SIZED, FuseLaunches, why_not_few
-from passes.nodes import erase_dead, settled, users, weights_only
+from passes.nodes import counts_up, erase_dead, settled, users, weights_only
 from passes.products import Part, join, part_of, sources_of_dims
 from passes.rewrite import Match, Refused
 
@@ -101,8 +101,7 @@ class StreamAttentionInputs(FuseLaunches):
         for put, value in zip(found.puts, written, strict=True):
             put.replace_all_uses_with(value)
             erase_dead(graph, put)
-        where = source_line(new)
-        return f"{', '.join(put.name for put in found.puts)} → {new.name}" + (f" ({where})" if where else "")
+        return told(", ".join(put.name for put in found.puts), new)
 
 
 def inputs_of(attention: fx.Node) -> Inputs:
@@ -235,6 +234,6 @@ def positions_of(graph: fx.Graph, put: fx.Node) -> fx.Node:
     index = put.args[2]
     if is_call(index, aten.add) and shape_of(index) == (1,) and not index.kwargs:
         for count, start in (index.args, index.args[::-1]):
-            if is_call(count, aten.arange) and (len(count.args) == 1 or count.args[0] == 0):
+            if counts_up(count, 0):
                 return call(graph, aten.reshape.default, start, [1], like=index)
     return index

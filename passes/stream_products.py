@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import Context, call, is_call, shape_of, source_line
+from passes.base import Context, call, is_call, shape_of, told
 from passes.launches import FuseLaunches, why_not_few
 from passes.nodes import bring_before, dtype_of, erase_dead, uncast, users, why_no_product
 
@@ -46,8 +46,7 @@ class StreamProducts(FuseLaunches):
         sibling = next((user for user in users(node.args[0]) if self.joins(user, node)), None)
         products = [node] if sibling is None else sorted((node, sibling))
         new = streamed(graph, node) if sibling is None else streamed_together(graph, *products)
-        where = source_line(new)
-        return f"{', '.join(one.name for one in products)} → {new.name}" + (f" ({where})" if where else "")
+        return told(", ".join(one.name for one in products), new)
 
     def joins(self, other: fx.Node, node: fx.Node) -> bool:
         """Is this another product of the same rows, rounded like them?"""

@@ -131,7 +131,7 @@ def _argument(node: fx.Node, inputs: Mapping[str, Tensor]) -> Tensor:
     recipe = node.meta.get("bind")
     if recipe is None:
         return inputs[str(node.target)]
-    names = [str(n.target) for n in recipe.graph.nodes if n.op == "placeholder"]
+    names = [str(n.target) for n in placeholders(recipe.graph)]
     arguments = (inputs[name] for name in names)
     (value,) = tree_leaves(Float64Interpreter(recipe).run(*arguments, enable_io_processing=False))
     return value
@@ -166,14 +166,14 @@ class Specimen:
         """The graph as it is now, to be compared with what a pass makes of it."""
         return clone(self.module)
 
-    def certify(self, before: fx.GraphModule, label: str, bound: float = EXACT) -> Certificate:
+    def certify(self, before: fx.GraphModule, label: str) -> Certificate:
         """Compare the outputs of `module`, just rewritten, with those it had as `before`.
 
         `label` names pass and block. Raises CertificateError naming the output that differs and the first node
         that does, or the node at which the graph no longer runs.
         """
         if str(self.module.graph) == str(before.graph):
-            return Certificate(0.0, bound, sizes=self.sizes, proxy=self.proxy)
+            return Certificate(0.0, sizes=self.sizes, proxy=self.proxy)
         try:
             results, values = run_float64(self.module, self.inputs, record=True)
         except NodeError as stopped:
@@ -184,24 +184,24 @@ class Specimen:
             raise self._failed(before, f"{label}: {len(self.outputs)} outputs became {len(found)}", None)
         errors = [relative_error(one, other) for one, other in zip(found, self.outputs, strict=True)]
         for index, error in enumerate(errors):
-            if not error <= bound:
-                place = first_departure(before.graph, self.module.graph, self.values, values, bound)
+            if not error <= EXACT:
+                place = first_departure(before.graph, self.module.graph, self.values, values, EXACT)
                 where = f"; first at {place}, off by {place.error:.3g}" if place else ""
-                message = f"{label}: output {index} differs by {error:.3g} (bound {bound:g}){where}"
+                message = f"{label}: output {index} differs by {error:.3g} (bound {EXACT:g}){where}"
                 raise self._failed(before, message, place)
         self.outputs, self.values = found, values
-        return Certificate(max(errors, default=0.0), bound, sizes=self.sizes, proxy=self.proxy)
+        return Certificate(max(errors, default=0.0), sizes=self.sizes, proxy=self.proxy)
 
-    def certify_whole(self, label: str, bound: float = EXACT) -> Certificate:
+    def certify_whole(self, label: str) -> Certificate:
         """Compare the outputs of `module` with those of the block as it was captured: all passes together.
 
         `label` names the block. Raises CertificateError; no single pass is to blame then.
         """
         pairs = zip(self.outputs, self.captured, strict=True)
         error = max((relative_error(one, other) for one, other in pairs), default=0.0)
-        if not error <= bound:
-            raise CertificateError(f"all passes on {label}: an output differs by {error:.3g} (bound {bound:g})")
-        return Certificate(error, bound, sizes=self.sizes, proxy=self.proxy)
+        if not error <= EXACT:
+            raise CertificateError(f"all passes on {label}: an output differs by {error:.3g} (bound {EXACT:g})")
+        return Certificate(error, sizes=self.sizes, proxy=self.proxy)
 
     def _failed(self, before: fx.GraphModule, message: str, place: Departure | None) -> CertificateError:
         return CertificateError(message, Failure(before, self.module, self.recipes, self.seed, place))

@@ -6,6 +6,7 @@ from torch import nn
 from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.canonicalise import Canonicalise
+from tests.passes.capture import CONTEXT
 from tests.passes.harness import apply, count, module_graph
 
 aten = torch.ops.aten
@@ -32,6 +33,17 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return torch.addmm(self.b, x.flatten(0, 1), self.w.t(), beta=2.0), x.to(torch.float64)
+
+
+class Bits(nn.Module):
+    def forward(self, x):
+        return x.view(torch.int32) + 1, x.view(torch.float64) + 1
+
+
+def test_a_view_as_another_dtype_stays_what_it_is():
+    graph = module_graph(Bits(), X)
+    Canonicalise().run(graph, CONTEXT)
+    assert count(graph, aten.view.dtype) == 2
 
 
 def test_copies_vanish_products_become_linear_and_repeats_merge():

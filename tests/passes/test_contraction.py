@@ -139,3 +139,21 @@ def test_a_division_that_rounds_ends_the_reading():
     root = list(calls(graph.graph, aten.einsum))[-1]
     (term,) = lift(root).terms
     assert [o.node.target for o in term.operands] == [aten.div.Tensor_mode] * 2 and term.scale == 1.0
+
+
+class Sliced(nn.Module):
+    """Three products, a slice of the first that starts before its beginning."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(*size)) for size in ((5, 10), (5, 7), (7, 3)))
+
+    def forward(self, x):
+        return ((x @ self.a)[..., -15:5] @ self.b) @ self.c
+
+
+def test_a_slice_that_starts_before_the_beginning_is_clamped():
+    graph = module_graph(Sliced(), X)
+    specimen, before = Specimen.of(graph), clone(graph)
+    assert rewrite_left_to_right(graph) == 4
+    specimen.certify(before, "left to right")

@@ -42,6 +42,18 @@ def test_any_order_of_the_weights_axes(equation, shape):
     assert len(apply(FuseHeadProducts(), graph).matches) == 1
 
 
+class Deep(Heads):
+    def forward(self, x):
+        for _ in range(600):
+            x = x + 1
+        return super().forward(x)
+
+
+def test_behind_many_layers():
+    graph = module_graph(Deep("bshd,hod->bsho", H, O, D), tensor("x", "B", 1, H, D))
+    assert len(apply(FuseHeadProducts(), graph).matches) == 1
+
+
 def test_a_target_without_the_kernel_keeps_the_einsum():
     outcome = apply(
         FuseHeadProducts(), module_graph(Heads("bshd,hod->bsho", H, O, D), tensor("x", "B", 1, H, D)), on="sm_80"

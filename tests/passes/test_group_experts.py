@@ -236,6 +236,22 @@ def test_one_token_and_rows_of_tokens(experts):
         assert len(certified(GroupExperts(), graph).matches) == 1
 
 
+class Picked(nn.Module):
+    """What a top-k chose picks matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.empty(E, D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack.index_select(0, x.topk(1, -1).indices.flatten())
+
+
+@pytest.mark.parametrize("shape", [(), ("B", 2, 1, 1, 2, E)], ids=["none", "five"])
+def test_more_token_axes_than_letters_and_none(shape):
+    assert untouched(GroupExperts(), graph_of(Picked(), [tensor("x", *shape)])) == ""
+
+
 def squeezed_and_summed(m, x, indices, weights):
     ids = indices.squeeze(-1)
     y = bmm(m.down[ids], swiglu(bmm(m.gate_up[ids], x)))

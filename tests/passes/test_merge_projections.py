@@ -9,7 +9,6 @@ from torch import nn
 
 from passes.base import shape_of
 from passes.merge_projections import MergeProjections
-from passes.pipeline import PassError, set_option
 from passes.sparsify_experts import SparsifyExperts
 from tests.passes.capture import (
     CONTEXT,
@@ -66,18 +65,6 @@ def test_widths_may_differ_and_order_stays():
     (linear,) = (n for n in graph.graph.nodes if n.target is aten.linear.default)
     assert shape_of(linear)[1] == 10
     assert [n.name for n in linear.args[1].args[0]] == ["a", "b", "c"]
-
-
-def test_max_siblings_limits_a_family():
-    graph = graph_with(lambda m, x: [F.linear(x, w) for w in (m.a, m.b, m.c)], a=(3, D), b=(5, D), c=(2, D))
-    certified(MergeProjections(max_siblings=2), graph)
-    assert count(graph, aten.linear) == 2
-
-
-@pytest.mark.parametrize("number", [0, -1])
-def test_families_of_nobody_are_refused_in_one_line(number):
-    with pytest.raises(PassError, match=rf"^merge-projections.max_siblings={number}: .* a number from 1 on$"):
-        set_option(MergeProjections(), "max_siblings", str(number))
 
 
 def test_biases_are_merged_too():

@@ -136,6 +136,18 @@ def test_two_token_axes():
     assert len(certified(SparsifyExperts(), graph).matches) == 1
 
 
+@pytest.mark.parametrize("shape", [(), ("B", 2, 1, 1, 2, D)], ids=["none", "five"])
+def test_more_token_axes_than_letters_and_none(shape):
+    graph = graph_of(Scattered(), [tensor("x", *shape)])
+    assert untouched(SparsifyExperts(), graph) == ""
+
+
+class Scattered(nn.Module):
+    def forward(self, x):
+        values, indices = x.topk(1, -1)
+        return torch.zeros_like(x).scatter(-1, indices, values) * 2
+
+
 def test_gate_may_be_renormalised_after_the_scatter():
     def gate(scores):
         g = top_k_gate(scores)

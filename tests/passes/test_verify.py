@@ -95,14 +95,12 @@ def nudged(graph, factor):
 def test_small_differences_of_single_passes_add_up_in_the_certificate_of_all(graph):
     specimen = Specimen.of(graph)
     assert specimen.certify_whole("small").max_rel_error == 0.0
-    errors = []
     for _ in range(40):
         before = clone(graph)
         nudged(graph, 1 + 1e-11)
-        errors.append(specimen.certify(before, "nudge on small").max_rel_error)
-    assert 3 * max(errors) < specimen.certify_whole("small", bound=1e-8).max_rel_error
+        specimen.certify(before, "nudge on small")
     with pytest.raises(CertificateError, match="all passes on small: an output differs by"):
-        specimen.certify_whole("small", bound=3 * max(errors))
+        specimen.certify_whole("small")
 
 
 def test_a_missing_output_is_reported(graph):
