@@ -18,7 +18,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
-from dsv3_compile.owners import owner_of, owners
+from dsv3_compile.owners import owner_of, owners, viewed, views_between
 from dsv3_compile.tracing import tidy
 from passes.base import Role, call, is_call, module_of, placeholders
 from passes.nodes import is_tensor
@@ -33,6 +33,9 @@ NAME_LENGTH = 60  # of an input: Dynamo spells the whole path, wrapper by wrappe
 
 class NotFunctional(ValueError):
     """A graph that cannot be brought to functional form. One line: why."""
+
+
+Shown = tuple[fx.Node, list[fx.Node]]  # an input, and views, each of the one before
 
 
 @dataclass(frozen=True)
@@ -152,23 +155,44 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
     targets = [inputs[position] for position in rewritten.written]
     updates = list(zip(values, targets, rewritten.owners, strict=False))
     overwritten = {target for value, target, _ in updates if value is not target}  # others were written in place
-    returned, owned = [], dict[fx.Node, Hashable]()
+    returned, owned = list[Any](), dict[fx.Node, Hashable]()
+    shown: dict[int, Shown] = {}  # by place among the results
     for value, owner in zip(values[len(targets) :], rewritten.owners[len(targets) :], strict=True):
-        # The new value of an input is that input: the caller may rely on sharing its memory.
-        same = [target for new, target, known in updates if new is value and known == owner and isinstance(known, str)]
-        if same or not is_tensor(value):
-            returned.append(same[0] if same else value)
-            continue
-        now = owner_of(value)
-        kept = now not in overwritten and _lies_as_before(now, owner, inputs, owned)
-        returned.append(value if kept else snapshot(graph, value))
+        place = _shown_input(value, owner, updates) if is_tensor(value) else None
+        if place is not None:
+            shown[len(returned)] = place
+        elif is_tensor(value):
+            now = owner_of(value)
+            kept = now not in overwritten and _lies_as_before(now, owner, inputs, owned)
+            value = value if kept else snapshot(graph, value)
+        returned.append(value)
     # What an input held before is read before the first of them is overwritten.
     news = [snapshot(graph, v) if v is not t and owner_of(v) in overwritten else v for v, t, _ in updates]
     for value, target in zip(news, targets, strict=True):
         if value is not target:
             call(graph, aten.copy_.default, target, value, like=target)
+    for number, (target, views) in shown.items():
+        returned[number] = _view_again(graph, target, views)
     graph.output(tuple(returned))
     return fx.GraphModule(rewritten.module, graph)
+
+
+def _shown_input(value: fx.Node, owner: Hashable, updates: Sequence[tuple[fx.Node, fx.Node, Hashable]]) -> Shown | None:
+    """The input, and the views of it, that a result is where it is its new value: the caller may write to either."""
+    for new, target, known in updates:
+        views = views_between(new, value) if known == owner and isinstance(known, str) else None
+        if views is not None:
+            return target, views
+    return None
+
+
+def _view_again(graph: fx.Graph, target: fx.Node, views: Sequence[fx.Node]) -> fx.Node:
+    """The same views, but of `target`."""
+    last = target
+    for view in views:
+        source = viewed(view)
+        last = graph.node_copy(view, lambda node, source=source, last=last: last if node is source else node)
+    return last
 
 
 def _lies_as_before(now: fx.Node, owner: Hashable, inputs: list[fx.Node], owned: dict[fx.Node, Hashable]) -> bool:

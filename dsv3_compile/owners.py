@@ -18,14 +18,26 @@ from passes.nodes import is_tensor
 def owner_of(node: fx.Node) -> fx.Node:
     """The node that a view, or what may be one, is a view of; a node that is none owns its memory."""
     while node.op == "call_function":
-        source = _viewed(node)
+        source = viewed(node)
         if source is None:
             return node
         node = source
     return node
 
 
-def _viewed(node: fx.Node) -> fx.Node | None:
+def views_between(start: fx.Node, node: fx.Node) -> list[fx.Node] | None:
+    """The views that make `node` of `start`, in their order: none where they are the same, None where it is no view."""
+    views: list[fx.Node] = []
+    while node is not start:
+        source = viewed(node) if node.op == "call_function" else None
+        if source is None:
+            return None
+        views.append(node)
+        node = source
+    return views[::-1]
+
+
+def viewed(node: fx.Node) -> fx.Node | None:
     """The argument that the schema says the results share memory with."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:  # getitem and the like: part of another node's results
