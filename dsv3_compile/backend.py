@@ -30,13 +30,13 @@ from passes.certify import RegionalSpecimen
 from passes.pipeline import (
     FOREIGN_GPU_PIPELINE,
     FOREIGN_PIPELINE,
-    PassError,
     PassRecord,
     Pipeline,
     RequirementError,
     check_required,
 )
 from passes.plan import NoSuchForm
+from passes.settings import PassError
 
 LOGGER = logging.getLogger(__name__)
 

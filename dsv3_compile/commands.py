@@ -32,8 +32,9 @@ from model_def.checkpoint import CheckpointError
 from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from model_def.validate import ConfigError
-from passes.pipeline import DEFAULT_PIPELINE, PassError, RequirementError
+from passes.pipeline import DEFAULT_PIPELINE, RequirementError
 from passes.plan import NoSuchForm
+from passes.settings import PassError
 from passes.verify import CertificateError
 
 DONE, FAILED = 0, 1

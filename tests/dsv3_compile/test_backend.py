@@ -21,7 +21,8 @@ from dsv3_compile import backend
 from dsv3_compile.inspection import table
 from dsv3_compile.options import OptionError
 from passes.base import Outcome, calls
-from passes.pipeline import PassError, RequirementError
+from passes.pipeline import RequirementError
+from passes.settings import PassError
 from tests.foreign.models import deepseek_v2, deepseek_v3, kimi_like, randomised
 
 SCHEMA = json.loads((Path(backend.__file__).parent / "report" / "schema.json").read_text(encoding="utf-8"))

@@ -17,7 +17,8 @@ from model_def.decoder import Decoder
 from model_def.presets import PRESETS
 from passes.base import Outcome, Workload
 from passes.canonicalise import Canonicalise
-from passes.pipeline import PassError, Pipeline, RequirementError
+from passes.pipeline import Pipeline, RequirementError
+from passes.settings import PassError
 from passes.verify import CertificateError
 from tests.dsv3_compile import tiny
 from tests.dsv3_compile.tiny import OPTIONS, TINY

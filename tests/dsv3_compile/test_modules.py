@@ -17,7 +17,7 @@ from dsv3_compile import backend
 from dsv3_compile.functional import Functional
 from dsv3_compile.modules import CompiledModule, ModuleError
 from passes.base import calls
-from passes.pipeline import PassError
+from passes.settings import PassError
 from tests.passes.mla import Mla
 
 INDUCTOR = backend.inductor

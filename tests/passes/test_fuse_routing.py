@@ -244,24 +244,21 @@ def test_groups_ranked_by_other_scores_than_the_experts():
     )
 
 
-def test_masked_values_as_weights_when_too_few_experts_are_allowed():
+def masked_values(scores, kept):
+    weights, indices = (scores * spread(kept)).topk(4, -1)
+    return indices, weights
+
+
+def scores_of_masked_experts(scores, kept):
+    indices = scores.masked_fill(spread(kept) == 0, -math.inf).topk(4, -1).indices
+    return indices, scores.gather(1, indices)
+
+
+@pytest.mark.parametrize("choose", [masked_values, scores_of_masked_experts])
+def test_more_experts_than_the_best_groups_hold(choose):
     def routing(logits, bias):
         scores = logits.softmax(-1)
-        kept = kept_groups(scores.view(-1, 4, 3).amax(-1), 1)
-        weights, indices = (scores * spread(kept)).topk(4, -1)
-        return indices, weights
-
-    assert untouched(FuseRouting(), routing_graph(routing, 12)) == (
-        "4 experts are chosen among 3: some of them are masked, and equal"
-    )
-
-
-def test_masked_experts_when_too_few_are_allowed():
-    def routing(logits, bias):
-        scores = logits.softmax(-1)
-        kept = kept_groups(scores.view(-1, 4, 3).amax(-1), 1)
-        indices = scores.masked_fill(spread(kept) == 0, -math.inf).topk(4, -1).indices
-        return indices, scores.gather(1, indices)
+        return choose(scores, kept_groups(scores.view(-1, 4, 3).amax(-1), 1))
 
     assert untouched(FuseRouting(), routing_graph(routing, 12)) == (
         "4 experts are chosen among 3: some of them are masked, and equal"

@@ -14,7 +14,8 @@ from codegen.targets import TARGETS
 from dsv3_compile.tracing import Input, capture_module
 from model_def.decoder import Layer
 from passes.base import Context, Outcome, Pass, Role, Workload, call, calls, fake_mode_of
-from passes.pipeline import DEFAULT_PIPELINE, PassError, Pipeline, RequirementError, check_required
+from passes.pipeline import DEFAULT_PIPELINE, Pipeline, RequirementError, check_required
+from passes.settings import PassError
 from passes.verify import CertificateError, Specimen
 from tests.passes.capture import DENSE_LAYER, layer_inputs
 
