@@ -87,13 +87,10 @@ def _labels_after(node: fx.Node, reached: dict[fx.Node, str]) -> str | None:
     if sources is not None:
         after = "".join(FEATURE if s is None else before[s] for s in sources)
         return after if EXPERT in after else None
-    widened = is_call(node, *CASTS) and dtype_of(node).is_floating_point
-    scaled = widened or is_call(node, aten.mul, aten.neg) or is_division(node)
-    return (
-        before
-        if scaled and len(shape_of(node)) == len(before) and not any(n in reached for n in node.all_input_nodes[1:])
-        else None
-    )
+    cast = is_call(node, *CASTS) and dtype_of(node).is_floating_point
+    linear = cast or is_call(node, aten.mul, aten.neg) or is_division(node)
+    alone = len(shape_of(node)) == len(before) and not any(n in reached for n in node.all_input_nodes[1:])
+    return before if linear and alone else None
 
 
 def _has_features(total: fx.Node, labels: str) -> bool:
