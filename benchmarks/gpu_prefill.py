@@ -3,8 +3,9 @@
     python benchmarks/gpu_prefill.py --peer                                  # DeepSeek-V2-Lite, 2048 and 8192 tokens
     python benchmarks/gpu_prefill.py --model toy --target cpu --lengths 32   # the same path without a GPU
 
-The model is compiled without weights, which are then drawn at random on the device. Prefill is embedding and every
-layer over one prompt, and the head on its last position, as a CUDA graph and `called` kernel by kernel. `cold compile`
+The model is compiled without weights, which are then drawn at random on the device. Prefill fills the caches of one
+prompt and gives the logits of its last position, as `generate` does it: every layer over the prompt, of the last one
+only what its caches and that position need. It is timed as a CUDA graph, and `called` kernel by kernel. `cold compile`
 is everything from the config to an artifact, with empty caches; `load to first token` is a process of its own with
 empty caches that opens the artifact, loads its graphs, and runs one prefill and one decode step on weights that are
 there already. Floor: the FLOPs of the active weights and of causal attention over those of a matrix product measured in
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,14 @@ from random_models import compiled, drawn, peer_model
 from timing import breakdown, graphed, milliseconds, product_speed
 from torch import Tensor
 
-from dsv3_compile.artifact import Artifact, GraphEntry
+from dsv3_compile.artifact import FILL, Artifact
 from dsv3_compile.loading import load_graph
 from model_def.accounting import flops_per_token
 from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 from model_def.specs import GqaSpec, MlaSpec
 
-ROOM = 64  # positions of the cache that the first decode step gets
+ROOM = 64  # positions of the caches until the first decoded token
 
 
 class Prefill:
@@ -58,31 +60,38 @@ class Prefill:
             for phase, entry in phases.items():
                 self.functions[block, phase] = load_graph(self.artifact.path(entry.source))
 
-    def run(self, ids: Tensor, positions: Tensor, phase: str) -> Tensor:
-        """Logits of the last position; caches are as long as the last position needs."""
+    def caches(self, slots: int) -> list[dict[str, Tensor]]:
+        """By name, the caches of every block for one row of so many positions."""
+        sizes = {"B": 1, "T": slots}
+        return [
+            {
+                port.name: torch.zeros(
+                    [sizes.get(size, size) if isinstance(size, str) else size for size in port.shape],
+                    dtype=getattr(torch, port.dtype),
+                    device=self.device,
+                )
+                for port in phases["decode"].inputs
+                if port.role == "cache"
+            }
+            for _, phases in self.entries
+        ]
+
+    def run(self, ids: Tensor, positions: Tensor, caches: list[dict[str, Tensor]]) -> Tensor:
+        """Logits [1, 1, V] behind a prompt, or behind one more token; the caches are written in place."""
         values = {"input_ids_BS": ids, "positions_BS": positions}
-        length = ids.shape[1] if phase == "prefill" else ROOM
-        for (block, phases), weights in zip(self.entries, self.weights, strict=True):
-            entry = phases[phase]
-            if block == self.entries[-1][0]:
-                values["x_BSD"] = values["x_BSD"][:, -1:].contiguous()
-            outputs = self.functions[block, phase](*self.arguments(entry, {**weights, **values}, length))
-            names = ("x_BSD", "cos_BSF", "sin_BSF") if block == "embed" else ("x_BSD",)
-            values.update(zip(names, outputs, strict=False))
+        phase, last = "prefill" if ids.shape[1] > 1 else "decode", len(self.entries) - 2
+        for number, (weights, cache) in enumerate(zip(self.weights, caches, strict=True)):
+            known = {**weights, **cache}
+            if number == last and phase == "prefill":
+                self.call(number, FILL, {**known, **values})
+                values, phase = {name: value[:, -1:].contiguous() for name, value in values.items()}, "decode"
+            names = ("x_BSD", "cos_BSF", "sin_BSF") if number == 0 else ("x_BSD",)
+            values.update(zip(names, self.call(number, phase, {**known, **values}), strict=False))
         return values["x_BSD"]
 
-    def arguments(self, entry: GraphEntry, known: dict[str, Tensor], length: int) -> list[Tensor]:
-        sizes = {"B": len(known["input_ids_BS"]), "T": length}
-        return [
-            known[port.name]
-            if port.role != "cache"
-            else torch.zeros(
-                [sizes.get(size, size) if isinstance(size, str) else size for size in port.shape],
-                dtype=getattr(torch, port.dtype),
-                device=self.device,
-            )
-            for port in entry.inputs
-        ]
+    def call(self, number: int, phase: str, known: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        block, phases = self.entries[number]
+        return self.functions[block, phase](*[known[port.name] for port in phases[phase].inputs])
 
 
 def prompt(length: int, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
@@ -102,8 +111,9 @@ def first_token(folder: Path, device: str) -> dict[str, float]:
     model.load()
     loaded = time.perf_counter()
     ids, positions = prompt(32, artifact.manifest.config["vocab_size"], device)
-    token = model.run(ids, positions, "prefill")[:, -1:].argmax(-1)
-    model.run(token, positions[:, -1:] + 1, "decode").argmax(-1).tolist()
+    caches = model.caches(ROOM)
+    token = model.run(ids, positions, caches).argmax(-1)
+    model.run(token, positions[:, -1:] + 1, caches).argmax(-1).tolist()
     done = time.perf_counter()
     return {"open_s": opened - begin, "load_s": loaded - ready, "first_token_s": done - loaded}
 
@@ -118,10 +128,15 @@ def first_token_of_a_new_process(folder: Path, device: str) -> dict[str, float]:
 
 
 def prefill_flops(config: ModelConfig, length: int) -> float:
-    """Active weights for every token, the head for one, and causal attention over keys and values of every head."""
+    """Active weights for every token, and causal attention over keys and values of every head; of the last layer only
+    what is cached of every token, and the rest, as the head, for one."""
+    *layers, last = config.layers()
+    trunk = flops_per_token(dataclasses.replace(config, num_hidden_layers=len(layers))).weights
     head = 2 * config.vocab_size * config.hidden_size
-    widths = [spec.attention.heads * sum(head_widths(spec.attention)) for spec in config.layers()]
-    return (flops_per_token(config).weights - head) * length + head + sum(widths) * float(length) ** 2
+    cached = 2 * config.hidden_size * sum(map(prod, last.attention.cache_widths().values()))
+    widths = [spec.attention.heads * sum(head_widths(spec.attention)) for spec in layers]
+    one = flops_per_token(config).weights - trunk + head
+    return (trunk - head + cached) * length + one + sum(widths) * float(length) ** 2
 
 
 def head_widths(attention: MlaSpec | GqaSpec) -> tuple[int, int]:
@@ -156,7 +171,7 @@ def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str,
     model.load()
     for length in lengths:
         ids, positions = prompt(length, artifact.manifest.config["vocab_size"], device)
-        run = partial(model.run, ids, positions, "prefill")
+        run = partial(model.run, ids, positions, model.caches(length))
         row: dict[str, Any] = {"length": length, "called_ms": milliseconds(run, 5)}
         run = graphed(run)
         row["ms"] = milliseconds(run, 5)

@@ -27,9 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
+
+FILL = "fill"
+"""A third graph of the last layer's block: the part of its prefill that writes the caches. Of a prompt of which only
+the last position goes on, that layer computes no more than this and a decode step."""
 
 
 class ArtifactError(ValueError):
@@ -48,7 +52,7 @@ class Port:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """One block in one phase."""
+    """One block in one phase, or as FILL says."""
 
     source: str  # path in the folder
     inputs: tuple[Port, ...]
@@ -151,9 +155,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{path}: is not JSON ({error})") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(schema, int) or schema < 1:
-        raise ArtifactError(f"{path}: schema is {schema!r}; expected a number from 1 to {SCHEMA}")
+        raise ArtifactError(f"{path}: schema is {schema!r}; expected a number, {SCHEMA} of this release")
     if schema > SCHEMA:
-        raise ArtifactError(f"{path}: schema {schema} is newer than {SCHEMA}, the newest this release reads")
+        raise ArtifactError(f"{path}: schema {schema} is newer than {SCHEMA}, which this release reads")
+    if schema < SCHEMA:
+        raise ArtifactError(f"{path}: schema {schema} is older than {SCHEMA}, which this release reads: compile again")
     digest = folder / DIGEST
     try:
         expected = digest.read_bytes()

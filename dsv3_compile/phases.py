@@ -9,8 +9,10 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from dsv3_compile.artifact import FILL
 from dsv3_compile.program import BlockGraph
-from passes.base import expression_of, fake_mode_of, fake_result, module_of, sweep
+from passes.base import Role, expression_of, fake_mode_of, fake_result, module_of, sweep
+from passes.verify import clone
 
 QUERIES = "S"
 
@@ -18,6 +20,23 @@ QUERIES = "S"
 def decode_of(graph: BlockGraph) -> BlockGraph:
     """The block at S = 1. Much cheaper than a second export, and node names stay comparable over phases."""
     return BlockGraph(graph.name, "decode", fix_sizes(graph.module, {QUERIES: 1}))
+
+
+def fill_of(prefill: BlockGraph) -> BlockGraph:
+    """What of a finished prefill graph writes the caches: they are its only outputs, its inputs what that takes.
+
+    Taken from the finished graph, so that it reads the same bound weights.
+    """
+    filling = BlockGraph(prefill.name, FILL, clone(prefill.module))
+    graph = filling.module.graph
+    activations = len(filling.outputs()) - len(filling.inputs(Role.CACHE))
+    graph.output_node().args = (filling.outputs()[activations:],)
+    sweep(filling.module)
+    for node in filling.inputs():
+        if not node.users:
+            graph.erase_node(node)
+    filling.module.recompile()
+    return filling
 
 
 def fix_sizes(module: fx.GraphModule, sizes: Mapping[str, int]) -> fx.GraphModule:

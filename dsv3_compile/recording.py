@@ -90,23 +90,25 @@ class Slots:
 class Prompt:
     """The memory of prompts of one size, and the prefill recorded on it, once there is one.
 
-    ids and positions [B, S] int64; layers: per layer, the cached tensors [B, S, ...].
+    ids and positions [B, S] int64; last [B, 1] int64: the position of each row that is asked for, all where None;
+    layers: per layer, the cached tensors [B, S, ...].
     """
 
     ids: Tensor
     positions: Tensor
+    last: Tensor | None
     layers: list[Layer]
     recording: Recording | None = None
 
 
 @dataclass
 class Prompts:
-    """Sizes (B, S) of prompts that have come, the last one last. Those that came again have memory: the last few, so
-    that it stays bounded."""
+    """Sizes of prompts that have come, the last one last: (B, S, are all positions asked for?). Those that came again
+    have memory: the last few, so that it stays bounded."""
 
-    seen: dict[tuple[int, int], Prompt | None] = field(default_factory=dict)
+    seen: dict[tuple[int, int, bool], Prompt | None] = field(default_factory=dict)
 
-    def again(self, sizes: tuple[int, int], make: Callable[[], Prompt]) -> Prompt | None:
+    def again(self, sizes: tuple[int, int, bool], make: Callable[[], Prompt]) -> Prompt | None:
         """The memory of a size, made when it comes for the second time; None when it comes for the first."""
         known = sizes in self.seen
         prompt = self.seen.pop(sizes, None)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry
+from dsv3_compile.artifact import FILL, Artifact, ArtifactError, GraphEntry, Step
 from dsv3_compile.device import device_for
 from dsv3_compile.loading import load_graph
 from dsv3_compile.native import cpu_identity, load_native
@@ -112,7 +112,8 @@ class Model:
         short prompts are padded further, to sizes that come often; from the second time on such a size is replayed.
         Raises ValueError for ids, sizes or lengths that do not fit the model.
         """
-        x, cache = self._prefill_trunk(*self._checked_prompts(input_ids, lengths))
+        input_ids, lengths = self._checked_prompts(input_ids, lengths)
+        x, cache = self._prefill_trunk(input_ids, lengths, None)
         return self._head(x, "prefill"), cache
 
     def decode(self, next_ids: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
@@ -163,9 +164,9 @@ class Model:
         self, input_ids: Tensor, lengths: Tensor, max_new_tokens: int, sampler: Sampler, ends: Tensor
     ) -> Iterator[Tensor]:
         """What `stream` gives, from checked arguments: a generator would check them when it is first asked."""
-        x, cache = self._prefill_trunk(input_ids, lengths, max_new_tokens)
-        last = x[torch.arange(len(x), device=self.device), cache.lengths - 1].unsqueeze(1)
-        logits = self._head(last, "decode")
+        last = (lengths - 1).unsqueeze(1).to(self.device)
+        x, cache = self._prefill_trunk(input_ids, lengths, last, max_new_tokens)
+        logits = self._head(x, "decode")
         finished = torch.zeros(len(x), dtype=torch.bool, device=self.device)
         tokens = torch.zeros(len(x), dtype=torch.int64, device=self.device)
         for step in range(max_new_tokens):
@@ -186,15 +187,17 @@ class Model:
             raise ValueError(f"prompts have {queries} positions; this artifact was made for {self.max_length}")
         return input_ids, checked_lengths(lengths, batch, queries)
 
-    def _prefill_trunk(self, input_ids: Tensor, lengths: Tensor, room: int = 1) -> tuple[Tensor, Cache]:
-        """Everything but the head, and a cache with room for that many more positions, as far as they are allowed."""
+    def _prefill_trunk(
+        self, input_ids: Tensor, lengths: Tensor, last: Tensor | None, room: int = 1
+    ) -> tuple[Tensor, Cache]:
+        """What `_layers` gives, and a cache with room for that many more positions, as far as they are allowed."""
         batch, queries = input_ids.shape
         padded = min(padded_length(queries), self._capacity(queries))
         if self.record is not None and batch * padded <= MOST_RECORDED_TOKENS:
-            x, layers = self._prefilled_again(self.record, pad(input_ids, (0, padded - queries)))
+            x, layers = self._prefilled_again(self.record, pad(input_ids, (0, padded - queries)), last)
             x = x[:, :queries]
         else:
-            x, layers = self._prefilled(self._prompt(input_ids, self._rows(batch * queries)))
+            x, layers = self._prefilled(self._prompt(input_ids, last, self._rows(batch * queries)))
         cache = Cache(layers, lengths.to(self.device), int(lengths.max()))
         self._resize(cache, self._capacity(min(queries + room, self.max_length)))
         return x, cache
@@ -214,23 +217,28 @@ class Model:
         """What all recorded prompts write: it is copied to a slot before the next one."""
         return self._rows(MOST_RECORDED_TOKENS)
 
-    def _prompt(self, ids: Tensor, rows: list[Layer]) -> Prompt:
+    def _prompt(self, ids: Tensor, last: Tensor | None, rows: list[Layer]) -> Prompt:
         """The memory of a prompt, whose caches are the first of these rows."""
         batch, queries = ids.shape
         layers = [tuple(one[: batch * queries].view(batch, queries, *one.shape[1:]) for one in layer) for layer in rows]
         positions = torch.arange(queries, device=self.device).expand(batch, queries).contiguous()
-        return Prompt(ids, positions, layers)
+        return Prompt(ids, positions, last, layers)
 
     def _prefilled(self, prompt: Prompt) -> tuple[Tensor, list[Layer]]:
-        return self._layers("prefill", prompt.ids, prompt.positions, prompt.layers)
+        return self._layers("prefill", prompt.ids, prompt.positions, prompt.layers, prompt.last)
 
-    def _prefilled_again(self, record: Recorder, ids: Tensor) -> tuple[Tensor, list[Layer]]:
+    def _prefilled_again(self, record: Recorder, ids: Tensor, last: Tensor | None) -> tuple[Tensor, list[Layer]]:
         """The same as a replay if prompts of this size have come before; it lasts until the next one."""
         batch, queries = ids.shape
-        prompt = self.prompts.again((batch, queries), lambda: self._prompt(ids.clone(), self._recorded_rows))
+        prompt = self.prompts.again(
+            (batch, queries, last is None),
+            lambda: self._prompt(ids.clone(), None if last is None else last.clone(), self._recorded_rows),
+        )
         if prompt is None:
-            return self._prefilled(self._prompt(ids, self._rows(batch * queries)))
+            return self._prefilled(self._prompt(ids, last, self._rows(batch * queries)))
         prompt.ids.copy_(ids)
+        if prompt.last is not None and last is not None:
+            prompt.last.copy_(last)
         if prompt.recording is None:
             prompt.recording = record(partial(self._prefilled_in_place, prompt))
         prompt.recording.replay()
@@ -273,20 +281,32 @@ class Model:
         return logits
 
     def _layers(
-        self, phase: str, input_ids: Tensor, positions: Tensor, caches: list[Layer]
+        self, phase: str, input_ids: Tensor, positions: Tensor, caches: list[Layer], last: Tensor | None = None
     ) -> tuple[Tensor, list[Layer]]:
-        """Everything but the head: [B, S, D], and the caches with the new rows."""
+        """Everything but the head: [B, S, D], and the caches with the new rows.
+
+        Where of each row the position in last [B, 1] is asked for, [B, 1, D]: the other positions go no further than
+        into the caches of the last layer.
+        """
         first = self.graphs[self._schedule[0].block, phase]
         values = {"input_ids_BS": input_ids.contiguous(), "positions_BS": positions.contiguous()}
         x, cos, sin = first({**self.weights[0], **values})
         values |= {"x_BSD": x, "cos_BSF": cos, "sin_BSF": sin}
         written: list[Layer] = []
         for step, weights, layer in zip(self._layer_steps(), self.weights[1:-1], caches, strict=True):
-            graph = self.graphs[step.block, phase]
-            named = {port.name: tensor for port, tensor in zip(graph.caches(), layer, strict=True)}
-            values["x_BSD"], *new = graph({**weights, **values, **named})
+            if last is not None and len(written) + 1 == len(caches):
+                layer = self._layer(step, FILL, {**weights, **values}, layer)
+                values = {name: _rows_at(value, last) for name, value in values.items()}
+                phase = "decode"
+            values["x_BSD"], *new = self._layer(step, phase, {**weights, **values}, layer)
             written.append(tuple(new))
         return values["x_BSD"], written
+
+    def _layer(self, step: Step, phase: str, values: Mapping[str, Tensor], layer: Layer) -> tuple[Tensor, ...]:
+        """A layer's graph on its weights, its activations and its caches."""
+        graph = self.graphs[step.block, phase]
+        named = {port.name: tensor for port, tensor in zip(graph.caches(), layer, strict=True)}
+        return graph({**values, **named})
 
     def _head(self, x: Tensor, phase: str) -> Tensor:
         (logits,) = self.graphs[self._schedule[-1].block, phase]({**self.weights[-1], "x_BSD": x.contiguous()})
@@ -349,6 +369,12 @@ def _tensors(shard: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         for name in file.keys():  # noqa: SIM118  not a dictionary
             # Copied to aligned memory: in the mapped file, rounding would depend on where a tensor happens to lie.
             yield name, file.get_tensor(name).to(device, copy=True)
+
+
+def _rows_at(values: Tensor, positions: Tensor) -> Tensor:
+    """[B, S, ...] at positions [B, 1] → [B, 1, ...]."""
+    rows = torch.arange(len(values), device=values.device).unsqueeze(1)
+    return values[rows, positions]
 
 
 def _keep(layers: list[Layer], written: list[Layer]) -> None:

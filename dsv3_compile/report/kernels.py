@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dsv3_compile.artifact import Artifact
+from dsv3_compile.artifact import FILL, Artifact
 from dsv3_compile.inspection import inspect_graphs
 
 IMPORT = re.compile(r"^from \.\.kernels\.(\w+) import \w+ as (\w+)$", re.M)
@@ -41,7 +41,8 @@ def kernel_uses(artifact: Artifact) -> dict[str, list[dict[str, str]]]:
     uses: dict[str, list[dict[str, str]]] = {}
     for block, phases in artifact.manifest.graphs.items():
         for phase, entry in phases.items():
-            history = graphs[f"{block} {phase}"]
+            # What fills the caches is a part of prefill, under the same names.
+            history = graphs[f"{block} {'prefill' if phase == FILL else phase}"]
             lines = {node["name"]: node["source"] for node in history["snapshots"][-1]["nodes"]}
             for kernel, node in _calls(artifact.path(entry.source).read_text(encoding="utf-8")):
                 use = {"block": block, "phase": phase, "node": node, "source": lines.get(node, "")}

@@ -261,10 +261,10 @@ def test_a_damaged_artifact_is_refused(command: list[str], damage: str, artifact
         victim.with_suffix(".pyc").touch()
     elif damage == "newer":
         manifest = artifact / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"schema": 1', '"schema": 2'))
+        manifest.write_text(manifest.read_text().replace('"schema": 2', '"schema": 3'))
     else:
         shutil.rmtree(artifact)
-    expected = {"newer": "schema 2 is newer", "absent": "manifest.json"}.get(damage, "graphs/moe_decode.py")
+    expected = {"newer": "schema 3 is newer", "absent": "manifest.json"}.get(damage, "graphs/moe_decode.py")
     expected = expected.replace(".py", ".pyc") if damage == "extra" else expected
     assert expected in error_of(capsys, command[0], artifact, *command[1:])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from dsv3_compile.phases import decode_of, fix_sizes
+from dsv3_compile.phases import decode_of, fill_of, fix_sizes
 from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
 from passes.bisection import relative_error
@@ -48,6 +48,23 @@ def test_fake_values_have_the_fixed_size(blocks):
                 assert not any(
                     queries in getattr(s, "node", s).expr.free_symbols for s in value.shape if not isinstance(s, int)
                 )
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_what_fills_the_caches_is_a_part_of_prefill(blocks, name):
+    prefill = blocks[name]
+    before = str(prefill.module.graph)
+    filling = fill_of(prefill)
+    assert str(prefill.module.graph) == before
+    inputs = random_inputs(prefill.module, {s: 5 for s in prefill.module.meta["dims"].values()}, 0)
+    expected, _ = run_float64(prefill.module, inputs)
+    found, _ = run_float64(filling.module, inputs)
+    assert len(found) == len(expected) - 1
+    for one, other in zip(found, expected[1:], strict=True):
+        assert torch.equal(one, other)
+    left = {node.name for node in prefill.inputs()} - {node.name for node in filling.inputs()}
+    assert {"self_attn_o_proj_weight", "post_attention_layernorm_weight"} <= left
+    assert not any("experts" in node.name or node.name.startswith("mlp") for node in filling.inputs())
 
 
 class Flat(nn.Module):

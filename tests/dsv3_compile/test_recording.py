@@ -99,6 +99,22 @@ def test_prompts_that_are_padded_and_replayed_give_the_same(model: Model, plain:
     assert model.record.replayed == 2  # the first one only told the size
 
 
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_prompts_of_which_the_last_positions_are_asked_for_are_replayed(
+    model: Model, plain: Model, length: int
+) -> None:
+    for seed in range(3):
+        drawn = torch.Generator().manual_seed(seed)
+        prompts = torch.randint(tiny.TINY.vocab_size, (2, length), generator=drawn)
+        lengths = [length, 1 + seed % length]
+        found = next(model.stream(prompts, 1, lengths=lengths))
+        logits, _ = plain.prefill(prompts, lengths)
+        assert torch.equal(found, logits[torch.arange(2), torch.tensor(lengths) - 1].argmax(-1))
+    assert model.record.replayed == 2  # the first one only told the size
+    model.prefill(prompts)
+    assert model.record.replayed == 2  # all positions are another recording
+
+
 def test_prompts_of_all_sizes_share_the_rows_that_they_write(model: Model) -> None:
     for length in (3, 3, 9, 9):
         model.prefill(torch.ones(2, length, dtype=torch.int64))
@@ -125,15 +141,15 @@ def test_the_memory_of_prompts_is_bounded() -> None:
         return made[-1]
 
     for length in range(1, recording.MOST_PROMPTS + 3):
-        assert prompts.again((1, length), make) is None
-        assert prompts.again((1, length), make) is prompts.again((1, length), make) is made[-1]
+        assert prompts.again((1, length, True), make) is None
+        assert prompts.again((1, length, True), make) is prompts.again((1, length, True), make) is made[-1]
     assert len(made) == recording.MOST_PROMPTS + 2
     assert sum(one is not None for one in prompts.seen.values()) == recording.MOST_PROMPTS
-    assert prompts.again((1, 1), make) is made[-1]  # its memory was given up, its size is known
+    assert prompts.again((1, 1, True), make) is made[-1]  # its memory was given up, its size is known
     assert len(made) == recording.MOST_PROMPTS + 3
     for length in range(100, 101 + recording.MOST_SEEN):
-        prompts.again((1, length), make)
-    assert len(prompts.seen) == recording.MOST_SEEN and prompts.again((1, 1), make) is None
+        prompts.again((1, length, True), make)
+    assert len(prompts.seen) == recording.MOST_SEEN and prompts.again((1, 1, True), make) is None
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 250, 256, 257, 2049, 4096])

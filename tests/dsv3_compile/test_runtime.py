@@ -98,6 +98,24 @@ def test_generation_ends_when_the_context_is_full(model: Model) -> None:
     assert model.generate(prompts, 10, lengths=[3, LONGEST - 2], eos=[]).shape == (2, 3)
 
 
+def test_of_a_prompt_to_continue_the_last_layer_computes_the_last_position_only(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, int]] = []
+    step = runtime.Graph.__call__
+
+    def counted(graph: runtime.Graph, values: Any) -> tuple[Tensor, ...]:
+        called.append((Path(graph.entry.source).stem, values["x_BSD"].shape[1] if "x_BSD" in values else 0))
+        return step(graph, values)
+
+    monkeypatch.setattr(runtime.Graph, "__call__", counted)
+    prompts, lengths = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), [4, 2]
+    model.generate(prompts, 1, lengths=lengths)
+    blocks = [step.block for step in model.artifact.manifest.schedule]
+    expected = [(f"{block}_prefill", 0 if block == "embed" else 4) for block in blocks[:-2]]
+    assert called == [*expected, (f"{blocks[-2]}_fill", 4), (f"{blocks[-2]}_decode", 1), ("head_decode", 1)]
+
+
 def test_generation_of_nothing_is_refused(model: Model) -> None:
     for number in (0, 2.5, "3", True):
         with pytest.raises(ValueError, match=f"max_new_tokens is {number!r}; expected a whole number"):
