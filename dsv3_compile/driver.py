@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 import model_def
-from dsv3_compile.artifact import FILL, Artifact, check_output
+from dsv3_compile.artifact import Artifact, check_output
 from dsv3_compile.capture import block_names, capture
 from dsv3_compile.inspection import documents
 from dsv3_compile.options import OptionError, Options, options_from
 from dsv3_compile.own_ops import check_ops
 from dsv3_compile.packaging import write_artifact
-from dsv3_compile.phases import fill_of
 from dsv3_compile.program import PHASES, BlockGraph, Occurrence, Program, share_weights
 from dsv3_compile.proxy import needs_proxy, proxy
 from dsv3_compile.report.dumps import dump
@@ -165,8 +164,6 @@ def build(config: ModelConfig, options: Options, progress: Progress = silent) ->
     check_required(everything, options.require)
     for name in dict.fromkeys(name for name, _ in blocks):
         share_weights(program.phases(name))
-    last = program.schedule[-2].block
-    blocks[last, FILL] = fill_of(blocks[last, "prefill"])
     return program
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,21 @@ from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from codegen.targets import Target
-from dsv3_compile.artifact import Artifact, ArtifactError, GraphEntry, Manifest, Port, Progress, Step, seal, writing
+from dsv3_compile.artifact import (
+    FILL,
+    Artifact,
+    ArtifactError,
+    GraphEntry,
+    Manifest,
+    Port,
+    Progress,
+    Step,
+    seal,
+    writing,
+)
 from dsv3_compile.kernels import bind_kernels, write_kernels
 from dsv3_compile.native import compile_native, cpu_identity
+from dsv3_compile.phases import fill_of
 from dsv3_compile.program import BlockGraph, Occurrence, Program, Reader, bind
 from dsv3_compile.source import KernelCall, axes_of, axis_letters, graph_source
 from passes.base import Role
@@ -44,6 +57,8 @@ def write_artifact(
     tokenizer files and for `dsv3c verify`.
     native: compile the graphs for this machine's CPU as well, so that loading needs no compiler.
     """
+    last = program.schedule[-2].block
+    program = replace(program, blocks={**program.blocks, (last, FILL): fill_of(program.blocks[last, "prefill"])})
     with writing(output) as folder:
         bindings = bind_kernels(program, progress)
         if bindings.kernels:
