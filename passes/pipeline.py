@@ -40,6 +40,7 @@ from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
 from passes.settings import PassError, set_option, split_setting
+from passes.slice_early import SliceEarly
 from passes.sparsify_experts import SparsifyExperts
 from passes.split_heads import SplitHeads
 from passes.stream_attention_inputs import StreamAttentionInputs
@@ -82,6 +83,7 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     CloseAttention(),
     FuseSwiglu(),
     FuseExperts(),
+    SliceEarly(),
 )
 """For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache.
 

@@ -10,8 +10,10 @@ import torch
 
 from codegen.targets import target
 from dsv3_compile.capture import capture
+from dsv3_compile.phases import fix_sizes
 from dsv3_compile.transformers_layers import TransformersLayers
-from passes.base import Context, sweep
+from passes.base import Context, call, sweep
+from passes.cuts import END
 from passes.pipeline import DEFAULT_PIPELINE, FOREIGN_PIPELINE
 from passes.verify import CertificateError, Specimen, clone
 from tests.dsv3_compile import tiny
@@ -23,8 +25,14 @@ FOREIGN = {one.name() for one in FOREIGN_PIPELINE} - {one.name() for one in DEFA
 
 @functools.cache
 def stages() -> list[Stage]:
-    """What the foreign passes did to an MoE layer in prefill, where an attention is opened and closed again."""
-    module = clone(capture(CONFIG, torch.float32, layer=TransformersLayers(CONFIG))["moe", "prefill"].module)
+    """What the foreign passes did to an MoE layer in prefill, where an attention is opened and closed again, and of
+    whose result the last position is asked for."""
+    module = capture(CONFIG, torch.float32, layer=TransformersLayers(CONFIG))["moe", "prefill"].module
+    module = fix_sizes(module, {"B": 7})
+    output = module.graph.output_node()
+    with module.graph.inserting_before(output):
+        last = call(module.graph, torch.ops.aten.slice.Tensor, output.args[0][0], 1, -1, END)
+    output.args = ((last, *output.args[0][1:]),)
     context, specimen, found = Context("prefill", target("cpu"), WORKLOADS["prefill"]), Specimen.of(module), []
     for one in FOREIGN_PIPELINE:
         before, as_found = clone(module), replace(specimen)
