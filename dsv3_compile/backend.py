@@ -122,12 +122,13 @@ def improve(
     if reason:
         return False, _leave(examples, settings, reason)
     target, steps = target_of(examples), ["reading the graph"]
-    records: list[PassRecord] = []
     try:
         gained, records = _run_passes(found, target, settings, given(), lambda name, number: steps.append(name))
         if gained:
             steps.append("lowering")
             lower(found, target)
+        steps.append("writing the report")
+        return gained, _publish(records, examples, settings, "")
     except (NoSuchForm, PassError, RequirementError):
         raise
     except Exception as problem:
@@ -136,8 +137,7 @@ def improve(
         text = next(iter(str(problem).splitlines()), "")
         reason = f"{steps[-1]} stopped with {type(problem).__name__}: {text}"
         LOGGER.warning("%s; the graph goes to Inductor as it came", reason, exc_info=True)
-        return False, _publish(records, examples, settings, reason)
-    return gained, _publish(records, examples, settings, "")
+        return False, _publish([], examples, settings, reason)
 
 
 def _leave(examples: Sequence[Any], settings: Settings, reason: str) -> dict[str, Any]:

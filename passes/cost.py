@@ -285,18 +285,25 @@ def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
     always = node.args[6] if len(node.args) > 6 else 0
     active = always + _active(experts - always, selected - always, tokens)
-    return moved - weights + weights * active / experts
+    return moved - weights + _share(weights, active / experts)
 
 
 def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     pairs, experts = (_shape(argument, size)[0] for argument in node.args[:2])
     weights = _bytes(node.args[1].meta["val"], size)
-    return moved - weights + weights * _active(experts, 1, pairs) / experts
+    return moved - weights + _share(weights, _active(experts, 1, pairs) / experts)
 
 
 def _active(experts: Any, selected: Any, tokens: Any) -> Any:
     """Expected number of experts in use when every token picks `selected` different ones evenly."""
-    return experts * (1 - (1 - sympy.sympify(selected) / experts) ** tokens)
+    left_out = 1 - sympy.sympify(selected) / experts
+    # Of thousands of tokens the exact fraction has thousands of digits.
+    return experts * (1 - (float(left_out) if isinstance(tokens, int) else left_out) ** tokens)
+
+
+def _share(size: Any, part: Any) -> Any:
+    """A part of so many bytes, in whole bytes where it is a number."""
+    return round(float(size * part)) if sympy.sympify(size * part).is_number else size * part
 
 
 TRAFFIC: dict[str, Callable[[fx.Node, SizeOf, Any], Any]] = {

@@ -241,6 +241,7 @@ def stop(*_: Any) -> None:
         ("passes.certify.RegionalSpecimen", "certify", "canonicalise"),
         ("passes.pipeline.Snapshot", "of", "reading the graph"),
         ("codegen.dispatch", "call_kernels", "lowering"),
+        ("dsv3_compile.inspection", "changes", "writing the report"),
     ],
 )
 def test_a_graph_on_which_a_step_stops_goes_to_inductor_and_says_so(

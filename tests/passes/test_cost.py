@@ -17,7 +17,7 @@ from passes.inputs import size_values
 from passes.pipeline import DEFAULT_PIPELINE
 from passes.verify import clone, run_float64
 from tests.dsv3_compile.tiny import TINY
-from tests.passes.capture import random_inputs
+from tests.passes.capture import random_inputs, tensor
 from tests.passes.harness import layer_graph, module_graph
 
 DENSE, MOE = 0, 1
@@ -50,6 +50,25 @@ def test_flops_before_and_after_every_pass_are_exactly_those_torch_counts(layer,
     # Fusion multiplies nothing out anew.
     assert found["fuse-attention"] == found["fuse-routing"]
     assert found["lower"] == found["sparsify-experts"]
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.down = nn.Parameter(torch.empty(64, 8, 6)), nn.Parameter(torch.empty(64, 6, 4))
+
+    def forward(self, x, indices, weights):
+        return torch.ops.dsv3.routed_swiglu(x, indices, weights, self.gate_up, self.down)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(1, 6 / 64), (20, 1 - (58 / 64) ** 20), (20_000, 1.0)])
+def test_experts_in_use_are_whole_bytes_whatever_the_number_of_tokens(tokens, share):
+    chosen = Input("indices", Role.ACTIVATION, (tokens, 6), torch.int64, 64)
+    graph = module_graph(Experts(), tensor("x", tokens, 6), chosen, tensor("weights", tokens, 6))
+    moved = cost(graph.graph).bytes
+    assert str(moved).isdigit() and len(str(moved)) < 12
+    weights = 4 * 64 * (8 * 6 + 6 * 4)
+    assert moved == round(weights * share) + tokens * (2 * 6 * 4 + 6 * 8 + 6 * 4)
 
 
 class Fused(nn.Module):
