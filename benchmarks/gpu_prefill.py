@@ -84,7 +84,8 @@ class Prefill:
             known = {**weights, **cache}
             if number == last and phase == "prefill":
                 self.call(number, FILL, {**known, **values})
-                values, phase = {name: value[:, -1:].contiguous() for name, value in values.items()}, "decode"
+                # Copied: the kernels' stored code is for tensors that begin where an allocation does.
+                values, phase = {name: value[:, -1:].clone() for name, value in values.items()}, "decode"
             names = ("x_BSD", "cos_BSF", "sin_BSF") if number == 0 else ("x_BSD",)
             values.update(zip(names, self.call(number, phase, {**known, **values}), strict=False))
         return values["x_BSD"]
