@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
+from dsv3_compile.free_floats import fix_floats_of_modules, free_floats
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional, why_unreadable
 from dsv3_compile.held import hold_shared
 from dsv3_compile.in_place import count_together, write_in_place
@@ -82,6 +83,10 @@ def dsv3(
     settings, others = split_options(options)
     configured(settings, target_of(examples))  # a graph that falls back would hide a wrong option
     reason = _why_not(examples)
+    if not reason:
+        fix_floats_of_modules(traced)
+        floats = ", ".join(node.name for node in free_floats(traced))
+        reason = f"a float may change from call to call, and no pass can read it: {floats}" if floats else ""
     found = None
     if not reason:
         try:

@@ -134,10 +134,14 @@ def role_of(placeholder: fx.Node) -> Role:
         return Role.SIZE
     if isinstance(placeholder.meta["example_value"], nn.Parameter):
         return Role.WEIGHT
+    return Role.WEIGHT if from_module(placeholder) else Role.INPUT
+
+
+def from_module(placeholder: fx.Node) -> bool:
+    """Does an input of Dynamo's belong to a module, and not to the call?"""
     source = getattr(placeholder.meta.get("grapharg"), "source", None)
     guard = None if source is None else source.guard_source
-    from_module = guard is not None and (guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
-    return Role.WEIGHT if from_module else Role.INPUT
+    return guard is not None and (guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
 
 
 def short_name(name: str) -> str:

@@ -106,6 +106,37 @@ def test_generate_works_unchanged_and_gives_the_same_tokens(cache: str, without_
     assert len(dsv3_compile.reports()) <= 4
 
 
+def test_all_sizes_free_from_the_start_change_nothing(without_inductor: None) -> None:
+    model = deepseek_v3(num_hidden_layers=1, first_k_dense_replace=0)
+    expected = conversation(model, model, True)
+    found = conversation(model, torch.compile(model, backend="dsv3", dynamic=True), True)
+    assert (found - expected).abs().max() <= TOLERANCE
+    assert all(matches(report)["fuse-experts"] == 1 for report in dsv3_compile.reports())
+    assert matches(dsv3_compile.last_report())["order-contractions"] == 2
+
+
+class Scaled(nn.Module):
+    """A product between two activations, times a number of the module and one of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.factor = nn.Linear(8, 12, bias=False), 0.5
+
+    def forward(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
+        return y @ (self.map(x) * self.factor).mT * factor
+
+
+def test_floats_of_a_module_are_constants_and_may_change_those_of_a_call_are_told(without_inductor: None) -> None:
+    model, x, y = Scaled(), torch.randn(40, 8), torch.randn(1, 12)
+    compiled = torch.compile(model, backend="dsv3", dynamic=True)
+    compiled(x, y, 1)
+    assert not dsv3_compile.last_report()["fallback"]
+    model.factor = 3.0
+    torch.testing.assert_close(compiled(x, y, 1), model(x, y, 1))
+    torch.testing.assert_close(compiled(x, y, 0.3), model(x, y, 0.3))
+    assert "a float may change from call to call" in dsv3_compile.last_report()["fallback"]
+
+
 def test_inductor_compiles_what_the_passes_made() -> None:
     model = deepseek_v3(num_hidden_layers=1, first_k_dense_replace=0, hidden_size=32)
     expected = conversation(model, model, True)
