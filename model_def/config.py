@@ -25,7 +25,7 @@ MLA_NORM_EPS = 1e-6
 
 # What the reference implementations do regardless of the file; "custom" is for architectures of one's own.
 FORCED: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False},
+    "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "custom": {},

@@ -67,16 +67,16 @@ def test_v3_ignores_what_its_reference_ignores() -> None:
     assert (config.scoring_func, config.topk_method) == ("sigmoid", "noaux_tc")
 
 
-def test_v2_ignores_renormalisation_and_missing_groups() -> None:
+def test_v2_ignores_renormalisation_other_rotary_pairs_and_missing_groups() -> None:
     config = ModelConfig.from_dict(
         BASE
-        | {"model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": True}
+        | {"model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": True, "rope_interleave": False}
         | {"n_group": None, "topk_group": None}
     )
     routing = config.layer(1).ffn
     assert isinstance(routing, MoeSpec)
     assert not routing.routing.normalise and routing.routing.scoring == "softmax"
-    assert not routing.routing.bias
+    assert not routing.routing.bias and config.rope_interleave
 
 
 def test_head_dim_that_transformers_stores_is_not_the_heads_width() -> None:
