@@ -32,6 +32,7 @@ from model_def.presets import PRESETS
 from model_def.specs import LayerSpec
 from passes.base import Context, Workload
 from passes.pipeline import DEFAULT_PIPELINE, IMPORTED_PIPELINE, Pipeline, check_forms, check_required
+from passes.settings import PassError
 from passes.verify import CertificateError, Specimen
 
 EMBEDDED = Path(model_def.__file__).parent  # presets that ship with weights lie here, by name
@@ -95,14 +96,18 @@ def compile(model: str | Path, output: str | Path, progress: Progress = silent, 
 def _check_early(options: Options, config: ModelConfig) -> None:
     """What would otherwise be found out only after the capture, or after everything."""
     options.length_for(config.max_position_embeddings)
-    pipeline = _pipeline(options)
+    kept = _pipeline(options).passes
     for name in options.require:
-        pipeline.find(name)
+        if _all_passes(options).find(name).name() not in [one.name() for one in kept]:
+            raise PassError(f"required pass {name!r} is left out, by disable or by until")
+
+
+def _all_passes(options: Options) -> Pipeline:
+    return Pipeline(IMPORTED_PIPELINE if options.origin == "transformers" else DEFAULT_PIPELINE)
 
 
 def _pipeline(options: Options) -> Pipeline:
-    passes = IMPORTED_PIPELINE if options.origin == "transformers" else DEFAULT_PIPELINE
-    return Pipeline(passes).configured(options.set, options.disable, options.until, options.repeat)
+    return _all_passes(options).configured(options.set, options.disable, options.until, options.repeat)
 
 
 def _layers(config: ModelConfig, options: Options) -> Callable[[LayerSpec, torch.dtype], nn.Module]:

@@ -187,7 +187,8 @@ class Pipeline:
         for one in self.passes:
             if one.name() == name:
                 return one
-        raise PassError(f"unknown pass {name!r}; accepted: {', '.join(one.name() for one in self.passes)}")
+        names = dict.fromkeys(one.name() for one in self.passes)  # one may stand there more than once
+        raise PassError(f"unknown pass {name!r}; accepted: {', '.join(names)}")
 
     def configured(
         self,

@@ -174,6 +174,8 @@ def test_a_checkpoint_without_weights_is_refused(checkpoint: Path, tmp_path: Pat
         (["--max-length", "many"], "--max-length"),
         (["--disable", "fuse-everything"], "unknown pass 'fuse-everything'"),
         (["--require", "fuse-everything"], "unknown pass 'fuse-everything'"),
+        (["--require", "lower", "--disable", "lower"], "required pass 'lower' is left out"),
+        (["--require", "lower", "--until", "fuse-norm", "--repeat", "fuse-norm"], "required pass 'lower' is left out"),
         (["--set", "fuse-everything.x=1"], "unknown pass 'fuse-everything'"),
         (["--set", "order-contractions.colour=red"], "colour"),
         (["--set", "nonsense"], "nonsense"),
