@@ -58,11 +58,6 @@ def functional(traced: fx.GraphModule) -> Functional:
     if any("functorch" in getattr(node.target, "__module__", "") for node in traced.graph.nodes):
         raise NotFunctional("the graph maps over an axis (vmap), or differentiates")  # torch stops half-way through it
     inputs = traced.graph.find_nodes(op="placeholder")
-    if any(node.args[0] in inputs for node in traced.graph.find_nodes(op="call_method", target="item")):
-        raise NotFunctional(
-            "the model's own numbers are inputs of the graph, as dynamic=True makes them; "
-            "torch._dynamo.config.specialize_float = True keeps them in it"
-        )
     values = [node.meta["example_value"] for node in inputs]
     mode = detect_fake_mode(values)
     try:

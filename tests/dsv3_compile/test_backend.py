@@ -333,25 +333,6 @@ def test_what_no_pass_may_read_goes_to_inductor_as_it_came(
     assert dsv3_compile.last_report()["fallback"].startswith(reason)
 
 
-class Scaled(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = 0.37
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return latent_attention(x, weight) * self.scale
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_numbers_that_are_inputs_are_named_and_can_be_kept_in_the_graph(kept: bool, without_inductor: None) -> None:
-    model, x, weight = Scaled(), torch.randn(9, 4), torch.randn(2, 4, 4)
-    with torch._dynamo.config.patch(specialize_float=kept):
-        found = torch.compile(model, backend="dsv3", dynamic=True)(x, weight)
-    assert torch.allclose(found, model(x, weight), atol=1e-6)
-    fallback = dsv3_compile.last_report()["fallback"]
-    assert fallback == "" if kept else "specialize_float = True keeps them in it" in fallback
-
-
 def test_under_autocast_a_graph_goes_to_inductor_as_it_came(without_inductor: None) -> None:
     x, weight = torch.randn(9, 4), torch.randn(2, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
