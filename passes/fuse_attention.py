@@ -12,7 +12,16 @@ from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product, lift
 from passes.masks import NotAttention, Visible, read_mask
-from passes.nodes import CASTS, SOFTMAX, is_division, is_probability, steps_between, vocabulary_op
+from passes.nodes import (
+    CASTS,
+    SOFTMAX,
+    dtype_of,
+    is_division,
+    is_probability,
+    is_rounding,
+    steps_between,
+    vocabulary_op,
+)
 from passes.products import REARRANGEMENTS
 from passes.score_axes import Axes, dims_of, identity, is_one
 from passes.writing import Product, Writer
@@ -88,14 +97,16 @@ def read_core(softmax: fx.Node) -> Core:
 
 
 def only_path(node: fx.Node, *through: object) -> fx.Node:
-    """Follow single users through the given ops."""
-    while len(node.users) == 1 and is_call(next(iter(node.users)), *through):
-        node = next(iter(node.users))
+    """Follow single users through the given ops, as long as they give floats."""
+    while len(node.users) == 1 and is_call(user := next(iter(node.users)), *through):
+        if not dtype_of(user).is_floating_point:
+            break
+        node = user
     return node
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
-    while is_call(node, *CASTS):
+    while is_rounding(node):
         node = node.args[0]
     return node
 

@@ -120,6 +120,7 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
 
 
 JOINTS = (aten.bitwise_and, aten.logical_and, aten.__and__, aten.bitwise_or, aten.logical_or, aten.__or__, aten.mul)
+COUNTING = (torch.int32, torch.int64, torch.float32, torch.float64)  # in narrower ones positions wrap or are rounded
 MASKING = (aten.masked_fill, aten.where, aten.masked_scatter)
 
 
@@ -169,11 +170,14 @@ def is_lowest(value: Any, mask: fx.Node, scores: torch.dtype) -> bool:
     return number == -inf or (number == torch.finfo(dtype).min and (dtype is not torch.float16 or scores is dtype))
 
 
-def behind(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
-    """The tensor behind casts and moved, new or broadcast dims, and where its dims lie in the scores."""
+def behind(node: fx.Node, dims: Dims, positions: bool = False) -> tuple[fx.Node, Dims]:
+    """The tensor behind casts and moved, new or broadcast dims, and where its dims lie in the scores.
+
+    positions: it holds some, and is read through those casts only that leave them as they are.
+    """
     while True:
         sources = None if node.op != "call_function" else sources_of_dims(node)
-        if is_call(node, *CASTS):
+        if is_call(node, *CASTS) and not (positions and _changes_positions(node)):
             node = node.args[0]
         elif sources is not None:
             before: list[int | None] = [None] * len(shape_of(node.args[0]))
@@ -183,6 +187,10 @@ def behind(node: fx.Node, dims: Dims) -> tuple[fx.Node, Dims]:
             node, dims = node.args[0], tuple(before)
         else:
             return node, dims
+
+
+def _changes_positions(cast: fx.Node) -> bool:
+    return dtype_of(cast) not in COUNTING or dtype_of(cast.args[0]).is_floating_point
 
 
 def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) -> Visible:
@@ -228,11 +236,11 @@ def _side(side: fx.Node, comparison: fx.Node, dims: Dims) -> tuple[fx.Node, Dims
         dim if same_size(size, wide) and not same_size(size, 1) else None
         for dim, size, wide in zip(dims[skipped:], own, full[skipped:], strict=True)
     )
-    return behind(side, along)
+    return behind(side, along, positions=True)
 
 
 def _counts_cached(node: fx.Node, along: Dims) -> bool:
-    return along == (CACHED,) and counts_up(node, 0)
+    return along == (CACHED,) and counts_up(node, 0) and dtype_of(node) in COUNTING
 
 
 def _is_diagonal(node: fx.Node, dims: Dims, diagonal: int) -> bool:

@@ -92,6 +92,11 @@ def uncast(value: Any) -> Any:
     return value
 
 
+def is_rounding(node: Any) -> bool:
+    """Is it a cast of floats to floats? One to whole numbers or to bools gives other values."""
+    return is_call(node, *CASTS) and all(dtype_of(one).is_floating_point for one in (node, node.args[0]))
+
+
 def widens(old: torch.dtype, new: torch.dtype) -> bool:
     return old.is_floating_point and new.is_floating_point and torch.promote_types(old, new) == new
 
@@ -223,7 +228,7 @@ def is_probability(node: fx.Node) -> bool:
 
 
 def softmax_behind(node: fx.Node) -> fx.Node | None:
-    """The softmax behind casts of its result, or None."""
-    while is_call(node, *CASTS, aten.clone):
+    """The softmax behind rounding of its result, or None."""
+    while is_rounding(node) or is_call(node, aten.clone):
         node = node.args[0]
     return node if is_call(node, *SOFTMAX) else None

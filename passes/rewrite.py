@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, is_call, source_line, sweep
-from passes.nodes import CASTS, dtype_of, is_division, readers, settled, substitute, widens
+from passes.nodes import dtype_of, is_division, is_rounding, readers, settled, substitute, widens
 
 aten = torch.ops.aten
 
@@ -146,14 +146,14 @@ class Either(Pattern):
 
 @dataclass(frozen=True)
 class Cast(Pattern):
-    """The pattern itself, or a cast of it: one that loses nothing, or any one if `lossy`."""
+    """The pattern itself, or a cast of it: one that loses nothing, or any one to a float if `lossy`."""
 
     inside: Pattern
     lossy: bool = False
 
     def search(self, value: Any, found: Found) -> Iterator[Found]:
         node = settled(value)
-        if is_call(node, *CASTS) and (self.lossy or widens(dtype_of(node.args[0]), dtype_of(node))):
+        if is_rounding(node) and (self.lossy or widens(dtype_of(node.args[0]), dtype_of(node))):
             yield from self.inside.search(node.args[0], found.cover(node))
         yield from self.inside.search(value, found)
 

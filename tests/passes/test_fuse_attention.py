@@ -79,6 +79,21 @@ class Rounded(Mla):
         return torch.div(super().scores(q_nope, q_rope, k, rope_key), 0.25, rounding_mode="floor")
 
 
+class WholeScores(Mla):
+    """A cast to whole numbers does more than to round."""
+
+    def scores(self, q_nope, q_rope, k, rope_key):
+        return super().scores(q_nope, q_rope, k, rope_key).to(torch.int32).to(q_nope.dtype)
+
+
+class WholeShares(Mla):
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        q = self.q_proj(x_BSD).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        k = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1))[..., : self.nope]
+        shares = torch.einsum("bshx,bthx->bhst", q, k).softmax(-1).to(torch.bool).to(k.dtype)
+        return torch.einsum("bhst,bthx->bshx", shares, k)
+
+
 @pytest.mark.parametrize(
     "module, reason",
     [
@@ -86,6 +101,8 @@ class Rounded(Mla):
         (Finite, "not a mask with −∞"),
         (Leaking, "shares are used by"),
         (Rounded, "not plain products of two operands"),
+        (WholeScores, "not plain products of two operands"),
+        (WholeShares, "shares are used by"),
     ],
 )
 def test_near_misses_stay(module, reason):
@@ -154,12 +171,42 @@ def test_no_query_sees_what_lies_behind_the_context(context, last):
         (lambda t, context: t <= 2.5, "does not compare arange with positions"),
         (lambda t, context: t <= context, "does not compare arange with positions"),
         (lambda t, context: ~(t < context), "does not compare arange with positions"),
+        (lambda t, context: t.to(torch.int8) <= 4, "does not compare arange with positions"),
+        (lambda t, context: torch.arange(context, dtype=torch.float16) <= 4, "does not compare arange with positions"),
     ],
-    ids=["nothing", "a fraction", "a free size", "behind a free size"],
+    ids=["nothing", "a fraction", "a free size", "behind a free size", "wrapping", "rounded"],
 )
 def test_bounds_that_are_no_positions(visible, reason):
     outcome = FuseAttention().run(bounded(visible, "T"), CONTEXT)
     assert not outcome.matches and reason in reasons(outcome)
+
+
+class Cast(nn.Module):
+    """Positions in another dtype, which may be what they are compared in."""
+
+    def __init__(self, dtype, wide):
+        super().__init__()
+        self.dtype, self.wide = dtype, wide
+
+    def forward(self, q, k, v, positions):
+        hidden = torch.arange(k.shape[1]).to(self.wide) > (positions + 250).to(self.dtype)[:, None, :, None]
+        scores = torch.einsum("bshx,bthx->bhst", q, k).masked_fill(hidden, -math.inf)
+        return torch.einsum("bhst,bthx->bshx", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "matches"),
+    [
+        (torch.uint8, torch.int64, 1),  # which wraps, and is read as it does
+        (torch.int32, torch.float32, 1),
+        (torch.float32, torch.float32, 1),
+        (torch.float16, torch.float32, 0),
+    ],
+)
+def test_positions_are_those_that_are_compared(dtype, wide, matches):
+    inputs = [tensor("q", 2, 3, 5, 8), tensor("k", 2, 270, 5, 8), tensor("v", 2, 270, 5, 8)]
+    graph = module_graph(Cast(dtype, wide), *inputs, tensor("positions", 2, 3, dtype=torch.int64, upper=20))
+    assert len(apply(FuseAttention(), graph).matches) == matches
 
 
 class Added(nn.Module):

@@ -128,5 +128,9 @@ def test_a_result_kept_in_float32_is_refused():
     assert untouched(FuseSwiglu(), graph) == "mul is not rounded to torch.bfloat16, in which its inputs are"
 
 
+def test_a_gate_that_is_cut_to_whole_numbers_is_no_candidate():
+    assert not untouched(FuseSwiglu(), graph_with(lambda x: F.silu(x[..., :I]).to(torch.int32) * x[..., I:]))
+
+
 def test_another_activation_is_no_candidate():
     assert untouched(FuseSwiglu(), graph_with(lambda x: F.gelu(x[..., :I]) * x[..., I:])) == ""
