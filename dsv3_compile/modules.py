@@ -90,8 +90,7 @@ def compile_module(
             exported = torch.export.export(module, tuple(example_inputs), dynamic_shapes=dynamic_shapes)
         exported = exported.run_decompositions({})
     except Exception as error:  # whatever tracing somebody's code raises
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModuleError(f"torch.export cannot capture {type(module).__name__}: {first[0]}") from error
+        raise ModuleError(f"torch.export cannot capture {type(module).__name__}: {_reason(error)}") from error
     found, state = functional_of(exported)
     inputs = placeholders(found.module.graph)
     signature = Signature.of(exported, inputs[len(state) :], example_inputs)
@@ -102,6 +101,12 @@ def compile_module(
     if not changed:  # not worth it, or stopped half-way
         found, _ = functional_of(exported)
     return CompiledModule(backend.inductor(callable_again(found), fakes, mode, others), state, signature, report)
+
+
+def _reason(error: Exception) -> str:
+    """One line of an error: its first, or the first item of a list below it, which says more than the heading."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return next((line.removeprefix("- ") for line in lines if line.startswith("- ")), lines[0])
 
 
 @contextmanager

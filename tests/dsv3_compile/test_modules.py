@@ -209,6 +209,16 @@ def test_what_cannot_be_captured_whole_is_refused() -> None:
         dsv3_compile.compile(nn.Linear(2, 2), torch.randn(3, 2))
 
 
+class Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], 4, 2)
+
+
+def test_a_size_that_cannot_be_free_is_named() -> None:
+    with pytest.raises(ModuleError, match=r"cannot capture Fixed: .*marked T as dynamic .* constant \(8\)"):
+        dsv3_compile.compile(Fixed(), (torch.randn(3, 8),), dynamic_shapes={"x": {1: torch.export.Dim("T", max=64)}})
+
+
 def test_no_backward_pass_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
 
