@@ -23,7 +23,7 @@ from model_def.specs import LayerSpec, MoeSpec
 
 
 class TransformersError(ValueError):
-    """A model that transformers does not have, or transformers itself missing. One line: what would help."""
+    """A model that transformers does not have or cannot run, or transformers itself missing. One line: why."""
 
 
 class SlotCache:
@@ -74,7 +74,11 @@ class TransformersLayer(Layer):
             position_embeddings=rotation,
         )  # fmt: skip
         empty = {name: x_BSD.new_empty(shape) for name, shape in self._empty.items()}
-        x_BSD = functional_call(layer, self._named() | empty, (x_BSD,), arguments)
+        try:
+            x_BSD = functional_call(layer, self._named() | empty, (x_BSD,), arguments)
+        except RuntimeError as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise TransformersError(f"transformers' own {type(layer).__name__} does not run: {first}") from error
         return x_BSD, *cache.tensors
 
     def _named(self) -> dict[str, Tensor]:

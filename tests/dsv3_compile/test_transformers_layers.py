@@ -130,3 +130,9 @@ def test_what_transformers_does_not_have_is_refused() -> None:
     ranks = replace(TINY, kv_lora_rank=(22, 24, 22, 24), model_type="custom")
     with pytest.raises(TransformersError, match="one latent rank for all layers"):
         TransformersLayers(ranks)
+
+
+def test_what_their_own_code_cannot_run_is_one_line() -> None:
+    config = replace(V3, moe_intermediate_size=10)  # torch's grouped product again
+    with pytest.raises(TransformersError, match=r"^transformers' own DeepseekV3DecoderLayer does not run: .*16"):
+        driver.build(config, Options(no_weights=True, origin="transformers", dtype="bfloat16", verify=False))
