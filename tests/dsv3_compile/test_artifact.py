@@ -85,6 +85,13 @@ def test_a_newer_schema_is_refused_before_anything_else(copy: Path) -> None:
         Artifact.open(copy)
 
 
+def test_an_older_schema_says_what_to_do(copy: Path) -> None:
+    document = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**document, "schema": SCHEMA - 1}))
+    with pytest.raises(ArtifactError, match=f"schema {SCHEMA - 1} is older than {SCHEMA}, .*: compile again"):
+        Artifact.open(copy)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": "1"}', '{"schema": 0}'])
 def test_a_manifest_that_is_none_is_refused(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text)
