@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import call, equation_of, expression_of, is_call, is_mutable, same_size, shape_of
-from passes.cuts import Cut, through_view
+from passes.cuts import Cut, given_sizes, through_view
 from passes.nodes import CASTS, COPIES, RESHAPES, is_pointwise, is_random, is_tensor
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -252,7 +252,7 @@ def _expand(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
 
 def _reshape(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     own = through_view(cut, shape_of(node.args[0]), result)
-    if own is None:
+    if own is None or given_sizes(node.graph, own) is None:
         return None
     # A size that is not known is left to be found out, or is what the view was given for it.
     given = node.args[1] if len(node.args) == 2 and len(node.args[1]) == len(result) else [-1] * len(result)

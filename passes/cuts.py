@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from passes.base import call, expression_of
+from passes.base import call, expression_of, placeholders
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ class Cut:
     """Places start to stop along a dim, both as in x[start:stop]; start is negative where the dim's size is free.
 
     sizes: the dim is read as several, and the places lie along `inner` of them: rows of some positions, of rows for all
-    positions of all sequences. At most one of these sizes is free.
+    positions of all sequences.
     """
 
     dim: int
@@ -55,10 +55,23 @@ def take(graph: fx.Graph, x: fx.Node, cut: Cut, like: fx.Node) -> fx.Node:
     """The places of x."""
     if not cut.sizes:
         return call(graph, aten.slice.Tensor, x, cut.dim, cut.start, cut.stop, like=like)
-    sizes = [size if isinstance(size, int) else -1 for size in cut.sizes]
+    sizes = given_sizes(graph, cut)
     split = call(graph, aten.unflatten.int, x, cut.dim, sizes, like=like)
     taken = call(graph, aten.slice.Tensor, split, cut.dim + cut.inner, cut.start, cut.stop, like=like)
     return call(graph, aten.flatten.using_ints, taken, cut.dim, cut.dim + len(sizes) - 1, like=like)
+
+
+def given_sizes(graph: fx.Graph, cut: Cut) -> list[Any] | None:
+    """The sizes as a view is given them, the last free one left to be found out; None where another free one is not
+    among the graph's inputs."""
+    known = {expression_of(n.meta["val"]): n for n in placeholders(graph) if isinstance(n.meta["val"], torch.SymInt)}
+    free = [number for number, size in enumerate(cut.sizes) if not isinstance(size, int)]
+    if any(cut.sizes[number] not in known for number in free[:-1]):
+        return None
+    return [
+        size if isinstance(size, int) else -1 if number == free[-1] else known[size]
+        for number, size in enumerate(cut.sizes)
+    ]
 
 
 def through_view(cut: Cut, given: Sequence[Any], result: Sequence[Any]) -> Cut | None:
@@ -76,10 +89,7 @@ def through_view(cut: Cut, given: Sequence[Any], result: Sequence[Any]) -> Cut |
         return None
     if not others:
         return cut.at(wide[0])
-    sizes = [after[dim] for dim in found[1]]
-    if sum(not isinstance(size, int) for size in sizes) > 1:
-        return None
-    return Cut(wide[0], cut.start, cut.stop, tuple(sizes), found[1].index(cut.dim))
+    return Cut(wide[0], cut.start, cut.stop, tuple(after[dim] for dim in found[1]), found[1].index(cut.dim))
 
 
 def _split(cut: Cut, wide: list[int], before: list[Size]) -> Cut | None:

@@ -115,6 +115,19 @@ def test_all_sizes_free_from_the_start_change_nothing(without_inductor: None) ->
     assert matches(dsv3_compile.last_report())["order-contractions"] == 2
 
 
+def test_the_last_position_is_followed_through_the_experts_whatever_is_free(without_inductor: None) -> None:
+    model = deepseek_v3(num_hidden_layers=1, first_k_dense_replace=0)
+    compiled = torch.compile(model, backend="dsv3", dynamic=True)
+    for rows, length in ((2, 9), (3, 12)):
+        ids = torch.randint(model.config.vocab_size, (rows, length))
+        with torch.no_grad():
+            found, expected = (one(input_ids=ids, logits_to_keep=1).logits for one in (compiled, model))
+        assert (found - expected).abs().max() <= TOLERANCE
+    (report,) = dsv3_compile.reports()
+    (early,) = [one for one in report["blocks"][0]["passes"] if one["name"] == "slice-early"]
+    assert len(early["matches"]) == 1 and any("routed_swiglu" in line for line in early["diff"])
+
+
 class Scaled(nn.Module):
     """A product between two activations, times a number of the module and one of the call."""
 
