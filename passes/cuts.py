@@ -58,7 +58,7 @@ def take(graph: fx.Graph, x: fx.Node, cut: Cut, like: fx.Node) -> fx.Node:
     sizes = given_sizes(graph, cut)
     split = call(graph, aten.unflatten.int, x, cut.dim, sizes, like=like)
     taken = call(graph, aten.slice.Tensor, split, cut.dim + cut.inner, cut.start, cut.stop, like=like)
-    return call(graph, aten.flatten.using_ints, taken, cut.dim, cut.dim + len(sizes) - 1, like=like)
+    return call(graph, aten.flatten.using_ints, taken, cut.dim, cut.dim + len(cut.sizes) - 1, like=like)
 
 
 def given_sizes(graph: fx.Graph, cut: Cut) -> list[Any] | None:
