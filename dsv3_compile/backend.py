@@ -168,8 +168,8 @@ def _run_passes(
         dispatch.register(target)
     context = Context("any", target, Workload(0, 0, 0))
     specimen = RegionalSpecimen(found.module, given) if settings.verify else None
-    # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
     pipeline = configured(settings, target)
+    # With symbols for sizes, to rebuild a known fake result takes longer than to find it anew.
     with disable_fake_tensor_cache(fake_mode_of(found.module.graph)):
         records = pipeline.run(found.module, context, f"graph {_next_number()}", specimen, step, _Printer())
     check_required(records, settings.require)

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.base import placeholders
+from passes.base import END, placeholders
 
 aten = torch.ops.aten
 
 FUNCTION = "run"
-END = (1 << 63) - 1  # of an axis, as export writes it
 LARGEST_CONSTANT = 4096  # elements; larger tensors are weights and have no place in source text
 WIDTH = 110
 COMMENT_COLUMN = 72

@@ -19,6 +19,8 @@ from codegen.targets import Target
 
 aten = torch.ops.aten
 
+END = (1 << 63) - 1  # of an axis, as export writes it
+
 
 class Role(StrEnum):
     """What an input of a block's graph is; the driver tells, no pass guesses it from a name."""

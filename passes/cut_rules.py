@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import call, equation_of, expression_of, is_call, is_mutable, same_size, shape_of
+from passes.base import call, expression_of, is_call, is_mutable, same_size, shape_of
 from passes.cuts import Cut, given_sizes, through_view
-from passes.nodes import CASTS, COPIES, RESHAPES, is_pointwise, is_random, is_tensor
+from passes.nodes import CASTS, COPIES, RESHAPES, SOFTMAX, is_pointwise, is_random, is_tensor
+from passes.products import product_of, sources_of_dims
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
 Arguments = tuple[Any, ...]
 
+MATRIX_PRODUCTS = (aten.mm, aten.bmm, aten.matmul)
 PRODUCTS = (
-    aten.linear, aten.mm, aten.bmm, aten.matmul, aten.addmm, aten.einsum, aten.scaled_dot_product_attention,
+    aten.linear, *MATRIX_PRODUCTS, aten.addmm, aten.einsum, aten.scaled_dot_product_attention,
     dsv3.linear, dsv3.linear_pair, dsv3.head_linear, dsv3.norm_router, dsv3.routed_swiglu, dsv3.attention,
     dsv3.mla_attention,
 )  # fmt: skip
@@ -47,7 +49,7 @@ ROW_BY_ROW: Mapping[Any, tuple[tuple[int, ...], int]] = {
 }
 BATCHED = {dsv3.attention, dsv3.mla_attention}  # their first dim is the caches' as well
 REDUCTIONS = (aten.mean, aten.sum, aten.amax, aten.amin, aten.any, aten.all)
-ALONG = (aten.softmax, aten._softmax, aten.log_softmax, aten.cumsum, aten.topk, aten.sort)  # one dim, kept
+ALONG = (*SOFTMAX, aten.log_softmax, aten.cumsum, aten.topk, aten.sort)  # one dim, kept
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def needs(node: fx.Node, cut: Cut) -> Needs | None:
     if any(is_tensor(value) for value in node.kwargs.values()):
         return None
     if node.target is operator.getitem:
-        return _needs({0: cut}, node, cut)
+        return _needs(node, {0: cut})
     result = _shape(node)
     for rule in (_pointwise, _row_by_row, _reduction, _product, _attention, _view):
         found = rule(node, cut, result)
@@ -79,7 +81,7 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple((value[0] if isinstance(value, (list, tuple)) else value).shape)
 
 
-def _needs(cuts: Mapping[int, Cut], node: fx.Node, cut: Cut, again: Any = None) -> Needs | None:
+def _needs(node: fx.Node, cuts: Mapping[int, Cut], again: Any = None) -> Needs | None:
     """Cuts of arguments by their place; None where the same input would be needed in two ways."""
     wanted: dict[fx.Node, Cut] = {}
     for place, one in cuts.items():
@@ -110,7 +112,7 @@ def _pointwise(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     if not is_pointwise(node) and not is_call(node, *CASTS, *COPIES):
         return None
     places = [place for place, arg in enumerate(node.args) if is_tensor(arg)]
-    return _needs(_broadcast(node, cut, result, places), node, cut)
+    return _needs(node, _broadcast(node, cut, result, places))
 
 
 def _row_by_row(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
@@ -122,7 +124,7 @@ def _row_by_row(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     given = [place for place in places if place < len(node.args) and is_tensor(node.args[place])]
     if any(not same_size(shape_of(node.args[place])[cut.dim], result[cut.dim]) for place in given):
         return None
-    return _needs(dict.fromkeys(given, cut), node, cut)
+    return _needs(node, dict.fromkeys(given, cut))
 
 
 def _reduction(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
@@ -137,38 +139,25 @@ def _reduction(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     mixed = {dim % len(own) for dim in (given if isinstance(given, (list, tuple)) else (given,))}
     kept = [dim for dim in range(len(own)) if dim not in mixed]
     if len(result) == len(own):
-        return _needs({0: cut}, node, cut) if cut.dim in kept else None
-    return _needs({0: cut.at(kept[cut.dim])}, node, cut) if kept else None
+        return _needs(node, {0: cut}) if cut.dim in kept else None
+    return _needs(node, {0: cut.at(kept[cut.dim])}) if kept else None
 
 
 def _product(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
-    last = len(result) - 1
-    if is_call(node, aten.einsum):
-        return _einsum(node, cut)
-    if is_call(node, aten.mm, aten.addmm) and cut.dim == 0:
-        first = 1 if is_call(node, aten.addmm) else 0
-        bias = _broadcast(node, cut, result, [0]) if first else {}
-        return _needs({**bias, first: cut}, node, cut)
-    if not is_call(node, aten.bmm, aten.matmul) or cut.dim == last or min(len(shape_of(x)) for x in node.args) < 2:
+    """Rows of the left side and of what both sides have; columns would be a part of a weight."""
+    if is_call(node, aten.addmm) and cut.dim == 0:
+        return _needs(node, {**_broadcast(node, cut, result, [0]), 1: cut})
+    product = product_of(node) if is_call(node, *MATRIX_PRODUCTS, aten.einsum) else None
+    if product is None or (cut.dim == len(result) - 1 and is_call(node, *MATRIX_PRODUCTS)):
         return None
-    if cut.dim == last - 1:
-        return _needs({0: cut.at(len(shape_of(node.args[0])) - 2)}, node, cut)
-    return _needs(_broadcast(node, cut, result, [0, 1]), node, cut)
-
-
-def _einsum(node: fx.Node, cut: Cut) -> Needs | None:
-    letters, out = equation_of(node)
-    operands = node.args[1]
-    if out.count(out[cut.dim]) > 1 or len(set(operands)) != len(operands):
-        return None
-    wanted = {}
-    for x, own in zip(operands, letters, strict=True):
-        if own.count(out[cut.dim]) > 1:
+    letter = product.out[cut.dim]
+    wanted: dict[fx.Node, Cut | None] = {}
+    for x, own in product.operands:
+        asked = cut.at(own.index(letter)) if letter in own else None
+        if wanted.setdefault(x, asked) != asked:
             return None
-        if out[cut.dim] in own:
-            wanted[x] = cut.at(own.index(out[cut.dim]))
-    sizes = {expression_of(shape_of(x)[one.dim]) for x, one in wanted.items()}
-    return Needs(wanted, _same) if len(sizes) == 1 else None
+    cuts = {x: one for x, one in wanted.items() if one is not None}
+    return Needs(cuts, _same) if cuts and product.out.count(letter) == 1 else None
 
 
 def _attention(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
@@ -189,7 +178,7 @@ def _attention(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
         given = (*given[:5], False) if args[5] else given
         return call(graph, node.target, *given, like=node, **node.kwargs)
 
-    return _needs(wanted, node, cut, again)
+    return _needs(node, wanted, again)
 
 
 def _view(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
@@ -206,27 +195,15 @@ def _view(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     if is_call(node, aten.expand):
         return _expand(node, cut, result)
     dim = _moved(node, cut.dim, own)
-    return None if dim is None else _needs({0: cut.at(dim)}, node, cut)
+    return None if dim is None else _needs(node, {0: cut.at(dim)})
 
 
 def _moved(node: fx.Node, dim: int, own: Sequence[Any]) -> int | None:
-    """The dim of an input of shape `own` that is this dim of a permuting, squeezing or selecting view of it; None where
-    that is another view."""
+    """The dim of an input of shape `own` that is this dim of a rearrangement or a part of it; None where none is."""
     args, dims = node.args, len(own)
-    if is_call(node, aten.transpose):
-        swapped = {args[1] % dims: args[2] % dims, args[2] % dims: args[1] % dims}
-        return swapped.get(dim, dim)
-    if is_call(node, aten.t):
-        return dims - 1 - dim
-    if is_call(node, aten.permute):
-        return int(args[1][dim] % dims)
-    if is_call(node, aten.unsqueeze):
-        new = args[1] % (dims + 1)
-        return None if dim == new else dim - (dim > new)
-    if is_call(node, aten.squeeze):
-        named = args[1] if len(args) > 1 else range(dims)
-        removed = {one % dims for one in (named if isinstance(named, (list, tuple, range)) else (named,))}
-        return [place for place in range(dims) if place not in removed or not same_size(own[place], 1)][dim]
+    sources = sources_of_dims(node)
+    if sources is not None:
+        return sources[dim]
     if is_call(node, aten.select):
         return dim + (dim >= args[1] % dims)
     if is_call(node, aten.unbind):
@@ -247,7 +224,7 @@ def _expand(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     def again(graph: fx.Graph, node: fx.Node, args: Arguments) -> fx.Node:
         return call(graph, node.target, args[0], sizes, *args[2:], like=node, **node.kwargs)
 
-    return _needs(cuts, node, cut, again)
+    return _needs(node, cuts, again)
 
 
 def _reshape(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
@@ -255,7 +232,8 @@ def _reshape(node: fx.Node, cut: Cut, result: Sequence[Any]) -> Needs | None:
     if own is None or given_sizes(node.graph, own) is None:
         return None
     # A size that is not known is left to be found out, or is what the view was given for it.
-    given = node.args[1] if len(node.args) == 2 and len(node.args[1]) == len(result) else [-1] * len(result)
+    named = is_call(node, aten.view, aten.reshape, aten._unsafe_view)
+    given = node.args[1] if named else [-1] * len(result)
     sizes = [size if isinstance(size, int) else asked for size, asked in zip(result, given, strict=True)]
     width = cut.width()
     sizes[cut.dim] = -1 if width is None else width

@@ -11,12 +11,11 @@ import sympy
 import torch
 from torch import fx
 
-from passes.base import call, expression_of, placeholders
+from passes.base import END, call, expression_of, placeholders
 
 aten = torch.ops.aten
 
 Size = Any  # int or sympy expression
-END = (1 << 63) - 1
 
 
 @dataclass(frozen=True)

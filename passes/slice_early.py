@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, expression_of, is_call, shape_of, told
+from passes.base import END, Context, Outcome, Pass, call, expression_of, is_call, shape_of, told
 from passes.cut_rules import PRODUCTS, Needs, needs
-from passes.cuts import END, Cut, take
+from passes.cuts import Cut, take
 from passes.nodes import erase_dead, is_tensor, users, weights_only
 
 aten = torch.ops.aten
@@ -78,22 +78,22 @@ def seed(node: fx.Node) -> Cut | None:
     return Cut(dim, -1, END) if start == -1 and stop == END else None
 
 
-def followed(graph: fx.Graph, seeds: dict[fx.Node, Cut]) -> dict[fx.Node, tuple[Cut, Needs]]:
+def followed(graph: fx.Graph, seeds: dict[fx.Node, Cut]) -> dict[fx.Node, Needs]:
     """Nodes of which all readers need the same places, and which can be computed of those alone."""
-    found: dict[fx.Node, tuple[Cut, Needs]] = {}
+    found: dict[fx.Node, Needs] = {}
     for node in reversed(list(graph.nodes)):
         asked = {_asked(reader, node, seeds, found) for reader in users(node)}
         cut = asked.pop() if len(asked) == 1 else None
         known = None if cut is None else needs(node, cut)
-        if cut is not None and known is not None:
-            found[node] = cut, known
+        if known is not None:
+            found[node] = known
         else:  # of several results each can be cut, but not all at once
             for result in [reader for reader in node.users if reader.target is operator.getitem]:
                 found.pop(result, None)
     return found
 
 
-def why_not(node: fx.Node, seeds: dict[fx.Node, Cut], found: dict[fx.Node, tuple[Cut, Needs]]) -> str:
+def why_not(node: fx.Node, seeds: dict[fx.Node, Cut], found: dict[fx.Node, Needs]) -> str:
     """Why a slice cannot be taken earlier, or '' where it can be or where nothing would be gained: of an input or a
     weight, and of columns, which are parts of one product."""
     source, cut = node.args[0], seeds[node]
@@ -105,22 +105,20 @@ def why_not(node: fx.Node, seeds: dict[fx.Node, Cut], found: dict[fx.Node, tuple
     return f"{source.name} does not keep what lies along dim {cut.dim} apart"
 
 
-def _asked(
-    reader: fx.Node, node: fx.Node, seeds: dict[fx.Node, Cut], found: dict[fx.Node, tuple[Cut, Needs]]
-) -> Cut | None:
+def _asked(reader: fx.Node, node: fx.Node, seeds: dict[fx.Node, Cut], found: dict[fx.Node, Needs]) -> Cut | None:
     """The places of the node that a reader needs, None if it needs all."""
     if reader in found:
-        return found[reader][1].cuts.get(node)
+        return found[reader].cuts.get(node)
     return seeds.get(reader) if reader.args[0] is node else None
 
 
-def worthwhile(seeds: dict[fx.Node, Cut], found: dict[fx.Node, tuple[Cut, Needs]]) -> set[fx.Node]:
+def worthwhile(seeds: dict[fx.Node, Cut], found: dict[fx.Node, Needs]) -> set[fx.Node]:
     """The nodes found that belong to a product, or reach one through others."""
     groups: list[set[fx.Node]] = []
     for node in seeds:
         group, stack = {node.args[0]}, [node.args[0]]
         while stack:
-            more = [n for n in found[stack.pop()][1].cuts if n in found and n not in group]
+            more = [n for n in found[stack.pop()].cuts if n in found and n not in group]
             group.update(more)
             stack += more
         for other in [one for one in groups if one & group]:
@@ -131,14 +129,9 @@ def worthwhile(seeds: dict[fx.Node, Cut], found: dict[fx.Node, tuple[Cut, Needs]
 
 
 def _narrowed(
-    graph: fx.Graph,
-    node: fx.Node,
-    known: tuple[Cut, Needs],
-    kept: set[fx.Node],
-    new: dict[fx.Node, fx.Node],
+    graph: fx.Graph, node: fx.Node, wanted: Needs, kept: set[fx.Node], new: dict[fx.Node, fx.Node]
 ) -> fx.Node:
     """The node computed of its places alone."""
-    _, wanted = known
 
     def of(source: fx.Node) -> fx.Node:
         if source not in wanted.cuts:

@@ -12,8 +12,7 @@ from codegen.targets import target
 from dsv3_compile.capture import capture
 from dsv3_compile.phases import fix_sizes
 from dsv3_compile.transformers_layers import TransformersLayers
-from passes.base import Context, call, sweep
-from passes.cuts import END
+from passes.base import END, Context, call, sweep
 from passes.pipeline import DEFAULT_PIPELINE, FOREIGN_PIPELINE
 from passes.verify import CertificateError, Specimen, clone
 from tests.dsv3_compile import tiny

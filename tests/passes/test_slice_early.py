@@ -185,7 +185,10 @@ def test_chains_drawn_at_random_stay_what_they_are(seed: int) -> None:
 
     asked = draw.choice([lambda y: y[:, -1:], lambda y: y[:, 3], lambda y: y[1:2], lambda y: y[:, :2]])
     graph = module_graph(Then(chain, asked), tensor("x", 4, 9, D))
+    before = asked(torch.empty(4, 9, D)).shape
     apply(SliceEarly(), graph, "any")
+    (result,) = graph.graph.output_node().args[0]
+    assert shape_of(result) == before
 
 
 @pytest.mark.parametrize(
