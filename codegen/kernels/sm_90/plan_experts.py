@@ -13,6 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 MANY_PAIRS = 4096
 BLOCK_TOKENS = 32  # of many pairs, that one program sorts
 PROGRAMS = 256  # that copy tokens: more of them count the same pairs again
+FEW_PROGRAMS = 48  # that copy tokens while others multiply those of shared experts
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,17 @@ class ExpertPlan:
     order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use, and a zero to take items by; a
     zero per tile to count what is done; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
     tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every token: they
-    are the tokens themselves, over and over.
+    are the tokens themselves, over and over. Their tiles, `early` many, are the first, and they, the number to take
+    items by and the zeros are there before the rest of the plan is: a kernel that starts early may use them.
+    busy: what the plan's kernels may still read then, so that nobody else is given its memory.
     """
 
     order: Tensor
     tiles: Tensor
     gathered: Tensor
     tokens: Tensor
+    early: int = 0
+    busy: tuple[Tensor, ...] = ()
 
 
 @triton.jit
@@ -103,14 +108,22 @@ def plan_kernel(
 def count_kernel(
     indices_ptr,
     counts_ptr,
+    tiles_ptr,
     pairs,
+    max_tiles,
+    parts,
+    size,
     EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
+    TOP_K: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """How many of each block of PAIRS pairs each expert has: counts [blocks, EXPERTS]."""
+    """How many of each block of PAIRS pairs each expert has: counts [blocks, EXPERTS]. The first program also writes
+    what of the tiles needs no counting: zeros, and the shared experts' tiles, `parts` of `size` rows each.
+    """
     if OVERLAPPED:
         gdc_wait()
         gdc_launch_dependents()
@@ -121,11 +134,23 @@ def count_kernel(
     chosen = tl.load(indices_ptr + pair, mask=inside, other=0).to(tl.int32)
     counts = tl.histogram(chosen, BLOCK_E, mask=inside)
     tl.store(counts_ptr + tl.program_id(0) * EXPERTS + experts, counts, mask=experts < EXPERTS)
+    if tl.program_id(0) == 0:
+        tl.store(tiles_ptr + 3 * max_tiles + 1, 0)
+        tokens = pairs // TOP_K
+        for first in range(0, max_tiles, BLOCK_M):
+            tile = first + place
+            tl.store(tiles_ptr + 4 * max_tiles + tile, tl.zeros_like(tile), mask=tile < max_tiles)
+            begin = pairs - tokens * SHARED + tile // parts * tokens
+            early = tile < SHARED * parts
+            tl.store(tiles_ptr + tile, EXPERTS - SHARED + tile // parts, mask=early)
+            tl.store(tiles_ptr + max_tiles + tile, begin + tile % parts * size, mask=early)
+            end = begin + tl.minimum((tile % parts + 1) * size, tokens)
+            tl.store(tiles_ptr + 2 * max_tiles + tile, end, mask=early)
 
 
 @triton.jit
-def _write_tiles(tiles_ptr, max_tiles, counts, begin, first, step, ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Of every expert's tiles each step-th, from the first on.
+def _write_tiles(tiles_ptr, max_tiles, early, counts, begin, first, step, ROWS: tl.constexpr, UNIT: tl.constexpr):
+    """Of every expert's tiles each step-th, from the first on, behind the early ones.
 
     Where tiles consist of units, those of most units come first: programs that take turns then get the same work.
     """
@@ -133,13 +158,13 @@ def _write_tiles(tiles_ptr, max_tiles, counts, begin, first, step, ROWS: tl.cons
     parts = (counts + ROWS - 1) // ROWS
     size = tl.cdiv(counts, tl.maximum(parts, 1) * UNIT) * UNIT
     if UNIT == 1:
-        tile = tl.cumsum(parts, 0) - parts
+        tile = early + tl.cumsum(parts, 0) - parts
         last = tile + parts - 1
     else:
         tile = tl.zeros_like(parts)
         last = tl.zeros_like(parts)
         rest = counts - (parts - 1) * size
-        before = 0
+        before = early
         for larger in tl.static_range(ROWS // UNIT):
             rows = ROWS - larger * UNIT
             others = tl.where(size == rows, parts - 1, 0)
@@ -154,10 +179,8 @@ def _write_tiles(tiles_ptr, max_tiles, counts, begin, first, step, ROWS: tl.cons
         tl.store(at, experts, mask=part < parts)
         tl.store(at + max_tiles, begin + part * size, mask=part < parts)
         tl.store(at + 2 * max_tiles, begin + tl.minimum((part + 1) * size, counts), mask=part < parts)
-        tl.store(at + 4 * max_tiles, tl.zeros_like(counts), mask=part < parts)
     if first == 0:
-        tl.store(tiles_ptr + 3 * max_tiles, tl.sum(parts))
-        tl.store(tiles_ptr + 3 * max_tiles + 1, 0)
+        tl.store(tiles_ptr + 3 * max_tiles, early + tl.sum(parts))
 
 
 @triton.jit
@@ -171,9 +194,10 @@ def place_kernel(
     gathered_ptr,
     pairs,
     max_tiles,
+    early,
     EXPERTS: tl.constexpr,
+    SHARED: tl.constexpr,
     TOP_K: tl.constexpr,
-    COPIES: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -184,48 +208,54 @@ def place_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """A block of tokens: the rows that its pairs have in sorted order, and a copy of each token to its first COPIES."""
-    block = tl.program_id(0)
+    """Blocks of tokens: the rows that their pairs have in sorted order, and copies of each token to those rows that do
+    not belong to SHARED experts."""
     PAIRS: tl.constexpr = TOKENS * TOP_K
+    blocks = tl.cdiv(pairs, PAIRS)
+    own = tl.cdiv(blocks, tl.num_programs(0))
+    first_block = tl.program_id(0) * own
     if OVERLAPPED:
         gdc_wait()
         gdc_launch_dependents()
     experts = tl.arange(0, BLOCK_E)
     counts = tl.zeros((BLOCK_E,), tl.int32)
     before = tl.zeros((BLOCK_E,), tl.int32)
-    for first in range(0, tl.num_programs(0), BLOCK_B):
+    for first in range(0, blocks, BLOCK_B):
         other = first + tl.arange(0, BLOCK_B)
-        known = (other < tl.num_programs(0))[:, None] & (experts < EXPERTS)[None, :]
+        known = (other < blocks)[:, None] & (experts < EXPERTS)[None, :]
         part = tl.load(counts_ptr + other[:, None] * EXPERTS + experts[None, :], mask=known, other=0)
         counts += tl.sum(part, 0)
-        before += tl.sum(tl.where((other < block)[:, None], part, 0), 0)
+        before += tl.sum(tl.where((other < first_block)[:, None], part, 0), 0)
     begin = tl.cumsum(counts, 0) - counts
     if tl.program_id(1) == 0:
-        _write_tiles(tiles_ptr, max_tiles, counts, begin, block, tl.num_programs(0), ROWS, UNIT)
+        routed = tl.where(experts < EXPERTS - SHARED, counts, 0)
+        _write_tiles(tiles_ptr, max_tiles, early, routed, begin, tl.program_id(0), tl.num_programs(0), ROWS, UNIT)
 
     place = tl.arange(0, BLOCK_M)
-    pair = block * PAIRS + place
-    inside = (place < PAIRS) & (pair < pairs)
-    chosen = tl.load(indices_ptr + pair, mask=inside, other=0).to(tl.int32)
-    row = tl.gather(begin + before, chosen, 0)
-    for first in range(0, PAIRS, TOKENS):
-        other = first + tl.arange(0, TOKENS)
-        theirs = tl.load(indices_ptr + block * PAIRS + other, mask=block * PAIRS + other < pairs, other=-1)
-        earlier = (other[None, :] < place[:, None]) & (theirs.to(tl.int32)[None, :] == chosen[:, None])
-        row += tl.sum(earlier.to(tl.int32), 1)
-    # Every column program writes the same numbers: it reads them back without waiting for another.
-    tl.store(order_ptr + row, pair, mask=inside)
-    tl.store(rows_ptr + pair, row, mask=inside)
-    tl.debug_barrier()
+    for block in range(first_block, tl.minimum(first_block + own, blocks)):
+        pair = block * PAIRS + place
+        inside = (place < PAIRS) & (pair < pairs)
+        chosen = tl.load(indices_ptr + pair, mask=inside, other=0).to(tl.int32)
+        row = tl.gather(begin + before, chosen, 0)
+        for first in range(0, PAIRS, TOKENS):
+            other = first + tl.arange(0, TOKENS)
+            theirs = tl.load(indices_ptr + block * PAIRS + other, mask=block * PAIRS + other < pairs, other=-1)
+            earlier = (other[None, :] < place[:, None]) & (theirs.to(tl.int32)[None, :] == chosen[:, None])
+            row += tl.sum(earlier.to(tl.int32), 1)
+        # Every column program writes the same numbers: it reads them back without waiting for another.
+        tl.store(order_ptr + row, pair, mask=inside)
+        tl.store(rows_ptr + pair, row, mask=inside)
+        before += tl.load(counts_ptr + block * EXPERTS + experts, mask=experts < EXPERTS, other=0)
+        tl.debug_barrier()
 
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    for first in range(tl.program_id(1) * BLOCK_D, WIDTH, tl.num_programs(1) * BLOCK_D):
-        column = first + tl.arange(0, BLOCK_D)
-        copied = (token * TOP_K < pairs)[:, None] & (column < WIDTH)[None, :]
-        values = tl.load(x_ptr + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=copied)
-        for choice in tl.static_range(COPIES):
-            copy = tl.load(rows_ptr + token * TOP_K + choice, mask=token * TOP_K < pairs, other=0).to(tl.int64)
-            tl.store(gathered_ptr + copy[:, None] * WIDTH + column[None, :], values, mask=copied)
+        token = block * TOKENS + tl.arange(0, TOKENS)
+        for first in range(tl.program_id(1) * BLOCK_D, WIDTH, tl.num_programs(1) * BLOCK_D):
+            column = first + tl.arange(0, BLOCK_D)
+            copied = (token * TOP_K < pairs)[:, None] & (column < WIDTH)[None, :]
+            values = tl.load(x_ptr + token.to(tl.int64)[:, None] * WIDTH + column[None, :], mask=copied)
+            for choice in tl.static_range(TOP_K - SHARED):
+                copy = tl.load(rows_ptr + token * TOP_K + choice, mask=token * TOP_K < pairs, other=0).to(tl.int64)
+                tl.store(gathered_ptr + copy[:, None] * WIDTH + column[None, :], values, mask=copied)
 
 
 def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1, shared: int = 0) -> ExpertPlan:
@@ -272,11 +302,20 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=x.device)
     rows_of_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    # Tiles of as many rows each as those of an expert that was counted would have.
+    parts = triton.cdiv(tokens, rows)
+    size = triton.cdiv(tokens, parts * unit) * unit
     count_kernel[(blocks,)](
         indices,
         counts,
+        tiles,
         pairs,
+        max_tiles,
+        parts,
+        size,
         EXPERTS=experts,
+        SHARED=shared,
+        TOP_K=top_k,
         PAIRS=BLOCK_TOKENS * top_k,
         BLOCK_E=block_e,
         BLOCK_M=block,
@@ -284,7 +323,9 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         num_warps=4,
         launch_pdl=x.is_cuda,
     )
-    place_kernel[(blocks, min(triton.cdiv(width, block_d), triton.cdiv(PROGRAMS, blocks)))](
+    # Whoever multiplies the shared experts' tiles meanwhile wants processors of its own.
+    columns = 1 if shared else min(triton.cdiv(width, block_d), triton.cdiv(PROGRAMS, blocks))
+    place_kernel[(min(blocks, FEW_PROGRAMS) if shared else blocks, columns)](
         indices,
         counts,
         x,
@@ -294,9 +335,10 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         gathered,
         pairs,
         max_tiles,
+        shared * parts,
         EXPERTS=experts,
+        SHARED=shared,
         TOP_K=top_k,
-        COPIES=top_k - shared,
         WIDTH=width,
         ROWS=rows,
         UNIT=unit,
@@ -306,7 +348,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         BLOCK_B=32,
         BLOCK_D=block_d,
         OVERLAPPED=x.is_cuda,
-        num_warps=8,
+        num_warps=16 if shared else 8,
         launch_pdl=x.is_cuda,
     )
-    return ExpertPlan(order, tiles, gathered, x)
+    return ExpertPlan(order, tiles, gathered, x, shared * parts, (counts, rows_of_pairs))

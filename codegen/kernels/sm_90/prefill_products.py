@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,7 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.boxes import in_boxes
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
-from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, signal
+from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, order_for_copies
 
 GROUP_ROWS = 64  # of one wgmma
 TILE_ROWS = 3 * GROUP_ROWS
@@ -40,24 +41,32 @@ BLOCK_D = 64
 STAGES = 4
 MAIL = 2  # items that the loading warp is ahead by
 
+NOTHING = gl.constexpr(0)  # kinds of items
+WIDE = gl.constexpr(1)
+NARROW = gl.constexpr(2)
+
 
 @gluon.jit
-def _tell(mail, item, slot, phase):
-    """Name the next item to the multiplying groups."""
-    items, told, heard = mail
+def _tell(mail, kind, tile, part, row, end, slot, phase):
+    """Name the next item to whoever works on it."""
+    letters, told, heard, _ = mail
     mbarrier.wait(heard.index(slot), phase ^ 1)
-    items.index(slot).store(gl.full([32], item, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    _write(letters.index(slot * 8 + 0), kind)
+    _write(letters.index(slot * 8 + 1), tile)
+    _write(letters.index(slot * 8 + 2), part)
+    _write(letters.index(slot * 8 + 3), row)
+    _write(letters.index(slot * 8 + 4), end)
     mbarrier.arrive(told.index(slot))
 
 
 @gluon.jit
-def _hear(mail, slot, phase):
-    """The next item, or -1 after the last."""
-    items, told, heard = mail
-    mbarrier.wait(told.index(slot), phase)
-    item = gl.max(items.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    mbarrier.arrive(heard.index(slot))
-    return item
+def _write(word, value):
+    word.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _read(word):
+    return gl.max(word.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
@@ -96,54 +105,64 @@ def _load_item(
 
 @gluon.jit
 def _load(
-    gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, gathered, tokens,
+    gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early, gathered, tokens,
     depth_steps, inner_steps, ring, mail,
     INNER: gl.constexpr, WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: takes items, and never waits for one to end, so reading goes on across items.
 
-    Rows behind the gathered ones are the tokens themselves, over and over.
+    Rows behind the gathered ones are the tokens themselves, over and over. Their tiles come first: all that they need
+    is there before the kernel starts, while other tokens are still being copied.
     """
     WIDE_TILES: gl.constexpr = (INNER + 127) // 128
     NARROW_TILES: gl.constexpr = (WIDTH + 255) // 256
-    tiles = gl.load(tiles_ptr + 3 * max_tiles)
-    wide_items = tiles * WIDE_TILES
-    items = wide_items + tiles * NARROW_TILES
     next_ptr = tiles_ptr + 3 * max_tiles + 1
     done_ptr = tiles_ptr + 4 * max_tiles
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     letter = gl.to_tensor(0)
     letter_phase = gl.to_tensor(0)
+    if early == 0:
+        gdc_wait()
     item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
-    while item < items:
-        _tell(mail, item, letter, letter_phase)
+    while item < early * WIDE_TILES:
+        tile = item // WIDE_TILES
+        part = item % WIDE_TILES
+        expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
+        _tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
+        slot, phase = _load_item(
+            gate_up_desc, tokens_desc, ring, expert * (2 * INNER) + part * 128, (row - gathered) % tokens,
+            (end - row + 63) // 64, depth_steps, slot, phase, INNER, BLOCK_D, STAGES,
+        )  # fmt: skip
         letter, letter_phase = advance(letter, letter_phase, MAIL)
+        item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
+    gdc_wait()
+    tiles = gl.load(tiles_ptr + 3 * max_tiles)
+    wide_items = tiles * WIDE_TILES
+    items = wide_items + tiles * NARROW_TILES
+    while item < items:
         if item < wide_items:
-            expert, row, end = _tile_of(tiles_ptr, max_tiles, item // WIDE_TILES)
-            groups = (end - row + 63) // 64
-            weight_row = expert * (2 * INNER) + item % WIDE_TILES * 128
-            if row < gathered:
-                slot, phase = _load_item(
-                    gate_up_desc, gathered_desc, ring, weight_row, row, groups, depth_steps, slot, phase,
-                    INNER, BLOCK_D, STAGES,
-                )  # fmt: skip
-            else:
-                slot, phase = _load_item(
-                    gate_up_desc, tokens_desc, ring, weight_row, (row - gathered) % tokens, groups, depth_steps,
-                    slot, phase, INNER, BLOCK_D, STAGES,
-                )  # fmt: skip
+            tile = item // WIDE_TILES
+            part = item % WIDE_TILES
+            expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
+            _tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
+            slot, phase = _load_item(
+                gate_up_desc, gathered_desc, ring, expert * (2 * INNER) + part * 128, row, (end - row + 63) // 64,
+                depth_steps, slot, phase, INNER, BLOCK_D, STAGES,
+            )  # fmt: skip
         else:
             tile = (item - wide_items) // NARROW_TILES
+            part = (item - wide_items) % NARROW_TILES
             expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
-            groups = (end - row + 63) // 64
-            weight_row = expert * WIDTH + (item - wide_items) % NARROW_TILES * 256
-            await_signals(done_ptr + tile, groups * WIDE_TILES)
+            _tell(mail, NARROW, tile, part, row, end, letter, letter_phase)
+            await_signals(done_ptr + tile, WIDE_TILES)
             slot, phase = _load_item(
-                down_desc, hidden_desc, ring, weight_row, row, groups, inner_steps, slot, phase, 128, BLOCK_D, STAGES
-            )
+                down_desc, hidden_desc, ring, expert * WIDTH + part * 256, row, (end - row + 63) // 64, inner_steps,
+                slot, phase, 128, BLOCK_D, STAGES,
+            )  # fmt: skip
+        letter, letter_phase = advance(letter, letter_phase, MAIL)
         item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
-    _tell(mail, -1, letter, letter_phase)
+    _tell(mail, NOTHING, 0, 0, 0, 0, letter, letter_phase)
 
 
 @gluon.jit
@@ -195,87 +214,104 @@ def _store(values, out_ptr, out_row, inside, column, width):
 
 @gluon.jit
 def _multiply(
-    hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps, ring, mail,
+    hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
     GROUP: gl.constexpr, INNER: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
     """A multiplying group: the GROUP-th 64 tokens of every tile.
 
     The wide product ends in SwiGLU, in sorted order, the narrow one in the pair's weight, scattered to pair order.
     """
-    WIDE_TILES: gl.constexpr = (INNER + 127) // 128
-    NARROW_TILES: gl.constexpr = (WIDTH + 255) // 256
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    wide_items = gl.load(tiles_ptr + 3 * max_tiles) * WIDE_TILES
     full, empty = ring[2], ring[3]
+    letters, told, heard, stored = mail
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     letter = gl.to_tensor(0)
     letter_phase = gl.to_tensor(0)
-    item = _hear(mail, letter, letter_phase)
-    while item >= 0:
-        letter, letter_phase = advance(letter, letter_phase, MAIL)
-        wide = item < wide_items
-        tile = gl.where(wide, item // WIDE_TILES, (item - wide_items) // NARROW_TILES)
-        steps = gl.where(wide, depth_steps, inner_steps)
-        expert, begin, end = _tile_of(tiles_ptr, max_tiles, tile)
-        begin += GROUP * 64
+    working = gl.to_tensor(True)
+    while working:
+        mbarrier.wait(told.index(letter), letter_phase)
+        kind = _read(letters.index(letter * 8 + 0))
+        part = _read(letters.index(letter * 8 + 2))
+        row = _read(letters.index(letter * 8 + 3)) + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, products))
+        end = _read(letters.index(letter * 8 + 4))
+        begin = _read(letters.index(letter * 8 + 3)) + GROUP * 64
+        mbarrier.arrive(heard.index(letter))
+        working = kind != NOTHING
         if begin < end:
+            # Asked for before the products, not waited for.
+            pair = gl.load(order_ptr + row, mask=(row < end) & (kind == NARROW), other=0)
+            weight = gl.load(pair_weights_ptr + pair)
+            steps = gl.where(kind == WIDE, depth_steps, inner_steps)
             first, second, slot, phase = _accumulate(ring, slot, phase, steps, GROUP, STAGES)
-            row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
-            if wide:
-                column = item % WIDE_TILES * 128
-                _store(first / (1.0 + gl.exp(-first)) * second, hidden_ptr, row, row < end, column, INNER)
-                signal(tiles_ptr + 4 * max_tiles + tile)
+            if kind == WIDE:
+                _store(first / (1.0 + gl.exp(-first)) * second, hidden_ptr, row, row < end, part * 128, INNER)
+                tl.debug_barrier()  # the first thread's arrival stands for all
             else:
-                column = (item - wide_items) % NARROW_TILES * 256
-                pair = gl.load(order_ptr + row, mask=row < end, other=0)
-                weight = gl.load(pair_weights_ptr + pair)
-                _store(first * weight[:, None], out_ptr, pair, row < end, column, WIDTH)
-                _store(second * weight[:, None], out_ptr, pair, row < end, column + 128, WIDTH)
+                _store(first * weight[:, None], out_ptr, pair, row < end, part * 256, WIDTH)
+                _store(second * weight[:, None], out_ptr, pair, row < end, part * 256 + 128, WIDTH)
         else:
             # Without tokens it still follows the ring: a barrier tells one lap from the next, not from the one after.
-            for _ in range(steps):
+            for _ in range(gl.where(kind == WIDE, depth_steps, gl.where(kind == NARROW, inner_steps, 0))):
                 mbarrier.wait(full.index(slot), phase)
                 mbarrier.arrive(empty.index(slot))
                 slot, phase = advance(slot, phase, STAGES)
-        item = _hear(mail, letter, letter_phase)
+        mbarrier.arrive(stored.index(letter))
+        letter, letter_phase = advance(letter, letter_phase, MAIL)
+
+
+@gluon.jit
+def _signal(tiles_ptr, max_tiles, mail, MAIL: gl.constexpr):
+    """The signalling warp: tells other programs what the groups have stored. They need not wait for it to be seen."""
+    letters, told, heard, stored = mail
+    letter = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    working = gl.to_tensor(True)
+    while working:
+        mbarrier.wait(told.index(letter), phase)
+        kind = _read(letters.index(letter * 8 + 0))
+        tile = _read(letters.index(letter * 8 + 1))
+        mbarrier.wait(stored.index(letter), phase)
+        mbarrier.arrive(heard.index(letter))
+        if kind == WIDE:
+            order_for_copies()
+            gl.atomic_add(tiles_ptr + 4 * max_tiles + tile, 1, sem="release", scope="gpu")
+        working = kind != NOTHING
+        letter, phase = advance(letter, phase, MAIL)
 
 
 @gluon.jit
 def prefill_products_kernel(
     gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, hidden_ptr, out_ptr, order_ptr, pair_weights_ptr,
-    tiles_ptr, max_tiles, gathered, tokens, depth_steps, inner_steps,
+    tiles_ptr, max_tiles, early, gathered, tokens, depth_steps, inner_steps,
     INNER: gl.constexpr, WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = gate_up_desc.dtype
     weights_smem = gl.allocate_shared_memory(dtype, [STAGES * 2, 128, BLOCK_D], gate_up_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES * 3, 64, BLOCK_D], gathered_desc.layout)
     ring = (weights_smem, x_smem, make_barriers(STAGES, 1), make_barriers(STAGES, 3))
-    letters = gl.allocate_shared_memory(gl.int32, [MAIL, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    mail = (letters, make_barriers(MAIL, 1), make_barriers(MAIL, 3))
-    gdc_wait()
-    gdc_launch_dependents()
+    letters = gl.allocate_shared_memory(gl.int32, [MAIL * 8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mail = (letters, make_barriers(MAIL, 1), make_barriers(MAIL, 4), make_barriers(MAIL, 3))
+    gdc_launch_dependents()  # the loading warp waits
     gl.warp_specialize(
         [
             (_multiply, (
-                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps,
-                ring, mail, 0, INNER, WIDTH, STAGES, MAIL,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail, 0, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
-                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps,
-                ring, mail, 1, INNER, WIDTH, STAGES, MAIL,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail, 1, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
-                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, depth_steps, inner_steps,
-                ring, mail, 2, INNER, WIDTH, STAGES, MAIL,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail, 2, INNER, WIDTH, STAGES, MAIL,
             )),
             (_load, (
-                gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, gathered,
-                tokens, depth_steps, inner_steps, ring, mail, INNER, WIDTH, BLOCK_D, STAGES, MAIL,
+                gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early,
+                gathered, tokens, depth_steps, inner_steps, ring, mail, INNER, WIDTH, BLOCK_D, STAGES, MAIL,
             )),
+            (_signal, (tiles_ptr, max_tiles, mail, MAIL)),
         ],
-        [4, 4, 1],
-        [160, 160, 32],
+        [4, 4, 1, 1],
+        [160, 160, 32, 32],
     )  # fmt: skip
 
 
@@ -302,6 +338,7 @@ def prefill_products(plan: ExpertPlan, gate_up: Tensor, down: Tensor, pair_weigh
         pair_weights,
         plan.tiles,
         plan.tiles.shape[1],
+        plan.early,
         plan.gathered.shape[0],
         plan.tokens.shape[0],
         triton.cdiv(depth, BLOCK_D),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -26,13 +25,11 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def signal(count_ptr):
-    """One more warp group has stored what it had to: whoever awaits the count can read it, also by tensor copies."""
+def order_for_copies():
+    """What is known to be stored comes before tensor copies of whoever hears of it next."""
     gl.inline_asm_elementwise(
         "fence.proxy.async; mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
     )
-    tl.debug_barrier()
-    gl.atomic_add(count_ptr, 1, sem="release", scope="gpu")
 
 
 @gluon.jit

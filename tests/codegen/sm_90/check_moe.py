@@ -112,12 +112,21 @@ def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, expert
     assert plan.tiles[3, 1] == 0 and plan.tiles[4, :used].eq(0).all()
 
 
-@pytest.mark.parametrize("tokens, top_k, routed, shared", [(700, 6, 30, 2), (1201, 3, 20, 1)])
+def tiles_of(plan):
+    return {tuple(tile) for tile in plan.tiles[:3, : int(plan.tiles[3, 0])].T.tolist()}
+
+
+@pytest.mark.parametrize("tokens, top_k, routed, shared", [(700, 6, 30, 2), (1201, 3, 20, 1), (2100, 2, 5, 3)])
 def test_tokens_of_shared_experts_are_not_copied(tokens, top_k, routed, shared):
     last = torch.arange(routed, routed + shared).expand(tokens, shared)
     indices, x = torch.cat([draw_pairs(tokens, top_k, routed), last], 1), torch.randn(tokens, 40)
     plan = plan_experts(x, indices, routed + shared, 64, 16, shared)
     every = plan_experts(x, indices, routed + shared, 64, 16)
+    used = int(plan.tiles[3, 0])
+    assert tiles_of(plan) == tiles_of(every)
+    assert all(expert >= routed for expert, *_ in plan.tiles[:3, : plan.early].T.tolist())
+    assert all(expert < routed for expert, *_ in plan.tiles[:3, plan.early : used].T.tolist())
+    assert plan.tiles[3, 1] == 0 and plan.tiles[4, :used].eq(0).all()
     assert torch.equal(plan.order, every.order)
     assert torch.equal(plan.gathered, every.gathered[: tokens * top_k])
     assert torch.equal(every.gathered[tokens * top_k :], torch.cat([x] * shared))

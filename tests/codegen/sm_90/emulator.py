@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from triton import language as tl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITCallable, JITFunction
 
@@ -289,7 +290,7 @@ STAND_INS = {
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _finished,
     "fence_async_shared": _anything,
-    "signal": lambda count: _atomic_add(count, 1),
+    "order_for_copies": _anything,
     "await_signals": _await_signals,
     "gdc_wait": _anything,
     "gdc_launch_dependents": _anything,
@@ -304,6 +305,8 @@ def _plain(function, made):
         for name, value in scope.items():
             if name in STAND_INS:
                 scope[name] = STAND_INS[name]
+            elif isinstance(value, tl.constexpr):
+                scope[name] = value.value
             elif isinstance(value, JITCallable):
                 scope[name] = _plain(value, made)
     return made[function]

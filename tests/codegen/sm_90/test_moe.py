@@ -75,6 +75,8 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
         size = 128 if TILE_ROWS < count <= 256 else TILE_ROWS
         tiles += [(expert, begin + at, begin + min(at + size, count)) for at in range(0, count, size)]
         begin += count
+    first = len(counts) - shared
+    tiles.sort(key=lambda tile: tile[0] < first)
     table = torch.full((5, len(tiles) + 2), 1 << 30, dtype=torch.int32)  # the plan knows only a bound of their number
     table[:3, : len(tiles)] = torch.tensor(tiles).T
     table[3, :2] = torch.tensor([len(tiles), 0])
@@ -84,7 +86,7 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
     gate_up = (torch.randn(len(counts), 2 * width, hidden) * hidden**-0.5).to(dtype)
     down = (torch.randn(len(counts), hidden, width) * width**-0.5).to(dtype)
     weights = torch.rand(pairs // top_k + 1, top_k)
-    plan = ExpertPlan(order, table, gathered, tokens)
+    plan = ExpertPlan(order, table, gathered, tokens, sum(tile[0] >= first for tile in tiles))
     with emulated(processors):
         y = prefill_products(plan, gate_up, down, weights)
     gate, up = by_expert(torch.cat([gathered, *[tokens] * shared]), gate_up, counts).chunk(2, -1)
