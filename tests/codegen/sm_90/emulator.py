@@ -291,6 +291,7 @@ STAND_INS = {
     "warpgroup_mma_wait": _finished,
     "fence_async_shared": _anything,
     "order_for_copies": _anything,
+    "_swiglu": lambda gate, up: torch.nn.functional.silu(gate) * up,
     "await_signals": _await_signals,
     "gdc_wait": _anything,
     "gdc_launch_dependents": _anything,
