@@ -42,11 +42,15 @@ def graphed(run: Run, calls: int = 1) -> Run:
     return replay
 
 
-def milliseconds(run: Run, repeats: int = REPEATS) -> float:
-    """Median between device events, or of a clock on the CPU."""
+def milliseconds(run: Run, repeats: int = REPEATS, rest: float = 0.0) -> float:
+    """Median between device events, or of a clock on the CPU; rest: seconds that the device is idle before each run."""
     for _ in range(3):
         run()
-    return statistics.median(_once(run) for _ in range(repeats))
+    times = []
+    for _ in range(repeats):
+        time.sleep(rest)
+        times.append(_once(run))
+    return statistics.median(times)
 
 
 def microseconds(run: Run, repeats: int = REPEATS) -> float:

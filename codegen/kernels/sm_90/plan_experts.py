@@ -111,18 +111,19 @@ def count_kernel(
     tiles_ptr,
     pairs,
     max_tiles,
-    parts,
-    size,
     EXPERTS: tl.constexpr,
     SHARED: tl.constexpr,
     TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     OVERLAPPED: tl.constexpr,
 ):
-    """How many of each block of PAIRS pairs each expert has: counts [blocks, EXPERTS]. The first program also writes
-    what of the tiles needs no counting: zeros, and the shared experts' tiles, `parts` of `size` rows each.
+    """How many of each block of PAIRS pairs each expert has: counts [blocks, EXPERTS].
+
+    The first program also writes what of the tiles needs no counting: zeros, and the shared experts' tiles.
     """
     if OVERLAPPED:
         gdc_wait()
@@ -137,6 +138,8 @@ def count_kernel(
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr + 3 * max_tiles + 1, 0)
         tokens = pairs // TOP_K
+        parts = tl.cdiv(tokens, ROWS)
+        size = tl.cdiv(tokens, parts * UNIT) * UNIT
         for first in range(0, max_tiles, BLOCK_M):
             tile = first + place
             tl.store(tiles_ptr + 4 * max_tiles + tile, tl.zeros_like(tile), mask=tile < max_tiles)
@@ -194,7 +197,6 @@ def place_kernel(
     gathered_ptr,
     pairs,
     max_tiles,
-    early,
     EXPERTS: tl.constexpr,
     SHARED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -228,6 +230,7 @@ def place_kernel(
         before += tl.sum(tl.where((other < first_block)[:, None], part, 0), 0)
     begin = tl.cumsum(counts, 0) - counts
     if tl.program_id(1) == 0:
+        early = SHARED * tl.cdiv(pairs // TOP_K, ROWS)
         routed = tl.where(experts < EXPERTS - SHARED, counts, 0)
         _write_tiles(tiles_ptr, max_tiles, early, routed, begin, tl.program_id(0), tl.num_programs(0), ROWS, UNIT)
 
@@ -302,20 +305,17 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=x.device)
     rows_of_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
-    # Tiles of as many rows each as those of an expert that was counted would have.
-    parts = triton.cdiv(tokens, rows)
-    size = triton.cdiv(tokens, parts * unit) * unit
     count_kernel[(blocks,)](
         indices,
         counts,
         tiles,
         pairs,
         max_tiles,
-        parts,
-        size,
         EXPERTS=experts,
         SHARED=shared,
         TOP_K=top_k,
+        ROWS=rows,
+        UNIT=unit,
         PAIRS=BLOCK_TOKENS * top_k,
         BLOCK_E=block_e,
         BLOCK_M=block,
@@ -335,7 +335,6 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         gathered,
         pairs,
         max_tiles,
-        shared * parts,
         EXPERTS=experts,
         SHARED=shared,
         TOP_K=top_k,
@@ -351,4 +350,4 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         num_warps=16 if shared else 8,
         launch_pdl=x.is_cuda,
     )
-    return ExpertPlan(order, tiles, gathered, x, shared * parts, (counts, rows_of_pairs))
+    return ExpertPlan(order, tiles, gathered, x, shared * triton.cdiv(tokens, rows), (counts, rows_of_pairs))

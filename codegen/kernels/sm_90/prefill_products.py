@@ -1,13 +1,19 @@
 """Both grouped products of an expert layer on Hopper, for many tokens, in one launch: three warp groups multiply, one
-warp loads.
+warp loads, one tells other programs what has been stored.
 
     group 0, 1, 2   64 tokens times 2 · 128 weight rows each
     loading warp    two boxes of 128 weight rows and up to three of 64 tokens per step
+    signals         one per item of the wide product
 
 192 tokens times 256 weight rows are the largest tile whose sums fit into registers, and so read the least. Then the
-matrix units are the limit, nearly always busy, at a clock that the chip lowers for its power: fetching each box of
-tokens once for two multiprocessors (multicast) was tried and gained nothing. Tokens stand on the M side, so that a tile
-of fewer wastes no product, and the groups go their own ways: one's ending runs under the others' products.
+matrix units are the limit, at a clock that the chip lowers for its power: fetching each box of tokens once for two
+multiprocessors (multicast) was tried and gained nothing. Tokens stand on the M side: groups without tokens multiply
+nothing, and at most 63 rows of a tile are empty. On the N side, in units of 16, hardly one would be, but products get
+narrower and items more: tried, a seventh slower where no row is empty in either form.
+
+All groups end an item at nearly the same time, and what they do then keeps the matrix units waiting. So they look
+nothing up: the loading warp tells them what an item is, pairs and their weights are asked for before the products, and
+no group waits until what it stored can be seen elsewhere.
 
 Programs take items as they get free, first those of the wide product (gate and up), the largest first, then those of
 the narrow one (down), which fill what the wide ones leave uneven. An item of the narrow product waits until its tile
@@ -48,7 +54,7 @@ NARROW = gl.constexpr(2)
 
 @gluon.jit
 def _tell(mail, kind, tile, part, row, end, slot, phase):
-    """Name the next item to whoever works on it."""
+    """Say what the next item is, to the groups and the signalling warp. A letter has eight words, five are in use."""
     letters, told, heard, _ = mail
     mbarrier.wait(heard.index(slot), phase ^ 1)
     _write(letters.index(slot * 8 + 0), kind)
@@ -268,9 +274,9 @@ def _multiply(
         mbarrier.wait(told.index(letter), letter_phase)
         kind = _read(letters.index(letter * 8 + 0))
         part = _read(letters.index(letter * 8 + 2))
-        row = _read(letters.index(letter * 8 + 3)) + GROUP * 64 + gl.arange(0, 64, gl.SliceLayout(1, products))
-        end = _read(letters.index(letter * 8 + 4))
         begin = _read(letters.index(letter * 8 + 3)) + GROUP * 64
+        end = _read(letters.index(letter * 8 + 4))
+        row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
         mbarrier.arrive(heard.index(letter))
         working = kind != NOTHING
         if begin < end:
@@ -331,13 +337,16 @@ def prefill_products_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail, 0, INNER, WIDTH, STAGES, MAIL,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
+                0, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
-                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail, 1, INNER, WIDTH, STAGES, MAIL,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
+                1, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
-                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail, 2, INNER, WIDTH, STAGES, MAIL,
+                hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
+                2, INNER, WIDTH, STAGES, MAIL,
             )),
             (_load, (
                 gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early,
