@@ -5,12 +5,12 @@
 
 The model is compiled without weights, which are then drawn at random on the device. Prefill fills the caches of one
 prompt and gives the logits of its last position, as `generate` does it: every layer over the prompt, of the last one
-only what its caches and that position need. It is timed as a CUDA graph: one replay after the other, which brings a card
-to its power limit and lowers its clock, and `rested`, each after a pause, as a single prompt finds the card; and
+only what its caches and that position need. It is timed as a CUDA graph: one replay after the other, which brings a
+card to its power limit and lowers its clock, and `rested`, each after a pause, as a single prompt finds the card; and
 `called`, kernel by kernel. `cold compile` is everything from the config to an artifact, with empty caches; `load to
 first token` is a process of its own with empty caches that opens the artifact, loads its graphs, and runs one prefill
-and one decode step on weights that are there already. Floor: the FLOPs of the active weights and of causal attention over those of a matrix product measured in
-the same run. The peer is transformers under torch.compile.
+and one decode step on weights that are there already. Floor: the FLOPs of the active weights and of causal attention
+over those of a matrix product measured in the same run. The peer is transformers under torch.compile.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ def main() -> None:
     parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
     print(f"load to first token, weights excluded: {parts.format(**report)}")
     for row in report["rows"]:
-        line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms, rested {row['rested_ms']:.2f}, called {row['called_ms']:.2f}"
+        line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms"
+        line += f", rested {row['rested_ms']:.2f}, called {row['called_ms']:.2f}"
         line += f"  floor {row['floor_ms']:9.2f} ms"
         if args.peer:
             shown = ", ".join(f"{how} {ms:.2f} ms" for how, ms in row.get("peers", {}).items())
