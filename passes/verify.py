@@ -78,8 +78,7 @@ class Float64Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = tree_map(_widen, (args, kwargs))
         if target is torch.ops.aten.topk.default:
-            # `sorted=False` allows any order, and the sorted one is the order that two graphs can share.
-            args, kwargs = args[:4], {**kwargs, "sorted": True}
+            target = _first_largest
         if target is torch.ops.aten._grouped_mm.default:  # has no kernel for float64
             target = grouped_product
         if target is torch.ops.aten.histc.default and not args[0].is_floating_point():  # counts integers on a GPU only
@@ -88,6 +87,14 @@ class Float64Interpreter(fx.Interpreter):
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tree_map(_widen, super().get_attr(target, args, kwargs))
+
+
+def _first_largest(
+    x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """topk in the one order that two graphs can share: sorted, and of equal numbers the first ones."""
+    values, indices = x.sort(dim=dim, descending=largest, stable=True)
+    return values.narrow(dim, 0, k).contiguous(), indices.narrow(dim, 0, k).contiguous()
 
 
 def _widen(value: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from codegen.targets import target
 from passes import certify
 from passes.base import Context, Outcome, Pass, Workload, call, calls, sweep
+from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
 from passes.fuse_norm import FuseNorm
 from passes.fuse_routing import FuseRouting
@@ -120,6 +121,31 @@ class Router(nn.Module):
 def test_integers_are_computed_from_what_they_depend_on() -> None:
     (found,) = graphs_of(Router(), lambda f: f(torch.randn(5, 6)))
     (record,) = Pipeline((FuseRouting(),)).run(found.module, ANY, "router", RegionalSpecimen(found.module))
+    assert record.matches and record.certificate is not None and record.certificate.max_rel_error <= 1e-10
+
+
+class GroupedRouter(nn.Module):
+    """Experts of dropped groups stay behind with a score of zero, and so may come before biased scores below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(12))
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.sigmoid()
+        biased = scores + self.bias
+        groups = biased.view(-1, 3, 4).topk(2, dim=-1)[0].sum(-1).topk(1, dim=-1, sorted=False)[1]
+        kept = torch.zeros(len(logits), 3).scatter(1, groups, 1).unsqueeze(-1).expand(-1, 3, 4).reshape(-1, 12)
+        indices = biased.masked_fill(~kept.bool(), 0.0).topk(4, dim=-1, sorted=False)[1]
+        weights = scores.gather(1, indices)
+        return indices, weights / (weights.sum(-1, keepdim=True) + 1e-20)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_equal_scores_are_chosen_alike_before_and_after(seed: int) -> None:
+    (found,) = graphs_of(GroupedRouter(), lambda f: f(torch.randn(5, 12)))
+    specimen = RegionalSpecimen(found.module, seed=seed)
+    _, record = Pipeline((Canonicalise(), FuseRouting())).run(found.module, ANY, "router", specimen)
     assert record.matches and record.certificate is not None and record.certificate.max_rel_error <= 1e-10
 
 

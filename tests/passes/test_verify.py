@@ -200,3 +200,12 @@ def test_every_device_is_read_as_the_cpu():
 def test_integers_are_counted_as_on_a_gpu():
     (found,), _ = run_float64(calls(aten.histc.default, 3, 0, 2), {"x": torch.tensor([2, 0, 2], dtype=torch.int32)})
     assert found.tolist() == [1, 0, 2] and found.dtype is torch.int32
+
+
+def test_the_largest_are_the_first_of_equal_ones_and_lie_as_topk_leaves_them():
+    x = torch.tensor([[0.0, 1, 1, 0], [2, 0, 2, 2]])
+    ((values, indices),), _ = run_float64(calls(aten.topk.default, 3, -1, True, False), {"x": x})
+    assert values.tolist() == [[1, 1, 0], [2, 2, 2]] and indices.tolist() == [[1, 2, 0], [0, 2, 3]]
+    assert values.is_contiguous() and indices.is_contiguous()
+    ((values, _),), _ = run_float64(calls(aten.topk.default, 1, 0, False), {"x": x})
+    assert values.tolist() == [[0, 0, 1, 0]]
