@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -23,6 +24,8 @@ MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
 MOST_FLOPS = 1e11
 FEW_NUMBERS = 1 << 20  # whose products take less than MOST_FLOPS in any case
 DEPTHS = (0, 6, 24, None)  # how much of a region's surroundings is run with it, until the two sides agree
+aten = torch.ops.aten
+COPYING = (aten.reshape, aten.flatten, aten.contiguous, aten.to)  # if strides or dtype want it
 SMALL = (3, 5, 11, 13, 7, 17, 19)  # free sizes of regions that would be too large as they were traced
 
 Sizes = Mapping[sympy.Symbol, int]
@@ -130,9 +133,20 @@ def affordable_sizes(region: Region, traced: Sizes) -> Sizes:
 
 
 def _numbers(graph: fx.Graph, sizes: Sizes) -> int:
-    """How many numbers the values of a graph hold together."""
-    values = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
-    return sum(prod(number_of(size, sizes) for size in stored_dims(value)) for value in values)
+    """How many numbers the values of a graph hold together, each memory counted once."""
+    values = [n.meta.get("val") for n in graph.nodes if not _shares_memory(n)]
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return sum(prod(number_of(size, sizes) for size in stored_dims(leaf)) for leaf in leaves)
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Is this certainly a view? A reshape may have to copy."""
+    target = node.target
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in COPYING:
+        return False
+    return any(result.alias_info is not None for result in target._schema.returns)
 
 
 def _flops(graph: fx.Graph, sizes: Sizes) -> float:

@@ -157,6 +157,23 @@ def test_what_is_too_large_is_named_and_the_rest_certified(monkeypatch: pytest.M
     assert "not certified" in record.certificate.skipped[0] and "GB" in record.certificate.skipped[0]
 
 
+class Parts(nn.Module):
+    """A weight of 144 numbers, looked at in two more ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.weight.unflatten(0, (3, 4))
+        return x @ parts[:, :2].transpose(1, 2) @ parts[:, 2:, :2]
+
+
+def test_views_hold_no_numbers_of_their_own() -> None:
+    (found,) = graphs_of(Parts(), lambda f: f(torch.randn(3, 2, 12)))
+    assert 144 + 72 < certify._numbers(found.module.graph, {}) < 2 * 144
+
+
 def test_free_sizes_are_made_small_where_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certify, "MOST_NUMBERS", 4000)
     (found,) = graphs_of(Tower(), lambda f: f(torch.randn(1000, 6)), dynamic=True)
