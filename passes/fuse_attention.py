@@ -161,6 +161,11 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
     if is_probability(values.node) or out_axes.s in values.axes and out_axes.s.size != 1:
         raise NotAttention(f"the values {values.node.name} differ from query to query", values.node)
     sides = [query_and_key(term, axes) for term in score_terms]
+    read = [core.out, values.node, *(operand.node for query, key, _ in sides for operand in (query, key))]
+    if len(dtypes := {str(dtype_of(node)).removeprefix("torch.") for node in read}) > 1:
+        raise NotAttention(
+            f"queries, keys, values and result are of different dtypes: {', '.join(sorted(dtypes))}", core.out
+        )
     with graph.inserting_before(core.out):
         writer = Writer(graph, core.out)
         latent = next((key for _, key, _ in sides if identity(key) == identity(values)), None)

@@ -11,6 +11,7 @@ from passes.base import Context, Outcome, Pass, is_call
 from passes.chains import FORMS, Chain, Cut, Order, Tree, find_chains, leaves
 from passes.contraction import Term
 from passes.lifting import lift
+from passes.nodes import dtype_of
 from passes.plan import Plan
 from passes.writing import Product, Writer
 
@@ -88,6 +89,7 @@ def write(graph: fx.Graph, chain: Chain, order: Order) -> None:
 
 
 def _write_term(writer: Writer, chain: Chain, term: Term, tree: Tree) -> fx.Node:
+    """The graph's casts are not among the operands: the last product is of the root's dtype, others of the wider one."""
     wanted = [axis for group in chain.value.dims for axis in group]
 
     def multiply(tree: Tree, top: bool) -> Product:
@@ -98,7 +100,10 @@ def _write_term(writer: Writer, chain: Chain, term: Term, tree: Tree) -> fx.Node
         keep = chain.axes_of(term, leaves(tree))
         if top:
             keep = tuple(sorted(keep, key=wanted.index))
-        return writer.product(multiply(tree[0], False), multiply(tree[1], False), keep)
+        left, right = multiply(tree[0], False), multiply(tree[1], False)
+        common = torch.promote_types(dtype_of(left.node), dtype_of(right.node))
+        dtype = dtype_of(chain.root) if top else common
+        return writer.product(writer.cast(left, dtype), writer.cast(right, dtype), keep)
 
     node = writer.arrange(multiply(tree, True), chain.value.dims)
     return node if term.scale == 1.0 else writer.scale(node, term.scale)

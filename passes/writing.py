@@ -11,6 +11,7 @@ from torch import fx
 
 from passes.base import call, is_call, shape_of
 from passes.contraction import Axis, NotLinear, Operand
+from passes.nodes import dtype_of
 
 aten = torch.ops.aten
 
@@ -49,6 +50,11 @@ class Writer:
         if sizes.count(-1) > 1:
             raise NotLinear("two symbolic sizes in one split")
         return call(self.graph, aten.unflatten.int, node, dim, sizes, like=self.root)
+
+    def cast(self, product: Product, dtype: torch.dtype) -> Product:
+        if dtype_of(product.node) == dtype:
+            return product
+        return Product(call(self.graph, aten._to_copy.default, product.node, dtype=dtype, like=self.root), product.axes)
 
     def product(self, left: Product, right: Product, keep: Sequence[Axis]) -> Product:
         out = tuple(keep)
