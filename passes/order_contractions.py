@@ -89,7 +89,7 @@ def write(graph: fx.Graph, chain: Chain, order: Order) -> None:
 
 
 def _write_term(writer: Writer, chain: Chain, term: Term, tree: Tree) -> fx.Node:
-    """The graph's casts are not among the operands: the last product is of the root's dtype, others of the wider one."""
+    """Casts are not among the operands: the last product is of the root's dtype, others of the wider of their two."""
     wanted = [axis for group in chain.value.dims for axis in group]
 
     def multiply(tree: Tree, top: bool) -> Product:

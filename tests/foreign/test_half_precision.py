@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from codegen.targets import target
 from dsv3_compile.backend import reports
+from dsv3_compile.functional import callable_again
+from passes.base import Context, Workload
+from passes.canonicalise import Canonicalise
+from passes.certify import RegionalSpecimen
+from passes.concatenate_slices import ConcatenateSlices
+from passes.order_contractions import OrderContractions
+from passes.pipeline import Pipeline
+from tests.foreign.tracing import graphs_of
 
 HEADS, NOPE, LATENT, WIDTH = 4, 16, 32, 48
 
@@ -62,3 +71,29 @@ def test_products_of_mixed_dtypes_keep_theirs(build, dtype):
 
 def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+class Beside(nn.Module):
+    """Queries of which a part is float32, against keys that are: the other part takes part in float32 as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, NOPE) * 0.1)
+
+    def forward(self, x, rotated, keys):
+        return (torch.cat([x @ self.weight, rotated], -1) @ keys.transpose(-1, -2)).softmax(-1)
+
+
+def test_the_last_product_is_of_the_dtype_that_the_graph_had():
+    torch.manual_seed(0)
+    module, keys = Beside().bfloat16(), torch.randn(2, 40, 2 * NOPE)
+    inputs = torch.randn(2, 3, 12).bfloat16(), torch.randn(2, 3, NOPE), keys
+    (found,) = graphs_of(module, lambda run: run(*inputs))
+    specimen = RegionalSpecimen(found.module)
+    passes = Pipeline((Canonicalise(), ConcatenateSlices(), OrderContractions(decode="expanded")))
+    *_, record = passes.run(found.module, Context("decode", target("cpu"), Workload(0, 0, 0)), "beside", specimen)
+    assert record.matches
+    with torch.no_grad():
+        (result,) = callable_again(found)(module.weight, *inputs)
+        expected = module(*inputs)
+    assert result.dtype == torch.float32 and error(result, expected) < 5e-3
