@@ -20,11 +20,12 @@ from passes.cost import node_costs, stored_dims, traced_sizes
 from passes.inputs import draw_one, kind_of, number_of
 from passes.verify import EXACT, Certificate, CertificateError, NodeError, run_float64
 
+aten = torch.ops.aten
+
 MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
 MOST_FLOPS = 1e11
 FEW_NUMBERS = 1 << 20  # whose products take less than MOST_FLOPS in any case
 DEPTHS = (0, 6, 24, None)  # how much of a region's surroundings is run with it, until the two sides agree
-aten = torch.ops.aten
 COPYING = (aten.reshape, aten.flatten, aten.contiguous, aten.to)  # if strides or dtype want it
 SMALL = (3, 5, 11, 13, 7, 17, 19)  # free sizes of regions that would be too large as they were traced
 

@@ -15,8 +15,9 @@ All groups end an item at nearly the same time, and what they do then keeps the 
 nothing up: the loading warp tells them what an item is, pairs and their weights are asked for before the products, and
 no group waits until what it stored can be seen elsewhere.
 
-Programs take items as they get free, first those of the wide product (gate and up), the largest first, then those of
-the narrow one (down), which fill what the wide ones leave uneven. An item of the narrow product waits until its tile
+Programs take items as they get free, first those of the wide product (gate and up): shared experts', for which nothing
+needs to be planned, while the plan of the others is still being made, then the largest. Items of the narrow product
+(down) fill what the wide ones leave uneven. An item of the narrow product waits until its tile
 has been through the wide one. Whoever is waited for has been taken before, so by a program that runs: nobody waits for
 one that has not begun.
 """

@@ -1,7 +1,9 @@
 """The expert layer on Hopper: one token streams matrices times vector, more tokens go through sorted tiles.
 
 Every kernel starts while its predecessor drains (programmatic dependent launch): it waits before it reads what an
-earlier one wrote, and before it writes anything, so that all of its predecessors have finished when it has.
+earlier one wrote, and before it writes anything, so that all of its predecessors have finished when it has. The
+products of a prefill begin with shared experts before they wait: until then they read what is older than the plan, and
+write where no kernel of the plan reads (`ExpertPlan.busy`).
 """
 
 from __future__ import annotations
