@@ -18,10 +18,10 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
-from dsv3_compile.owners import owner_of, owners, viewed, views_between
+from dsv3_compile.owners import owner_of, owners, views_between
 from dsv3_compile.tracing import tidy
 from passes.base import Role, call, is_call, module_of, placeholders
-from passes.nodes import is_tensor
+from passes.nodes import is_tensor, viewed
 
 aten = torch.ops.aten
 

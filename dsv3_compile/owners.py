@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from passes.base import placeholders
-from passes.nodes import is_tensor
+from passes.nodes import is_tensor, viewed
 
 
 def owner_of(node: fx.Node) -> fx.Node:
@@ -35,17 +35,6 @@ def views_between(start: fx.Node, node: fx.Node) -> list[fx.Node] | None:
         views.append(node)
         node = source
     return views[::-1]
-
-
-def viewed(node: fx.Node) -> fx.Node | None:
-    """The argument that the schema says the results share memory with."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:  # getitem and the like: part of another node's results
-        return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    if not any(one.alias_info for one in schema.returns):
-        return None
-    shared = (value for value, one in zip(node.args, schema.arguments, strict=False) if one.alias_info)
-    return next((value for value in shared if isinstance(value, fx.Node)), None)
 
 
 def owners(graph: fx.Graph) -> tuple[Hashable, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from passes.base import placeholders
+from passes.base import is_call, placeholders
 from passes.bisection import relative_error
 from passes.changes import Changes, Pair, Region, number
 from passes.cost import node_costs, stored_dims, traced_sizes
 from passes.inputs import draw_one, kind_of, number_of
+from passes.nodes import viewed
 from passes.verify import EXACT, Certificate, CertificateError, NodeError, run_float64
 
 aten = torch.ops.aten
@@ -142,12 +142,7 @@ def _numbers(graph: fx.Graph, sizes: Sizes) -> int:
 
 def _shares_memory(node: fx.Node) -> bool:
     """Is this certainly a view? A reshape may have to copy."""
-    target = node.target
-    if target is operator.getitem:
-        return True
-    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in COPYING:
-        return False
-    return any(result.alias_info is not None for result in target._schema.returns)
+    return viewed(node) is not None and not is_call(node, *COPYING)
 
 
 def _flops(graph: fx.Graph, sizes: Sizes) -> float:

@@ -101,6 +101,17 @@ def widens(old: torch.dtype, new: torch.dtype) -> bool:
     return old.is_floating_point and new.is_floating_point and torch.promote_types(old, new) == new
 
 
+def viewed(node: fx.Node) -> fx.Node | None:
+    """The argument that the schema says the results share memory with."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # getitem and the like: part of another node's results
+        return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if not any(one.alias_info for one in schema.returns):
+        return None
+    shared = (value for value, one in zip(node.args, schema.arguments, strict=False) if one.alias_info)
+    return next((value for value in shared if isinstance(value, fx.Node)), None)
+
+
 def users(node: fx.Node) -> list[fx.Node]:
     """Who reads the node, the capture's assertions about its dtype left out."""
     return [user for user in node.users if not is_call(user, *ASSERTIONS)]

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from tests.foreign.models import SIZES, randomised
 
 COMMON = {
-    **SIZES, "qk_nope_head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2,
+    **{name: size for name, size in SIZES.items() if name != "rope_parameters"},  # every config has its own default
+    "qk_nope_head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2,
     "index_head_dim": 32, "index_topk": 6, "shared_experts_intermediate_size": 32,
 }  # fmt: skip
-COMMON.pop("rope_parameters")  # every config has its own default
 
 
 @dataclass(frozen=True)

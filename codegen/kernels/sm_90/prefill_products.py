@@ -9,7 +9,7 @@ warp loads, one tells other programs what has been stored.
 matrix units are the limit, at a clock that the chip lowers for its power: fetching each box of tokens once for two
 multiprocessors (multicast) was tried and gained nothing. Tokens stand on the M side: groups without tokens multiply
 nothing, and at most 63 rows of a tile are empty. On the N side, in units of 16, hardly one would be, but products get
-narrower and items more: tried, a seventh slower where no row is empty in either form.
+narrower and items more: tried, and slower even where no row is empty in either form.
 
 All groups end an item at nearly the same time, and what they do then keeps the matrix units waiting. So they look
 nothing up: the loading warp tells them what an item is, pairs and their weights are asked for before the products, and
@@ -64,6 +64,20 @@ def _tell(mail, kind, tile, part, row, end, slot, phase):
     _write(letters.index(slot * 8 + 3), row)
     _write(letters.index(slot * 8 + 4), end)
     mbarrier.arrive(told.index(slot))
+
+
+@gluon.jit
+def _hear(mail, slot, phase):
+    """What the next item is, as it was told: kind, tile, part, first row and end."""
+    letters, told, _, _ = mail
+    mbarrier.wait(told.index(slot), phase)
+    return (
+        _read(letters.index(slot * 8 + 0)),
+        _read(letters.index(slot * 8 + 1)),
+        _read(letters.index(slot * 8 + 2)),
+        _read(letters.index(slot * 8 + 3)),
+        _read(letters.index(slot * 8 + 4)),
+    )
 
 
 @gluon.jit
@@ -265,18 +279,15 @@ def _multiply(
     """
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     full, empty = ring[2], ring[3]
-    letters, told, heard, stored = mail
+    heard, stored = mail[2], mail[3]
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     letter = gl.to_tensor(0)
     letter_phase = gl.to_tensor(0)
     working = gl.to_tensor(True)
     while working:
-        mbarrier.wait(told.index(letter), letter_phase)
-        kind = _read(letters.index(letter * 8 + 0))
-        part = _read(letters.index(letter * 8 + 2))
-        begin = _read(letters.index(letter * 8 + 3)) + GROUP * 64
-        end = _read(letters.index(letter * 8 + 4))
+        kind, _, part, begin, end = _hear(mail, letter, letter_phase)
+        begin += GROUP * 64
         row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
         mbarrier.arrive(heard.index(letter))
         working = kind != NOTHING
@@ -305,14 +316,12 @@ def _multiply(
 @gluon.jit
 def _signal(tiles_ptr, max_tiles, mail, MAIL: gl.constexpr):
     """The signalling warp: tells other programs what the groups have stored. They need not wait for it to be seen."""
-    letters, told, heard, stored = mail
+    heard, stored = mail[2], mail[3]
     letter = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     working = gl.to_tensor(True)
     while working:
-        mbarrier.wait(told.index(letter), phase)
-        kind = _read(letters.index(letter * 8 + 0))
-        tile = _read(letters.index(letter * 8 + 1))
+        kind, tile, _, _, _ = _hear(mail, letter, phase)
         mbarrier.wait(stored.index(letter), phase)
         mbarrier.arrive(heard.index(letter))
         if kind == WIDE:
