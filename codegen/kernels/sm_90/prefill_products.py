@@ -100,11 +100,11 @@ def _tile_of(tiles_ptr, max_tiles, tile):
 @gluon.jit
 def _load_item(
     weight_desc, x_desc, ring, weight_row, row, groups, steps, slot, phase,
-    APART: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    BOX_APART: gl.constexpr, HALF_APART: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """All steps of one item: two boxes of weights whose first rows are APART from each other, a box for each group."""
+    """All steps of one item: two boxes of weights for each half, a box of tokens for each group."""
     weights_smem, x_smem, full, empty = ring
-    WEIGHT_BYTES: gl.constexpr = 2 * weight_desc.block_type.nbytes
+    WEIGHT_BYTES: gl.constexpr = 4 * weight_desc.block_type.nbytes
     X_BYTES: gl.constexpr = x_desc.block_type.nbytes
     for step in range(steps):
         column = step * BLOCK_D
@@ -112,9 +112,11 @@ def _load_item(
         for used in gl.static_range(1, 4):
             mbarrier.expect(full.index(slot), WEIGHT_BYTES + used * X_BYTES, pred=groups == used)
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                weight_desc, [weight_row + half * APART, column], full.index(slot), weights_smem.index(slot * 2 + half)
-            )
+            for box in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    weight_desc, [weight_row + half * HALF_APART + box * BOX_APART, column], full.index(slot),
+                    weights_smem.index(slot * 2 + half).slice(box * 64, 64),
+                )  # fmt: skip
         for group in gl.static_range(3):
             tma.async_copy_global_to_shared(
                 x_desc, [row + group * 64, column], full.index(slot), x_smem.index(slot * 3 + group),
@@ -153,7 +155,7 @@ def _load(
         _tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
         slot, phase = _load_item(
             gate_up_desc, tokens_desc, ring, expert * (2 * INNER) + part * 128, (row - gathered) % tokens,
-            (end - row + 63) // 64, depth_steps, slot, phase, INNER, BLOCK_D, STAGES,
+            (end - row + 63) // 64, depth_steps, slot, phase, INNER, 64, BLOCK_D, STAGES,
         )  # fmt: skip
         letter, letter_phase = advance(letter, letter_phase, MAIL)
         item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
@@ -169,7 +171,7 @@ def _load(
             _tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
             slot, phase = _load_item(
                 gate_up_desc, gathered_desc, ring, expert * (2 * INNER) + part * 128, row, (end - row + 63) // 64,
-                depth_steps, slot, phase, INNER, BLOCK_D, STAGES,
+                depth_steps, slot, phase, INNER, 64, BLOCK_D, STAGES,
             )  # fmt: skip
         else:
             tile = (item - wide_items) // NARROW_TILES
@@ -179,37 +181,11 @@ def _load(
             await_signals(done_ptr + tile, WIDE_TILES)
             slot, phase = _load_item(
                 down_desc, hidden_desc, ring, expert * WIDTH + part * 256, row, (end - row + 63) // 64, inner_steps,
-                slot, phase, 128, BLOCK_D, STAGES,
+                slot, phase, 64, 128, BLOCK_D, STAGES,
             )  # fmt: skip
         letter, letter_phase = advance(letter, letter_phase, MAIL)
         item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
     _tell(mail, NOTHING, 0, 0, 0, 0, letter, letter_phase)
-
-
-@gluon.jit
-def _accumulate(ring, slot, phase, steps, GROUP: gl.constexpr, STAGES: gl.constexpr):
-    """One item's products of a group: two sums of [64 tokens, 128 weight rows].
-
-    One of 256 would read the tokens once, but wants more registers than a thread has where a program starts.
-    """
-    weights_smem, x_smem, full, empty = ring
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    first = gl.zeros((64, 128), gl.float32, products)
-    second = gl.zeros((64, 128), gl.float32, products)
-    for step in range(steps):
-        mbarrier.wait(full.index(slot), phase)
-        tokens = x_smem.index(slot * 3 + GROUP)
-        weights = weights_smem.index(slot * 2).permute((1, 0))
-        first = warpgroup_mma(tokens, weights, first, use_acc=step > 0, is_async=True)
-        weights = weights_smem.index(slot * 2 + 1).permute((1, 0))
-        second = warpgroup_mma(tokens, weights, second, use_acc=step > 0, is_async=True)
-        # One step stays in flight; the step before it has been read.
-        first, second = warpgroup_mma_wait(2, deps=(first, second))
-        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
-        slot, phase = advance(slot, phase, STAGES)
-    first, second = warpgroup_mma_wait(0, deps=(first, second))
-    mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
-    return first, second, slot, phase
 
 
 @gluon.jit
@@ -249,19 +225,21 @@ def _swiglu(gate, up):
 
 @gluon.jit
 def _store(values, out_ptr, out_row, inside, column, width):
-    """values [64, 128] → the first of `column` and its 127 neighbours of each row that is inside.
+    """values [64, 64 or 128] → the first of `column` and its neighbours of each row that is inside.
 
     Neighbouring lanes trade columns, so that a row's four write 32 bytes together and no shared memory is needed.
     """
+    COLUMNS: gl.constexpr = values.shape[1]
+    MORE: gl.constexpr = [[0, 64]] if COLUMNS == 128 else []
     stored: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]],
+        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], [0, 32]] + MORE,
         lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
-        shape=[64, 128],
+        shape=[64, COLUMNS],
     )
     rows: gl.constexpr = gl.SliceLayout(1, stored)
-    output = column + gl.arange(0, 128, gl.SliceLayout(0, stored))
+    output = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, stored))
     written = gl.convert_layout(inside, rows)[:, None] & (output < width)[None, :]
     first = gl.convert_layout(out_row, rows).to(gl.int64) * width
     values = gl.convert_layout(values.to(out_ptr.dtype.element_ty), stored)
@@ -269,48 +247,130 @@ def _store(values, out_ptr, out_row, inside, column, width):
 
 
 @gluon.jit
+def _end_half(sums, half, out_ptr, part, begin, place, weight, end, WIDE_ITEM: gl.constexpr, WIDTH: gl.constexpr):
+    """What follows the sums [64, 128] of a half: SwiGLU, in sorted order, or the pair's weight, scattered to pair
+    order."""
+    row = begin + gl.arange(0, 64, gl.SliceLayout(1, sums.type.layout))
+    if WIDE_ITEM:
+        gate, up = sums.reshape([64, 2, 64]).permute([0, 2, 1]).split()
+        _store(_swiglu(gate, up), out_ptr, row, row < end, part * 128 + half * 64, WIDTH)
+        tl.debug_barrier()  # the first thread's arrival stands for all
+    else:
+        _store(sums * weight[:, None], out_ptr, place, row < end, part * 256 + half * 128, WIDTH)
+
+
+@gluon.jit
+def _multiply_half(ring, slot, sums, use_acc, GROUP: gl.constexpr, HALF: gl.constexpr):
+    """One step's products of a half, under way."""
+    weights_smem, x_smem, _, _ = ring
+    weights = weights_smem.index(slot * 2 + HALF).permute((1, 0))
+    return warpgroup_mma(x_smem.index(slot * 3 + GROUP), weights, sums, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def _next_item(mail, letter, phase, GROUP: gl.constexpr, MAIL: gl.constexpr):
+    """The next letter, and what it says to a group: kind, part, and its rows' begin and end."""
+    letter, phase = advance(letter, phase, MAIL)
+    kind, _, part, begin, end = _hear(mail, letter, phase)
+    mbarrier.arrive(mail[2].index(letter))
+    return letter, phase, (kind, part, begin + GROUP * 64, end)
+
+
+@gluon.jit
+def _multiply_items(
+    out_ptr, order_ptr, pair_weights_ptr, steps, ring, mail, slot, phase, letter, letter_phase, item,
+    WIDE_ITEM: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+):  # fmt: skip
+    """A group's share of all items of a kind.
+
+    What ends a half is done while products of another are under way: the first half's under the last of the second,
+    the second half's under the first of the next item.
+    """
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    KIND: gl.constexpr = WIDE if WIDE_ITEM else NARROW
+    full, empty = ring[2], ring[3]
+    stored = mail[3]
+    line = gl.arange(0, 64, gl.SliceLayout(1, products))
+    kind, part, begin, end = item
+    first = gl.zeros((64, 128), gl.float32, products)
+    second = gl.zeros((64, 128), gl.float32, products)
+    place = line
+    weight = gl.zeros([64], gl.float32, gl.SliceLayout(1, products))
+    while kind == KIND:
+        if begin < end:
+            if not WIDE_ITEM:
+                place = gl.load(order_ptr + begin + line, mask=begin + line < end, other=0)
+                weight = gl.load(pair_weights_ptr + place)
+            mbarrier.wait(full.index(slot), phase)
+            first = _multiply_half(ring, slot, first, False, GROUP, 0)
+            first = warpgroup_mma_wait(0, deps=(first,))
+            following = gl.to_tensor(True)
+            while following:
+                second = _multiply_half(ring, slot, second, False, GROUP, 1)
+                second = warpgroup_mma_wait(1, deps=(second,))  # waits for nothing
+                slot, phase = advance(slot, phase, STAGES)
+                for _ in range(steps - 1):
+                    mbarrier.wait(full.index(slot), phase)
+                    first = _multiply_half(ring, slot, first, True, GROUP, 0)
+                    second = _multiply_half(ring, slot, second, True, GROUP, 1)
+                    # One step stays in flight; the step before it has been read.
+                    first, second = warpgroup_mma_wait(2, deps=(first, second))
+                    mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
+                    slot, phase = advance(slot, phase, STAGES)
+                first, second = warpgroup_mma_wait(1, deps=(first, second))
+                _end_half(first, 0, out_ptr, part, begin, place, weight, end, WIDE_ITEM, WIDTH)
+                first, second = warpgroup_mma_wait(0, deps=(first, second))
+                mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
+                old_part, old_begin, old_end, old_letter = part, begin, end, letter
+                old_place, old_weight = place, weight
+                letter, letter_phase, item = _next_item(mail, letter, letter_phase, GROUP, MAIL)
+                kind, part, begin, end = item
+                following = (kind == KIND) & (begin < end)
+                if not WIDE_ITEM:
+                    # Asked for before the products, not waited for.
+                    place = gl.load(order_ptr + begin + line, mask=following & (begin + line < end), other=0)
+                    weight = gl.load(pair_weights_ptr + place)
+                mbarrier.wait(full.index(slot), phase, pred=following)
+                # Where nothing follows these are products of anything, for nobody.
+                first = _multiply_half(ring, slot, first, False, GROUP, 0)
+                mbarrier.wait(full.index(slot), phase, pred=following)
+                _end_half(second, 1, out_ptr, old_part, old_begin, old_place, old_weight, old_end, WIDE_ITEM, WIDTH)
+                mbarrier.arrive(stored.index(old_letter))
+                first = warpgroup_mma_wait(0, deps=(first,))
+        else:
+            # Without tokens it still follows the ring: a barrier tells one lap from the next, not from the one after.
+            for _ in range(steps):
+                mbarrier.wait(full.index(slot), phase)
+                mbarrier.arrive(empty.index(slot))
+                slot, phase = advance(slot, phase, STAGES)
+            mbarrier.arrive(stored.index(letter))
+            letter, letter_phase, item = _next_item(mail, letter, letter_phase, GROUP, MAIL)
+            kind, part, begin, end = item
+    return slot, phase, letter, letter_phase, (kind, part, begin, end)
+
+
+@gluon.jit
 def _multiply(
     hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
     GROUP: gl.constexpr, INNER: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
-    """A multiplying group: the GROUP-th 64 tokens of every tile.
-
-    The wide product ends in SwiGLU, in sorted order, the narrow one in the pair's weight, scattered to pair order.
-    """
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
-    full, empty = ring[2], ring[3]
-    heard, stored = mail[2], mail[3]
+    """A multiplying group: the GROUP-th 64 tokens of every tile."""
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     letter = gl.to_tensor(0)
     letter_phase = gl.to_tensor(0)
-    working = gl.to_tensor(True)
-    while working:
-        kind, _, part, begin, end = _hear(mail, letter, letter_phase)
-        begin += GROUP * 64
-        row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
-        mbarrier.arrive(heard.index(letter))
-        working = kind != NOTHING
-        if begin < end:
-            # Asked for before the products, not waited for.
-            pair = gl.load(order_ptr + row, mask=(row < end) & (kind == NARROW), other=0)
-            weight = gl.load(pair_weights_ptr + pair)
-            steps = gl.where(kind == WIDE, depth_steps, inner_steps)
-            first, second, slot, phase = _accumulate(ring, slot, phase, steps, GROUP, STAGES)
-            if kind == WIDE:
-                _store(_swiglu(first, second), hidden_ptr, row, row < end, part * 128, INNER)
-                tl.debug_barrier()  # the first thread's arrival stands for all
-            else:
-                _store(first * weight[:, None], out_ptr, pair, row < end, part * 256, WIDTH)
-                _store(second * weight[:, None], out_ptr, pair, row < end, part * 256 + 128, WIDTH)
-        else:
-            # Without tokens it still follows the ring: a barrier tells one lap from the next, not from the one after.
-            for _ in range(gl.where(kind == WIDE, depth_steps, gl.where(kind == NARROW, inner_steps, 0))):
-                mbarrier.wait(full.index(slot), phase)
-                mbarrier.arrive(empty.index(slot))
-                slot, phase = advance(slot, phase, STAGES)
-        mbarrier.arrive(stored.index(letter))
-        letter, letter_phase = advance(letter, letter_phase, MAIL)
+    kind, _, part, begin, end = _hear(mail, letter, letter_phase)
+    mbarrier.arrive(mail[2].index(letter))
+    item = (kind, part, begin + GROUP * 64, end)
+    slot, phase, letter, letter_phase, item = _multiply_items(
+        hidden_ptr, order_ptr, pair_weights_ptr, depth_steps, ring, mail, slot, phase, letter, letter_phase, item,
+        True, GROUP, INNER, STAGES, MAIL,
+    )  # fmt: skip
+    slot, phase, letter, letter_phase, item = _multiply_items(
+        out_ptr, order_ptr, pair_weights_ptr, inner_steps, ring, mail, slot, phase, letter, letter_phase, item,
+        False, GROUP, WIDTH, STAGES, MAIL,
+    )  # fmt: skip
+    mbarrier.arrive(mail[3].index(letter))
 
 
 @gluon.jit
@@ -381,10 +441,10 @@ def prefill_products(plan: ExpertPlan, gate_up: Tensor, down: Tensor, pair_weigh
     out = torch.empty((pairs, width), dtype=gate_up.dtype, device=device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     prefill_products_kernel[(processors,)](
-        in_boxes(gate_up.view(experts * rows, depth), 128, BLOCK_D),
+        in_boxes(gate_up.view(experts * rows, depth), 64, BLOCK_D),
         in_boxes(plan.gathered, GROUP_ROWS, BLOCK_D),
         in_boxes(plan.tokens, GROUP_ROWS, BLOCK_D),
-        in_boxes(down.view(experts * width, inner), 128, BLOCK_D),
+        in_boxes(down.view(experts * width, inner), 64, BLOCK_D),
         in_boxes(hidden, GROUP_ROWS, BLOCK_D),
         hidden,
         out,
