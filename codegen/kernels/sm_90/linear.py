@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.layout import as_rows
 from codegen.kernels.sm_90.skinny_linear import skinny_linear, why_not_skinny
@@ -27,9 +28,13 @@ def unit_norm_kernel(
     EPS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
     wide = tl.load(x + row * x_stride + column, mask=column < D, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide) / D + EPS)
     tl.store(normed + row * D + column, (wide * inverse).to(normed.dtype.element_ty), mask=column < D)
@@ -46,7 +51,9 @@ def unit_norm(rows: Tensor, eps: float) -> Tensor:
         EPS=eps,
         D=rows.shape[1],
         BLOCK_D=block,
+        OVERLAPPED=rows.is_cuda,
         num_warps=max(1, min(8, block // 512)),
+        launch_pdl=rows.is_cuda,
     )
     return normed
 

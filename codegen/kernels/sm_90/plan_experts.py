@@ -20,7 +20,7 @@ FEW_PROGRAMS = 48  # that copy tokens while others multiply those of shared expe
 class ExpertPlan:
     """Row r of the sorted order is pair order[r]; tile t is rows begin[t] to end[t] of expert[t].
 
-    Tiles are in the order of their experts, or of many pairs in units the fullest first.
+    Tiles are in the order of their experts, so that those which use the same weights are worked on together.
     order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use, and a zero to take items by; a
     zero per tile to count what is done; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
     tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every token: they
@@ -153,32 +153,13 @@ def count_kernel(
 
 @triton.jit
 def _write_tiles(tiles_ptr, max_tiles, early, counts, begin, first, step, ROWS: tl.constexpr, UNIT: tl.constexpr):
-    """Of every expert's tiles each step-th, from the first on, behind the early ones.
-
-    Where tiles consist of units, those of most units come first: programs that take turns then get the same work.
-    """
+    """Of every expert's tiles each step-th, from the first on, behind the early ones."""
     experts = tl.arange(0, counts.shape[0])
     parts = (counts + ROWS - 1) // ROWS
     size = tl.cdiv(counts, tl.maximum(parts, 1) * UNIT) * UNIT
-    if UNIT == 1:
-        tile = early + tl.cumsum(parts, 0) - parts
-        last = tile + parts - 1
-    else:
-        tile = tl.zeros_like(parts)
-        last = tl.zeros_like(parts)
-        rest = counts - (parts - 1) * size
-        before = early
-        for larger in tl.static_range(ROWS // UNIT):
-            rows = ROWS - larger * UNIT
-            others = tl.where(size == rows, parts - 1, 0)
-            own = (rest > rows - UNIT) & (rest <= rows) & (parts > 0)
-            alike = others + own.to(tl.int32)
-            start = before + tl.cumsum(alike, 0) - alike
-            tile = tl.where(size == rows, start, tile)
-            last = tl.where(own, start + others, last)
-            before += tl.sum(alike)
+    tile = early + tl.cumsum(parts, 0) - parts
     for part in range(first, tl.max(parts), step):
-        at = tiles_ptr + tl.where(part == parts - 1, last, tile + part)
+        at = tiles_ptr + tile + part
         tl.store(at, experts, mask=part < parts)
         tl.store(at + max_tiles, begin + part * size, mask=part < parts)
         tl.store(at + 2 * max_tiles, begin + tl.minimum((part + 1) * size, counts), mask=part < parts)

@@ -142,6 +142,11 @@ def _copy(descriptor, where, barrier, shared, pred=True):
         barrier.settle(expected=-descriptor.block_type.nbytes)
 
 
+def _wait(barrier, parity, pred=True):
+    if pred:
+        barrier.wait(parity)
+
+
 def _arrive(barrier, pred=True):
     if pred:
         barrier.settle(arrivals=1)
@@ -259,6 +264,9 @@ gl = SimpleNamespace(
     max=lambda x, axis: _scalar(x.amax(axis)),
     associative_scan=_scan,
     static_range=range,
+    reshape=lambda x, shape: x.reshape(shape),
+    permute=lambda x, order: x.permute(order),
+    split=lambda x: x.unbind(-1),
     load=_load,
     store=_store,
     atomic_add=_atomic_add,
@@ -282,7 +290,7 @@ STAND_INS = {
     "mbarrier": SimpleNamespace(
         MBarrierLayout=BarrierLayout,
         init=lambda barrier, count: barrier.begin(count),
-        wait=lambda barrier, parity: barrier.wait(parity),
+        wait=_wait,
         arrive=_arrive,
         expect=_expect,
     ),
