@@ -18,14 +18,15 @@ def needs_proxy(graph: BlockGraph) -> bool:
 
 
 def proxy(config: ModelConfig) -> ModelConfig:
-    """The config with every width made small and different from the others.
+    """The config with every width made small and different from the others, those of experts multiples of 16 bytes in
+    every dtype, without which transformers' own products of them do not run.
 
     What decides the structure of a block stays: layer kinds, which ranks differ from layer to layer, query
     compression, expert groups, experts per token, shared experts, rotary layout, scaling and epsilons.
     """
     own_keys = config.num_key_value_heads in (None, config.num_attention_heads)
     widths: dict[str, Any] = {
-        "hidden_size": 42,
+        "hidden_size": 40,
         "num_attention_heads": 7 if own_keys else 6,
         "num_key_value_heads": config.num_key_value_heads and (7 if own_keys else 2),
         "head_dim": config.head_dim and 8,
@@ -35,7 +36,7 @@ def proxy(config: ModelConfig) -> ModelConfig:
         "qk_rope_head_dim": config.qk_rope_head_dim and 8,
         "v_head_dim": config.v_head_dim and 14,
         "intermediate_size": 34,
-        "moe_intermediate_size": config.moe_intermediate_size and 10,
+        "moe_intermediate_size": config.moe_intermediate_size and 16,
         "n_routed_experts": config.n_routed_experts and _experts(config),
         "vocab_size": 97,
     }

@@ -116,8 +116,12 @@ class TransformersLayers:
         document = self.config.to_dict() | {"quantization_config": None}
         kind = {"kimi_k2": "deepseek_v3"}.get(document.pop("model_type"), self.config.model_type)
         if not moe:
-            del document["n_routed_experts"]  # null in a model without experts, which transformers does not take
-        document |= {"num_hidden_layers": 1, "first_k_dense_replace": 0 if moe else 1}
+            document.pop("n_routed_experts", None)  # null in a model without experts, which transformers does not take
+        document["num_hidden_layers"] = 1
+        if "mlp_layer_types" in document:
+            document["mlp_layer_types"] = ["sparse" if moe else "dense"]
+        if "first_k_dense_replace" in document:
+            document["first_k_dense_replace"] = 0 if moe else 1
         document |= {"num_attention_heads": 1, "num_key_value_heads": 1}
         try:
             config = AutoConfig.for_model(kind, **document, attn_implementation="sdpa")

@@ -28,15 +28,20 @@ FORCED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True},
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "glm4_moe_lite": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "youtu": {"n_routed_experts": None, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
     "custom": {},
 }
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "youtu": "YoutuForCausalLM",
     "custom": "DeepseekV3ForCausalLM",
 }
-# Every published file has these, null at times. Without them implementations assume different numbers.
+# Every published file of a model with experts has these, null at times. Without them implementations assume different
+# numbers.
 NEVER_ABSENT = (
     "q_lora_rank",
     "n_routed_experts",
@@ -46,7 +51,23 @@ NEVER_ABSENT = (
     "norm_topk_prob",
     "routed_scaling_factor",
 )
-ROPE_KEYS = {f.name for f in fields(RopeScaling)} | {"type", "rope_type", "rope_theta", "truncate"}
+EXPERT_FIELDS = (
+    *NEVER_ABSENT[1:],
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_layer_freq",
+    "topk_method",
+    "scoring_func",
+    "num_nextn_predict_layers",
+)
+ROPE_KEYS = {f.name for f in fields(RopeScaling)} | {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "truncate",
+    "partial_rotary_factor",
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +154,7 @@ class ModelConfig:
                 values[name] = tuple(values[name])
         if values.get("attention", "mla") == "mla":
             values.pop("head_dim", None)  # transformers stores the rotary width there
-        values |= _rope_fields(document)
+        values |= _rope_fields(document) | _dense_layers(document)
         if document.get("quantization_config") is not None:
             values["quantization"] = _quantization(document["quantization_config"])
         values |= forced
@@ -141,7 +162,8 @@ class ModelConfig:
             values.setdefault("topk_method", "greedy")
         missing = [f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if document.get("model_type") != "custom":
-            missing += [name for name in NEVER_ABSENT if name not in document]
+            needed = NEVER_ABSENT if "n_routed_experts" not in forced else NEVER_ABSENT[:1]
+            missing += [name for name in needed if name not in document and name not in values]
         if missing:
             raise ConfigError(f"{missing[0]} is missing")
         return cls(**values)
@@ -187,8 +209,12 @@ class ModelConfig:
                 }
             elif f.name == "attention" and value == "mla":
                 continue
+            elif "n_routed_experts" in forced_fields(self.model_type) and f.name in EXPERT_FIELDS:
+                continue  # which a kind without experts does not know
             else:
                 document[f.name] = list(value) if isinstance(value, tuple) else value
+        if self.model_type == "glm4_moe_lite":  # which is all that its class in transformers looks at
+            document["mlp_layer_types"] = ["sparse" if self.is_moe(i) else "dense" for i in range(self.num_hidden_layers)]
         return document
 
     @property
@@ -283,12 +309,28 @@ def forced_fields(model_type: Any) -> dict[str, Any]:
     return FORCED[model_type]
 
 
+def _dense_layers(document: dict[str, Any]) -> dict[str, Any]:
+    """first_k_dense_replace from `mlp_layer_types`, where a file has that: the kind of every layer."""
+    kinds = document.get("mlp_layer_types")
+    if kinds is None:
+        return {}
+    dense = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else document["num_hidden_layers"]
+    if kinds != ["dense"] * dense + ["sparse"] * (document["num_hidden_layers"] - dense):
+        raise ConfigError(
+            f"mlp_layer_types is {kinds!r}; accepted: 'dense' for the first layers, 'sparse' for all others"
+        )
+    return {"first_k_dense_replace": dense, "moe_layer_freq": 1}
+
+
 def _rope_fields(document: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling, from the old keys or from transformers v5's `rope_parameters`."""
     key = "rope_parameters" if document.get("rope_parameters") is not None else "rope_scaling"
     given = document.get(key) or {}
     if not isinstance(given, dict):
         raise ConfigError(f"{key} is {given!r}; accepted: an object or null")
+    for part in (given.get("partial_rotary_factor"), document.get("partial_rotary_factor")):
+        if part not in (None, 1):
+            raise ConfigError(f"partial_rotary_factor is {part!r}; accepted: 1")
     theta = given.get("rope_theta", document.get("rope_theta"))
     values: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
     kind = given.get("rope_type", given.get("type", "default"))

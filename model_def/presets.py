@@ -128,6 +128,29 @@ MOONLIGHT = replace(
     quantization=None,
 )
 
+GLM_4_7_FLASH = replace(
+    MOONLIGHT,
+    model_type="glm4_moe_lite",
+    num_hidden_layers=47,
+    num_attention_heads=20,
+    num_key_value_heads=20,
+    q_lora_rank=768,
+    qk_nope_head_dim=192,
+    v_head_dim=256,
+    intermediate_size=10240,
+    moe_intermediate_size=1536,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    routed_scaling_factor=1.8,
+    num_nextn_predict_layers=1,
+    vocab_size=154880,
+    max_position_embeddings=202752,
+    rope_theta=1e6,
+    bos_token_id=None,
+    eos_token_id=(154820, 154827, 154829),
+    pad_token_id=154820,
+)
+
 # Adds numbers in text; trained by examples/train_toy.py, its checkpoint lies in model_def/toy.
 TOY = ModelConfig(
     model_type="deepseek_v3",
@@ -165,5 +188,6 @@ PRESETS: dict[str, ModelConfig] = {
     "deepseek-v3.1": V3_1,
     "kimi-k2": KIMI_K2,
     "moonlight": MOONLIGHT,
+    "glm-4.7-flash": GLM_4_7_FLASH,
     "toy": TOY,
 }

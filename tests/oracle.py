@@ -6,12 +6,13 @@ because norms of 1, biases of 0 and tiny matrices hide mistakes.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, Glm4MoeLiteConfig, YoutuConfig
 
 VOCABULARY = 97
 ORIGINAL_POSITIONS = 64
@@ -90,16 +91,30 @@ CASES: dict[str, tuple[type, dict[str, Any], float]] = {
         ),
         0.0,
     ),
+    "glm-flash": (
+        Glm4MoeLiteConfig,
+        dict(
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.8,
+            norm_topk_prob=True,
+            rms_norm_eps=1e-5,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, partial_rotary_factor=1.0),
+        ),
+        0.0,
+    ),
+    "youtu": (YoutuConfig, dict(tie_word_embeddings=True, rope_parameters=yarn(1.0)), 0.0),
 }
 
 
 def build(name: str, seed: int = 0) -> torch.nn.Module:
     """The oracle of one case, in float32, every parameter drawn anew."""
     config_class, changes, bias = CASES[name]
-    positions = int(changes["rope_parameters"]["factor"] * ORIGINAL_POSITIONS)
-    config = config_class(**SIZES | changes, max_position_embeddings=positions)
-    model_class = DeepseekV3ForCausalLM if config_class is DeepseekV3Config else DeepseekV2ForCausalLM
-    model = model_class._from_config(config, attn_implementation="eager", experts_implementation="eager")
+    known = {field.name for field in fields(config_class)}
+    sizes = {field: size for field, size in (SIZES | changes).items() if field in known}
+    positions = int(changes["rope_parameters"].get("factor", 4.0) * ORIGINAL_POSITIONS)
+    config = config_class(**sizes, max_position_embeddings=positions)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor, mean: float, deviation: float) -> None:
@@ -110,7 +125,8 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
             if parameter.dim() == 1:
                 normal(parameter, 1.0, 0.2)
             else:
-                fan_in = 1 if "embed_tokens" in parameter_name else parameter.shape[-1]
+                read_only_once = "embed_tokens" in parameter_name and not config.tie_word_embeddings
+                fan_in = 1 if read_only_once else parameter.shape[-1]
                 normal(parameter, 0.0, fan_in**-0.5)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):

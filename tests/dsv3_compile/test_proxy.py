@@ -35,6 +35,12 @@ def test_a_block_is_small(name):
     assert weights < 100_000
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_rows_of_experts_are_multiples_of_16_bytes(name):
+    small = proxy(PRESETS[name])
+    assert small.hidden_size % 8 == 0 and (small.moe_intermediate_size or 0) % 8 == 0
+
+
 def test_widths_differ():
     small = proxy(PRESETS["deepseek-v3"])
     widths = [

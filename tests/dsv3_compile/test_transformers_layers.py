@@ -24,6 +24,7 @@ from dsv3_compile.verification import verify
 from model_def.checkpoint import write
 from model_def.config import ModelConfig
 from model_def.decoder import Layer
+from model_def.presets import PRESETS
 from model_def.rope import cos_sin
 from passes.canonicalise import Canonicalise
 from passes.pipeline import IMPORTED_PIPELINE, Pipeline
@@ -40,6 +41,8 @@ V2 = replace(
 V2_FIVE_HEADS = replace(V2, num_attention_heads=5, num_key_value_heads=1)  # 36 is no multiple of five
 EVERY_SECOND = replace(V3, first_k_dense_replace=0, moe_layer_freq=2)
 NO_SHARED = replace(V3, n_shared_experts=0)
+GLM = replace(V3, model_type="glm4_moe_lite", rope_scaling=None)
+YOUTU = replace(V3, model_type="youtu", n_routed_experts=None, first_k_dense_replace=0, num_nextn_predict_layers=0)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,9 @@ NO_SHARED = replace(V3, n_shared_experts=0)
         pytest.param(EVERY_SECOND, 1, id="second-dense"),
         pytest.param(NO_SHARED, 1, id="no-shared-experts"),
         pytest.param(replace(V3, n_routed_experts=None), 1, id="no-experts"),
+        pytest.param(GLM, 0, id="GLM-Flash-dense"),
+        pytest.param(GLM, 1, id="GLM-Flash-moe"),
+        pytest.param(YOUTU, 0, id="Youtu"),
     ],
 )
 def test_their_layer_on_our_weights_is_our_layer(config: ModelConfig, index: int) -> None:
@@ -117,6 +123,14 @@ def test_shared_experts_that_are_not_there_leave_nothing_in_the_graph() -> None:
     Canonicalise().run(graph, CONTEXT)
     values = [value for node in graph.graph.nodes for value in tree_leaves(node.meta.get("val"))]
     assert all(0 not in value.shape for value in values if isinstance(value, torch.Tensor))
+
+
+def test_a_large_model_is_certified_on_a_twin_that_their_products_take() -> None:
+    config = replace(PRESETS["glm-4.7-flash"], num_hidden_layers=2)
+    options = Options(no_weights=True, origin="transformers", until="group-experts", require=("group-experts",))
+    program = driver.build(config, options)
+    assert max(found.max_rel_error for found in program.certificates.values()) < 1e-10
+    assert program.certificates.keys() == program.blocks.keys()
 
 
 def test_a_config_that_transformers_refuses_is_one_line() -> None:

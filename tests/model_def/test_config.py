@@ -19,6 +19,7 @@ from model_def import (
     ModelConfig,
     MoeSpec,
 )
+from model_def.config import EXPERT_FIELDS
 from tests.model_def.builders import GQA, MHA, RANKS, SMALL
 
 BASE: dict[str, Any] = SMALL.to_dict()
@@ -35,7 +36,7 @@ def test_own_extensions_survive_being_written_and_read(config: ModelConfig) -> N
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "moonlight", "toy"])
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "moonlight", "glm-4.7-flash", "toy"])
 def test_transformers_reads_what_we_write(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     plain = replace(PRESETS[name], quantization=None)
@@ -77,6 +78,30 @@ def test_v2_ignores_renormalisation_other_rotary_pairs_and_missing_groups() -> N
     assert isinstance(routing, MoeSpec)
     assert not routing.routing.normalise and routing.routing.scoring == "softmax"
     assert not routing.routing.bias and config.rope_interleave
+
+
+GLM: dict[str, Any] = {name: value for name, value in BASE.items() if name != "first_k_dense_replace"}
+GLM |= {"model_type": "glm4_moe_lite", "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize("kinds", [["dense", "sparse", "sparse"], ["dense"] * 3, ["sparse"] * 3])
+def test_dense_layers_by_the_kind_of_every_layer(kinds: list[str]) -> None:
+    config = ModelConfig.from_dict(GLM | {"mlp_layer_types": kinds})
+    assert ["sparse" if config.is_moe(i) else "dense" for i in range(3)] == kinds
+    assert config.to_dict()["mlp_layer_types"] == kinds
+
+
+def test_the_kind_of_every_layer_goes_before_the_number_of_dense_ones() -> None:
+    document = GLM | {"mlp_layer_types": ["dense", "dense", "sparse"], "first_k_dense_replace": 1}
+    assert ModelConfig.from_dict(document).first_k_dense_replace == 2
+
+
+def test_a_kind_without_experts_needs_nothing_said_of_them() -> None:
+    dense = {name: value for name, value in BASE.items() if "expert" not in name and name not in EXPERT_FIELDS}
+    config = ModelConfig.from_dict(dense | {"model_type": "youtu"})
+    assert all(isinstance(spec.ffn, DenseSpec) for spec in config.layers())
+    assert not set(config.to_dict()) & set(EXPERT_FIELDS)
+    assert ModelConfig.from_dict(config.to_dict()) == config
 
 
 def test_head_dim_that_transformers_stores_is_not_the_heads_width() -> None:
@@ -129,7 +154,11 @@ def test_one_group_and_all_groups_mean_no_group_limit() -> None:
 
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 16}
 IMPOSSIBLE = [
-    ({"model_type": "llama"}, "model_type is 'llama'; accepted: deepseek_v2, deepseek_v3, kimi_k2, custom"),
+    ({"model_type": "llama"}, "model_type is 'llama'; accepted: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, youtu, custom"),
+    ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types is ['sparse', 'dense']; accepted: 'dense' for the first"),
+    ({"mlp_layer_types": "sparse"}, "mlp_layer_types is 'sparse'; accepted"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; accepted: 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; accepted: 1"),
     ({"model_type": ["deepseek_v3"]}, "model_type is ['deepseek_v3']; accepted"),
     ({"model_type": "deepseek_v32"}, "model_type is 'deepseek_v32'"),
     ({"hidden_size": None}, "hidden_size is missing"),
