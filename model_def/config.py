@@ -214,7 +214,8 @@ class ModelConfig:
             else:
                 document[f.name] = list(value) if isinstance(value, tuple) else value
         if self.model_type == "glm4_moe_lite":  # which is all that its class in transformers looks at
-            document["mlp_layer_types"] = ["sparse" if self.is_moe(i) else "dense" for i in range(self.num_hidden_layers)]
+            layers = range(self.num_hidden_layers)
+            document["mlp_layer_types"] = ["sparse" if self.is_moe(layer) else "dense" for layer in layers]
         return document
 
     @property
