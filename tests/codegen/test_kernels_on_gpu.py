@@ -152,7 +152,7 @@ def prompt(batch, queries, context, heads, groups, widths, dtype):
 # One query, ragged ends of tiles, a context before, positions in any order; 4 heads share keys; both dtypes.
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
-@pytest.mark.parametrize("widths", [(128, 64, 128), (64, 32, 64), (128, 0, 128)])
+@pytest.mark.parametrize("widths", [(128, 64, 128), (64, 32, 64), (128, 0, 128), (192, 64, 256), (256, 0, 64)])
 @pytest.mark.parametrize(
     "batch, queries, context, heads, groups, shuffled",
     [(1, 1, 1, 1, 1, False), (2, 130, 515, 16, 16, False), (2, 515, 515, 8, 2, True), (1, 2048, 2048, 16, 16, False)],

@@ -9,11 +9,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from codegen.kernels.attention import in_parts
 from codegen.kernels.sm_90.boxes import box_layout
-from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, KEYS, STAGES, TILE_ROWS, prefill_attention_kernel
+from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, STAGES, TILE_ROWS, prefill_attention_kernel
 
 # Keys and values of the heads that run side by side should stay in the cache before memory. With all of 128 heads side
 # by side the kernel took a fifth longer on an H200.
 CACHED_BYTES = 40 << 20
+WIDTHS = (64, 128, 192, 256)
+VALUE_WIDTHS = (64, 128, 256)
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *rope: Tensor | None) -> str | None:
@@ -21,10 +23,10 @@ def serves(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, *ro
     q, k, q_rope, k_rope = in_parts(q, k, *rope)
     if q.dtype not in (torch.bfloat16, torch.float16):
         return "neither bfloat16 nor float16"
-    if q.shape[3] not in (64, 128) or (q_rope is not None and q_rope.shape[3] not in (32, 64)):
-        return "heads are not 64 or 128 wide, alone or beside a part of 32 or 64"
-    if v.shape[3] not in (64, 128):
-        return "values are not 64 or 128 wide"
+    if q.shape[3] not in WIDTHS or (q_rope is not None and q_rope.shape[3] not in (32, 64)):
+        return "heads are not 64, 128, 192 or 256 wide, alone or beside a part of 32 or 64"
+    if v.shape[3] not in VALUE_WIDTHS:
+        return "values are not 64, 128 or 256 wide"
     if scale <= 0:
         return "scale is not positive"
     return None
@@ -56,16 +58,23 @@ def attention(
     q, k, q_rope, k_rope = in_parts(q, k, q_rope, k_rope)
     batch, queries, heads, width = q.shape
     rope = 0 if q_rope is None else q_rope.shape[3]
+    # Tiles of keys are as high as the sums in a thread's registers and the rings in shared memory leave room for.
+    height = 64 if v.shape[3] > 128 or width + rope > 192 else 128
     row_tiles, lines = triton.cdiv(queries, TILE_ROWS), batch * heads
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     read = k.shape[1] * (k.shape[2] * (width + rope + v.shape[3])) * batch * k.element_size()
-    keys, queries_read = boxes(k, KEYS), boxes(q, GROUP_ROWS)
+    more = 64 if width == 192 else 0
+    q, q_more = q.split([width - more, more], -1) if more else (q, q)
+    k, k_more = k.split([width - more, more], -1) if more else (k, k)
+    keys, queries_read = boxes(k, height), boxes(q, GROUP_ROWS)
     prefill_attention_kernel[(row_tiles * lines,)](
         queries_read,
+        boxes(q_more, GROUP_ROWS) if more else queries_read,
         queries_read if q_rope is None else boxes(q_rope, GROUP_ROWS),
         keys,
-        keys if k_rope is None else boxes(k_rope, KEYS),
-        boxes(v, KEYS),
+        boxes(k_more, height) if more else keys,
+        keys if k_rope is None else boxes(k_rope, height),
+        boxes(v, height),
         positions.contiguous(),
         out,
         queries,
@@ -74,8 +83,9 @@ def attention(
         lines,
         triton.cdiv(lines, triton.cdiv(read, CACHED_BYTES)),
         LOG2_SCALE=scale * 1.4426950408889634,  # scores in units of log 2
-        KEYS=KEYS,
-        WIDTH=width,
+        KEYS=height,
+        WIDTH=width - more,
+        MORE=more,
         ROPE=rope,
         V=v.shape[3],
         K_SHARE=heads // k.shape[2],

@@ -4,8 +4,9 @@
     loading warp    the queries once, then tiles of keys and values through a ring each
 
 A program is a tile of queries of one head. It walks from its last tile of keys to the first, so that only the tiles it
-begins with need a mask; where those lie is read from the positions, which may be any. Queries and keys come in one or
-two parts, whose products add up; heads may share the keys, the values, or one of the parts.
+begins with need a mask; where those lie is read from the positions, which may be any. Queries and keys come in up to
+three parts of 32 to 256 columns, whose products add up: what a head has of its own, which is cut in two where its width
+is no power of two, and a rope part. Heads may share the keys, the values, or the rope part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from codegen.kernels.sm_90.rings import advance, make_barriers
 
 GROUP_ROWS = 64  # of one wgmma
 TILE_ROWS = 2 * GROUP_ROWS
-KEYS = 128  # of a tile
 STAGES = 2
 
 
@@ -44,17 +44,19 @@ def _matrix(boxes, slot, ROWS: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon.jit
 def _load(
-    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, queries, keys, values, item,
-    KEYS: gl.constexpr, ROPE: gl.constexpr, K_SHARE: gl.constexpr, ROPE_SHARE: gl.constexpr, V_SHARE: gl.constexpr,
-    STAGES: gl.constexpr,
+    q_desc, q_more_desc, q_rope_desc, k_desc, k_more_desc, k_rope_desc, v_desc, queries, keys, values, item,
+    KEYS: gl.constexpr, MORE: gl.constexpr, ROPE: gl.constexpr, K_SHARE: gl.constexpr, ROPE_SHARE: gl.constexpr,
+    V_SHARE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: values follow one tile of keys behind, in the order in which they are needed."""
     batch, first, head, tiles, _ = item
-    q_smem, q_rope_smem, q_full = queries
-    k_smem, k_rope_smem, k_full, k_empty = keys
+    q_smem, q_more_smem, q_rope_smem, q_full = queries
+    k_smem, k_more_smem, k_rope_smem, k_full, k_empty = keys
     v_smem, v_full, v_empty = values
-    KEY_BYTES: gl.constexpr = k_desc.block_type.nbytes + (k_rope_desc.block_type.nbytes if ROPE else 0)
-    QUERY_BYTES: gl.constexpr = q_desc.block_type.nbytes + (q_rope_desc.block_type.nbytes if ROPE else 0)
+    COLUMNS: gl.constexpr = q_desc.block_type.shape[3] + MORE + ROPE
+    COLUMN_BYTES: gl.constexpr = v_desc.block_type.nbytes // v_desc.block_type.shape[3] // KEYS
+    KEY_BYTES: gl.constexpr = KEYS * COLUMNS * COLUMN_BYTES
+    QUERY_BYTES: gl.constexpr = 64 * COLUMNS * COLUMN_BYTES
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     v_slot = gl.to_tensor(0)
@@ -65,7 +67,10 @@ def _load(
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             full = k_full.index(slot)
             mbarrier.expect(full, KEY_BYTES)
-            tma.async_copy_global_to_shared(k_desc, [batch, row, head // K_SHARE, 0], full, k_smem.index(slot))
+            where = [batch, row, head // K_SHARE, 0]
+            tma.async_copy_global_to_shared(k_desc, where, full, k_smem.index(slot))
+            if MORE:
+                tma.async_copy_global_to_shared(k_more_desc, where, full, k_more_smem.index(slot))
             if ROPE:
                 where = [batch, row, head // ROPE_SHARE, 0]
                 tma.async_copy_global_to_shared(k_rope_desc, where, full, k_rope_smem.index(slot))
@@ -76,6 +81,8 @@ def _load(
                 mbarrier.expect(full, QUERY_BYTES)
                 where = [batch, first + group * 64, head, 0]
                 tma.async_copy_global_to_shared(q_desc, where, full, q_smem.index(group))
+                if MORE:
+                    tma.async_copy_global_to_shared(q_more_desc, where, full, q_more_smem.index(group))
                 if ROPE:
                     tma.async_copy_global_to_shared(q_rope_desc, where, full, q_rope_smem.index(group))
         else:
@@ -89,16 +96,20 @@ def _load(
 
 @gluon.jit
 def _multiply_keys(
-    queries, keys, slot, phase, GROUP: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr, ROPE: gl.constexpr
-):
+    queries, keys, slot, phase, GROUP: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr, MORE: gl.constexpr,
+    ROPE: gl.constexpr,
+):  # fmt: skip
     """Q Kᵀ of the tile in a slot, under way."""
-    q_smem, q_rope_smem, _ = queries
-    k_smem, k_rope_smem, k_full, _ = keys
+    q_smem, q_more_smem, q_rope_smem, _ = queries
+    k_smem, k_more_smem, k_rope_smem, k_full, _ = keys
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     mbarrier.wait(k_full.index(slot), phase)
     scores = gl.zeros([64, KEYS], gl.float32, layout=mma)
     q, k = _matrix(q_smem, GROUP, 64, WIDTH), _matrix(k_smem, slot, KEYS, WIDTH)
     scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
+    if MORE:
+        q, k = _matrix(q_more_smem, GROUP, 64, MORE), _matrix(k_more_smem, slot, KEYS, MORE)
+        scores = warpgroup_mma(q, k.permute((1, 0)), scores, is_async=True)
     if ROPE:
         q, k = _matrix(q_rope_smem, GROUP, 64, ROPE), _matrix(k_rope_smem, slot, KEYS, ROPE)
         scores = warpgroup_mma(q, k.permute((1, 0)), scores, is_async=True)
@@ -153,13 +164,13 @@ def _store(values, out_ptr, row, rows, distance, V: gl.constexpr):
     16 bytes of a row per thread, 64 in a row, where the products leave 4 and 16; exchanging one bit of the lane's
     number at a time keeps this within registers.
     """
-    MORE: gl.constexpr = [[0, 32], [0, 64]] if V == 128 else [[0, 32]]
+    WIDER: gl.constexpr = [[0, 32]] + ([[0, 64]] if V > 64 else []) + ([[0, 128]] if V > 128 else [])
     halfway: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0], [0, 16]] + MORE, [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [[0, 1], [0, 2], [8, 0], [0, 16]] + WIDER, [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
         [64, V],
     )  # fmt: skip
     stored: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0]] + MORE, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
+        [[0, 1], [0, 2], [0, 4], [8, 0]] + WIDER, [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [],
         [64, V],
     )  # fmt: skip
     values = gl.convert_layout(gl.convert_layout(values.to(out_ptr.dtype.element_ty), halfway), stored)
@@ -172,12 +183,12 @@ def _store(values, out_ptr, row, rows, distance, V: gl.constexpr):
 @gluon.jit
 def _attend(
     queries, keys, values, positions_ptr, out_ptr, item, heads, rows,
-    GROUP: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr, ROPE: gl.constexpr, V: gl.constexpr,
-    LOG2_SCALE: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr, MORE: gl.constexpr, ROPE: gl.constexpr,
+    V: gl.constexpr, LOG2_SCALE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A computing group: the GROUP-th 64 queries of the program's tile."""
     batch, first, head, tiles, furthest = item
-    k_empty, v_empty = keys[3], values[2]
+    k_empty, v_empty = keys[4], values[2]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     out_mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     down: gl.constexpr = gl.SliceLayout(1, mma)
@@ -194,10 +205,10 @@ def _attend(
     highest = gl.full([64], -1.0e30, gl.float32, layout=down)  # finite, for rows that see nothing of a tile
     weight = gl.zeros([64], gl.float32, layout=down)
     mixed = gl.zeros([64, V], gl.float32, layout=out_mma)
-    mbarrier.wait(queries[2].index(GROUP), 0)
+    mbarrier.wait(queries[3].index(GROUP), 0)
     if tiles * KEYS - 1 > furthest:
         _clear_hidden(values, (tiles - 1) * KEYS, furthest, KEYS, V)
-    scores = _multiply_keys(queries, keys, slot, phase, GROUP, KEYS, WIDTH, ROPE)
+    scores = _multiply_keys(queries, keys, slot, phase, GROUP, KEYS, WIDTH, MORE, ROPE)
     scores = warpgroup_mma_wait(0, deps=[scores])
     mbarrier.arrive(k_empty.index(slot))
     slot, phase = advance(slot, phase, STAGES)
@@ -206,7 +217,7 @@ def _attend(
         end = gl.maximum(unmasked, 1) if masked else 1
         for step in range(begin - end + 1):
             # The next scores are under way during this tile's softmax.
-            following = _multiply_keys(queries, keys, slot, phase, GROUP, KEYS, WIDTH, ROPE)
+            following = _multiply_keys(queries, keys, slot, phase, GROUP, KEYS, WIDTH, MORE, ROPE)
             p, fade, highest, weight = _softmax(
                 scores, highest, weight, begin - step, position, KEYS, LOG2_SCALE, masked == 1
             )
@@ -229,13 +240,15 @@ def _attend(
 
 @gluon.jit
 def prefill_attention_kernel(
-    q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, positions_ptr, out_ptr, rows, row_tiles, heads, lines, together,
-    LOG2_SCALE: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr, ROPE: gl.constexpr, V: gl.constexpr,
-    K_SHARE: gl.constexpr, ROPE_SHARE: gl.constexpr, V_SHARE: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, q_more_desc, q_rope_desc, k_desc, k_more_desc, k_rope_desc, v_desc, positions_ptr, out_ptr, rows, row_tiles,
+    heads, lines, together,
+    LOG2_SCALE: gl.constexpr, KEYS: gl.constexpr, WIDTH: gl.constexpr, MORE: gl.constexpr, ROPE: gl.constexpr,
+    V: gl.constexpr, K_SHARE: gl.constexpr, ROPE_SHARE: gl.constexpr, V_SHARE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (row tiles · lines,), the lines being the heads of all requests.
 
-    Of `together` lines at a time the last tiles, which are the longest, come first. ROPE = 0: there is one part.
+    Of `together` lines at a time the last tiles, which are the longest, come first. MORE and ROPE are 0 where a head has
+    no such part.
     """
     gdc_launch_dependents()
     item = gl.program_id(0)
@@ -246,10 +259,16 @@ def prefill_attention_kernel(
     batch = (first_line + item % beside) // heads
     head = (first_line + item % beside) % heads
 
-    queries = (_allocate(q_desc, 2), _allocate(q_rope_desc, 2 if ROPE else 1), make_barriers(2, 1))
+    queries = (
+        _allocate(q_desc, 2),
+        _allocate(q_more_desc, 2) if MORE else 0,
+        _allocate(q_rope_desc, 2) if ROPE else 0,
+        make_barriers(2, 1),
+    )
     keys = (
         _allocate(k_desc, STAGES),
-        _allocate(k_rope_desc, STAGES if ROPE else 1),
+        _allocate(k_more_desc, STAGES) if MORE else 0,
+        _allocate(k_rope_desc, STAGES) if ROPE else 0,
         make_barriers(STAGES, 1),
         make_barriers(STAGES, 2),
     )
@@ -268,12 +287,12 @@ def prefill_attention_kernel(
     item = (batch, first, head, tiles, furthest)
     gl.warp_specialize(
         [
-            (_attend, (queries, keys, values, positions_ptr, out_ptr, item, heads, rows, 0, KEYS, WIDTH, ROPE, V,
-                       LOG2_SCALE, STAGES)),
-            (_attend, (queries, keys, values, positions_ptr, out_ptr, item, heads, rows, 1, KEYS, WIDTH, ROPE, V,
-                       LOG2_SCALE, STAGES)),
-            (_load, (q_desc, q_rope_desc, k_desc, k_rope_desc, v_desc, queries, keys, values, item, KEYS, ROPE,
-                     K_SHARE, ROPE_SHARE, V_SHARE, STAGES)),
+            (_attend, (queries, keys, values, positions_ptr, out_ptr, item, heads, rows, 0, KEYS, WIDTH, MORE, ROPE,
+                       V, LOG2_SCALE, STAGES)),
+            (_attend, (queries, keys, values, positions_ptr, out_ptr, item, heads, rows, 1, KEYS, WIDTH, MORE, ROPE,
+                       V, LOG2_SCALE, STAGES)),
+            (_load, (q_desc, q_more_desc, q_rope_desc, k_desc, k_more_desc, k_rope_desc, v_desc, queries, keys, values,
+                     item, KEYS, MORE, ROPE, K_SHARE, ROPE_SHARE, V_SHARE, STAGES)),
         ],
         [4, 1],
         [240, 24],

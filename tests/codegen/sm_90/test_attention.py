@@ -208,6 +208,8 @@ def agrees(arguments):
         (1, 256, 256, 1, 1, (128, 64, 128)),
         (2, 130, 300, 2, 2, (128, 32, 64)),
         (1, 65, 400, 4, 2, (64, 64, 128)),
+        (1, 150, 200, 2, 1, (192, 64, 256)),
+        (2, 70, 90, 2, 2, (256, 32, 64)),
     ],
 )
 def test_prefill_agrees(batch, queries, context, heads, groups, widths, monkeypatch):
@@ -232,7 +234,7 @@ def test_a_joined_head_of_two_powers_of_two_is_cut():
 def prefill_call(widths, groups=16, dtype=BF16):
     width, rope, value_width = widths
     return (
-        TensorSpec(("B", "S", 16, width), dtype, ("S*3072", 3072, 192, 1)),
+        TensorSpec(("B", "S", 16, width), dtype, ("S*5120", 5120, 320, 1)),
         TensorSpec(("B", "T", groups, width), dtype),
         TensorSpec(("B", "T", groups, value_width), dtype),
         TensorSpec(("B", "S"), torch.int64),
@@ -241,7 +243,17 @@ def prefill_call(widths, groups=16, dtype=BF16):
     )
 
 
-@pytest.mark.parametrize("widths, groups", [((128, 64, 128), 16), ((192, 0, 128), 16), ((128, 0, 128), 4)])
+@pytest.mark.parametrize(
+    "widths, groups",
+    [
+        ((128, 64, 128), 16),
+        ((192, 0, 128), 16),
+        ((128, 0, 128), 4),
+        ((192, 64, 256), 16),
+        ((256, 64, 256), 16),
+        ((256, 0, 128), 4),
+    ],
+)
 def test_prefill_fits_the_chip_without_spilling(widths, groups):
     (binary,) = compiled("attention", prefill_call(widths, groups), SM_90).metadata["binaries"]
     assert binary["kernel"] == "prefill_attention_kernel" and binary["stack_bytes"] == 0
@@ -252,12 +264,12 @@ def test_prefill_fits_the_chip_without_spilling(widths, groups):
     "operands",
     [
         prefill_call((128, 64, 128), dtype=torch.float32),
-        prefill_call((256, 0, 128)),
+        prefill_call((512, 0, 128)),
         prefill_call((128, 16, 128)),
         prefill_call((64, 0, 96)),
         (*prefill_call((64, 0, 64))[:4], -0.07),
     ],
-    ids=["float32", "width 256", "rope 16", "values 96", "negative scale"],
+    ids=["float32", "width 512", "rope 16", "values 96", "negative scale"],
 )
 def test_other_prompts_get_the_plain_form(operands):
     assert choose("attention", operands, SM_90).parent.name == "kernels"
