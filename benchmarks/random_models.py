@@ -16,6 +16,11 @@ from dsv3_compile.options import OptionError, Options
 from dsv3_compile.packaging import write_artifact
 from model_def.config import ModelConfig
 
+# Fields that transformers writes otherwise, or that change no time.
+OTHERWISE_THERE = (
+    "model_type", "attention", "rope_theta", "rope_scaling", "quantization", "torch_dtype", "eos_token_id",
+)  # fmt: skip
+
 
 def compiled(config: ModelConfig, target: str, batch: int, length: int, folder: Path) -> tuple[Artifact, float]:
     """An artifact without weights, and the seconds it took. Ends the program where the model is too small for it."""
@@ -42,12 +47,14 @@ def peer_model(config: ModelConfig) -> tuple[Any, Any]:
     """The model of transformers with random weights on the GPU, and its config."""
     import transformers
 
-    family = "DeepseekV2" if config.model_type == "deepseek_v2" else "DeepseekV3"
+    family = {"deepseek_v2": "DeepseekV2", "glm4_moe_lite": "Glm4MoeLite"}.get(config.model_type, "DeepseekV3")
     # Its default would be a rank: a config without one has to say so.
     absent = {"q_lora_rank": config.q_lora_rank}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None} | absent
-    for name in ("model_type", "attention", "rope_theta", "rope_scaling", "quantization", "torch_dtype"):
+    for name in OTHERWISE_THERE:
         fields.pop(name, None)
+    if family == "Glm4MoeLite":
+        fields["mlp_layer_types"] = config.to_dict()["mlp_layer_types"]
     hf = getattr(transformers, f"{family}Config")(**fields, attn_implementation="sdpa")
     with torch.device("meta"):
         model = getattr(transformers, f"{family}ForCausalLM")(hf).to(torch.bfloat16)

@@ -247,8 +247,8 @@ def prefill_attention_kernel(
 ):  # fmt: skip
     """Grid: (row tiles · lines,), the lines being the heads of all requests.
 
-    Of `together` lines at a time the last tiles, which are the longest, come first. MORE and ROPE are 0 where a head has
-    no such part.
+    Of `together` lines at a time the last tiles, which are the longest, come first. MORE and ROPE are 0 where a head
+    has no such part.
     """
     gdc_launch_dependents()
     item = gl.program_id(0)
