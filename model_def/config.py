@@ -51,16 +51,22 @@ NEVER_ABSENT = (
     "norm_topk_prob",
     "routed_scaling_factor",
 )
-EXPERT_FIELDS = (
-    *NEVER_ABSENT[1:],
-    "moe_intermediate_size",
+# What a kind without experts does not know, and its class in transformers does not take.
+EXPERT_FIELDS = {
+    "n_routed_experts",
     "n_shared_experts",
     "num_experts_per_tok",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
     "moe_layer_freq",
+    "n_group",
+    "topk_group",
     "topk_method",
     "scoring_func",
+    "norm_topk_prob",
+    "routed_scaling_factor",
     "num_nextn_predict_layers",
-)
+}
 ROPE_KEYS = {f.name for f in fields(RopeScaling)} | {
     "type",
     "rope_type",
@@ -162,8 +168,9 @@ class ModelConfig:
             values.setdefault("topk_method", "greedy")
         missing = [f.name for f in fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if document.get("model_type") != "custom":
-            needed = NEVER_ABSENT if "n_routed_experts" not in forced else NEVER_ABSENT[:1]
-            missing += [name for name in needed if name not in document and name not in values]
+            unknown = EXPERT_FIELDS if "n_routed_experts" in forced else set()
+            given = document.keys() | values.keys() | unknown
+            missing += [name for name in NEVER_ABSENT if name not in given]
         if missing:
             raise ConfigError(f"{missing[0]} is missing")
         return cls(**values)
@@ -210,7 +217,7 @@ class ModelConfig:
             elif f.name == "attention" and value == "mla":
                 continue
             elif "n_routed_experts" in forced_fields(self.model_type) and f.name in EXPERT_FIELDS:
-                continue  # which a kind without experts does not know
+                continue
             else:
                 document[f.name] = list(value) if isinstance(value, tuple) else value
         if self.model_type == "glm4_moe_lite":  # which is all that its class in transformers looks at
@@ -315,11 +322,14 @@ def _dense_layers(document: dict[str, Any]) -> dict[str, Any]:
     kinds = document.get("mlp_layer_types")
     if kinds is None:
         return {}
-    dense = kinds.index("sparse") if isinstance(kinds, list) and "sparse" in kinds else document["num_hidden_layers"]
-    if kinds != ["dense"] * dense + ["sparse"] * (document["num_hidden_layers"] - dense):
+    layers = len(kinds) if isinstance(kinds, list) else 0
+    dense = kinds.index("sparse") if layers and "sparse" in kinds else layers
+    if kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
         raise ConfigError(
             f"mlp_layer_types is {kinds!r}; accepted: 'dense' for the first layers, 'sparse' for all others"
         )
+    if document.get("num_hidden_layers", layers) != layers:
+        raise ConfigError(f"mlp_layer_types names {layers} layers of {document['num_hidden_layers']}; accepted: all")
     return {"first_k_dense_replace": dense, "moe_layer_freq": 1}
 
 

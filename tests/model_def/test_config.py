@@ -103,7 +103,7 @@ def test_a_kind_without_experts_needs_nothing_said_of_them() -> None:
     dense = {name: value for name, value in BASE.items() if "expert" not in name and name not in EXPERT_FIELDS}
     config = ModelConfig.from_dict(dense | {"model_type": "youtu"})
     assert all(isinstance(spec.ffn, DenseSpec) for spec in config.layers())
-    assert not set(config.to_dict()) & set(EXPERT_FIELDS)
+    assert not config.to_dict().keys() & EXPERT_FIELDS
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
@@ -163,6 +163,8 @@ IMPOSSIBLE = [
     ),
     ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types is ['sparse', 'dense']; accepted: 'dense'"),
     ({"mlp_layer_types": "sparse"}, "mlp_layer_types is 'sparse'; accepted"),
+    ({"mlp_layer_types": ["dense"] * 9}, "mlp_layer_types names 9 layers of "),
+    ({"mlp_layer_types": ["dense"] * 9, "num_hidden_layers": "many"}, "mlp_layer_types names 9 layers of many"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; accepted: 1"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; accepted: 1"),
     ({"model_type": ["deepseek_v3"]}, "model_type is ['deepseek_v3']; accepted"),
