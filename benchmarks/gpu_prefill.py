@@ -1,6 +1,7 @@
 """Prefill on one GPU, and how long it takes to have a model there: compile, load, first token; beside transformers.
 
     python benchmarks/gpu_prefill.py --peer                                  # DeepSeek-V2-Lite, 2048 and 8192 tokens
+    python benchmarks/gpu_prefill.py --model glm-4.7-flash --layers 4 --peer
     python benchmarks/gpu_prefill.py --model toy --target cpu --lengths 32   # the same path without a GPU
 
 The model is compiled without weights, which are then drawn at random on the device. Prefill fills the caches of one
@@ -188,6 +189,7 @@ def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-v2-lite", choices=sorted(PRESETS))
+    parser.add_argument("--layers", type=int, help="keep this many layers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--target", default="sm_90")
     parser.add_argument("--peer", action="store_true", help="run transformers beside it")
@@ -202,7 +204,9 @@ def main() -> None:
         return
     device = "cpu" if args.target == "cpu" else "cuda"
     config = dataclasses.replace(PRESETS[args.model], num_nextn_predict_layers=0, quantization=None)
-    report: dict[str, Any] = {"model": args.model, "target": args.target, "torch": torch.__version__}
+    if args.layers:
+        config = dataclasses.replace(config, num_hidden_layers=args.layers)
+    report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target, "torch": torch.__version__}
     report["TFLOPs"] = product_speed(device) / 1e12
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
@@ -218,7 +222,7 @@ def main() -> None:
         except (ImportError, RuntimeError) as error:
             row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{args.model}: cold compile {report['compile_s']:.1f} s; {report['TFLOPs']:.1f} TFLOP/s")
+    print(f"{args.model}, {config.num_hidden_layers} layers: cold compile {report['compile_s']:.1f} s; {report['TFLOPs']:.1f} TFLOP/s")
     parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
     print(f"load to first token, weights excluded: {parts.format(**report)}")
     for row in report["rows"]:
