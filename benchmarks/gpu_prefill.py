@@ -206,7 +206,8 @@ def main() -> None:
     config = dataclasses.replace(PRESETS[args.model], num_nextn_predict_layers=0, quantization=None)
     if args.layers:
         config = dataclasses.replace(config, num_hidden_layers=args.layers)
-    report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target, "torch": torch.__version__}
+    report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target}
+    report["torch"] = torch.__version__
     report["TFLOPs"] = product_speed(device) / 1e12
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
@@ -222,7 +223,7 @@ def main() -> None:
         except (ImportError, RuntimeError) as error:
             row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{args.model}, {config.num_hidden_layers} layers: cold compile {report['compile_s']:.1f} s; {report['TFLOPs']:.1f} TFLOP/s")
+    print("{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s".format(**report))
     parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
     print(f"load to first token, weights excluded: {parts.format(**report)}")
     for row in report["rows"]:
