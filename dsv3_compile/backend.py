@@ -24,7 +24,7 @@ from dsv3_compile.free_floats import fix_floats_of_modules, free_floats
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional, why_unreadable
 from dsv3_compile.held import hold_shared
 from dsv3_compile.in_place import count_together, write_in_place
-from dsv3_compile.inspection import block_document, header, print_graph
+from dsv3_compile.inspection import Report, block_document, header, print_graph
 from dsv3_compile.options import OptionError, strings
 from passes.base import Context, Workload, fake_mode_of, placeholders, state
 from passes.certify import RegionalSpecimen
@@ -42,7 +42,7 @@ from passes.settings import PassError
 LOGGER = logging.getLogger(__name__)
 
 KEPT_REPORTS = 64
-_reports: deque[tuple[int, dict[str, Any]]] = deque(maxlen=KEPT_REPORTS)  # with the number of the graph
+_reports: deque[tuple[int, Report]] = deque(maxlen=KEPT_REPORTS)  # with the number of the graph
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def configured(settings: Settings, target: Target) -> Pipeline:
 
 def improve(
     found: Functional, examples: Sequence[Any], settings: Settings, given: Callable[[], Mapping[str, Tensor]]
-) -> tuple[bool, dict[str, Any]]:
+) -> tuple[bool, Report]:
     """Send a graph through the passes and put kernels into it, in place: whether it is to be used, and the report.
 
     given: integers and masks by input name, for the certificates. A graph on which a step of this stops, or that a pass
@@ -145,7 +145,7 @@ def improve(
         return False, _publish([], examples, settings, reason)
 
 
-def _leave(examples: Sequence[Any], settings: Settings, reason: str) -> dict[str, Any]:
+def _leave(examples: Sequence[Any], settings: Settings, reason: str) -> Report:
     """The published report of a graph that no pass has seen. RequirementError where one had to."""
     report = _publish([], examples, settings, reason)
     if settings.require:
@@ -186,8 +186,8 @@ def lower(found: Functional, target: Target) -> None:
     found.module.recompile()
 
 
-def last_report() -> dict[str, Any]:
-    """What the backend did to the graph it compiled last: the document of `inspect`, with one block.
+def last_report() -> Report:
+    """What the backend did to the graph it compiled last: the document of `inspect`, with one block; printed, a table.
 
     `fallback` says why the graph went to plain Inductor without passes, or is empty; `uncertified` lists what was
     too large to be run before and after, by pass. ValueError when nothing was compiled yet.
@@ -197,7 +197,7 @@ def last_report() -> dict[str, Any]:
     return _reports[-1][1]
 
 
-def reports() -> list[dict[str, Any]]:
+def reports() -> list[Report]:
     """The reports of the graphs compiled so far, oldest first; the last KEPT_REPORTS are kept."""
     return [report for _, report in _reports]
 
@@ -270,7 +270,7 @@ def inductor(
     return cast(Callable[..., Any], compile_fx(module, list(examples), config_patches=patches))
 
 
-def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Settings, fallback: str) -> dict[str, Any]:
+def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Settings, fallback: str) -> Report:
     number, target = _next_number(), target_of(examples)
     dtype = next((x.dtype for x in examples if isinstance(x, Tensor) and x.is_floating_point()), torch.float32)
     skipped = [
@@ -278,13 +278,13 @@ def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Setti
         for record in records
         for line in (record.certificate.skipped if record.certificate else ())
     ]
-    report = {
+    report = Report({
         **header("", target, dtype, repr(settings)),
         "blocks": [block_document(f"graph {number}", "any", [], records, None, target)],
         "phase_plans": [],
         "fallback": fallback,
         "uncertified": skipped,
-    }
+    })  # fmt: skip
     _reports.append((number, report))
     LOGGER.info("graph %d: %s", number, fallback or _summary(records) or "nothing to improve")
     return report

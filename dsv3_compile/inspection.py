@@ -28,14 +28,26 @@ GRAPHS = "report/graphs.json"
 TRACED = Workload(0, 0, 0)  # of graphs whose sizes are known otherwise
 
 
-def inspect(artifact: str | Path) -> dict[str, Any]:
+class Report(dict[str, Any]):
+    """What passes did, as plain numbers, strings, lists and dicts: see `document`. As text, a table, what was left
+    alone and why, and of a graph of torch.compile also why it had no passes, or what was too large to be certified."""
+
+    def __str__(self) -> str:
+        if self.get("fallback"):
+            return f"{self['blocks'][0]['name']}: goes to Inductor as it came, because {self['fallback']}\n"
+        lines = list(refusals(self))
+        lines += [f"{one['pass']} was not certified everywhere: {one['reason']}" for one in self.get("uncertified", ())]
+        return "\n".join([table(self), *lines])
+
+
+def inspect(artifact: str | Path) -> Report:
     """The document of an artifact: see `document`. Raises ArtifactError for a folder that is not intact, or whose
     report another version wrote in another form."""
     report = _read(Artifact.open(artifact), REPORT)
     if report.get("schema") != SCHEMA:
         found = report.get("schema")
         raise ArtifactError(f"{artifact}: the report has schema {found}; this version reads {SCHEMA}: compile again")
-    return report
+    return Report(report)
 
 
 def inspect_graphs(artifact: str | Path) -> dict[str, Any]:

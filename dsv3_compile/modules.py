@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dsv3_compile import backend
 from dsv3_compile.arguments import ModuleError, Signature
 from dsv3_compile.functional import Functional, callable_again, short_name
+from dsv3_compile.inspection import Report
 from dsv3_compile.owners import owners
 from dsv3_compile.tracing import tidy
 from passes.base import Role, module_of, placeholders
@@ -30,11 +31,11 @@ class CompiledModule(nn.Module):
     It has none of its own: `state_dict()` is empty, and values are loaded into the original, in place. Its code is for
     one dtype and device, in eval mode: to move it is a ModuleError, and `train()` changes nothing.
     Calling it raises ModuleError for arguments of another structure, dtype, device, size or stride than compiled for.
-    `report` is the document of `dsv3_compile.last_report`.
+    `report` is the document of `dsv3_compile.last_report`; printed, a table.
     """
 
     def __init__(
-        self, function: Callable[..., Any], state: Sequence[Tensor], signature: Signature, report: Mapping[str, Any]
+        self, function: Callable[..., Any], state: Sequence[Tensor], signature: Signature, report: Report
     ) -> None:
         super().__init__()
         self.report = report

@@ -16,7 +16,6 @@ import torch
 
 import dsv3_compile
 import model_def
-from dsv3_compile.inspection import refusals, table
 
 TOY = Path(model_def.__file__).parent / "toy"
 PROMPTS = ("347+586=", "12+999=")
@@ -49,9 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         model.forward = torch.compile(model.forward, backend="dsv3")
         compiled = answers(model, tokenizer, options.tokens)
     for report in dsv3_compile.reports():
-        print(table(report))
-    print("What was looked at and left alone in the last graph:")
-    print("\n".join(f"  {line}" for line in refusals(dsv3_compile.last_report())) or "  nothing")
+        print(report)
     for prompt, before, after in zip(PROMPTS, plain, compiled, strict=True):
         print(f"{prompt}  as it is: {before!r}  compiled: {after!r}")
     print("the same tokens" if plain == compiled else "DIFFERENT TOKENS")

@@ -18,7 +18,6 @@ import dsv3_compile
 from codegen import dispatch
 from codegen.targets import TARGETS
 from dsv3_compile import backend
-from dsv3_compile.inspection import table
 from dsv3_compile.options import OptionError
 from passes.base import Outcome, calls
 from passes.pipeline import RequirementError
@@ -87,7 +86,7 @@ def test_every_layer_of_the_family_is_absorbed_routed_equal_and_reported_as_insp
     last = dsv3_compile.last_report()
     jsonschema.validate(last, SCHEMA)
     assert last is dsv3_compile.reports()[-1]
-    assert last["target"] == "cpu" and "order-contractions" in table(last)
+    assert last["target"] == "cpu" and "order-contractions" in str(last)
     assert len(dsv3_compile.reports()) <= 3  # prompt, first step, and the steps behind it
 
 
@@ -344,6 +343,22 @@ def test_what_no_pass_may_read_goes_to_inductor_as_it_came(
     arguments = torch.randn(9, 4), torch.randn(2, 4, 4)
     assert torch.allclose(torch.compile(model, backend="dsv3")(*arguments), model(*arguments), atol=1e-6)
     assert dsv3_compile.last_report()["fallback"].startswith(reason)
+
+
+def test_a_report_is_printed_as_what_was_found_left_and_not_tried(without_inductor: None) -> None:
+    def biased(latent: Tensor, up: Tensor, bias: Tensor, query: Tensor) -> Tensor:
+        shares = (query @ torch.nn.functional.linear(latent, up, bias).T).softmax(-1)
+        return (shares @ latent).sigmoid() * (query @ up).sigmoid()
+
+    torch.compile(biased, backend="dsv3")(torch.randn(9, 4), torch.randn(6, 4), torch.randn(6), torch.randn(2, 6))
+    report = dsv3_compile.last_report()
+    refused = [one for row in report["blocks"][0]["passes"] for one in row["refusals"]]
+    assert refused and all(one["reason"] in str(report) for one in refused)
+    assert str(report).startswith(f"{report['blocks'][0]['name']}, any\n  pass ")
+    assert json.loads(json.dumps(report)) == report
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(biased, backend="dsv3")(torch.randn(9, 4), torch.randn(6, 4), torch.randn(6), torch.randn(2, 6))
+    assert "goes to Inductor as it came, because autocast is on" in str(dsv3_compile.last_report())
 
 
 def test_under_autocast_a_graph_goes_to_inductor_as_it_came(without_inductor: None) -> None:
