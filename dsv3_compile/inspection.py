@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -236,12 +237,18 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def refusals(report: dict[str, Any]) -> Iterator[str]:
-    """One line per refusal: what was left alone, where, and why."""
+    """What was left alone, where, and why: one line for the refusals of a pass that differ in the numbers of nodes only,
+    as those of many layers do."""
     for block in report["blocks"]:
         for row in block["passes"]:
+            alike: dict[tuple[str, str], list[dict[str, str]]] = {}
             for refusal in row["refusals"]:
-                place = f"{refusal['node']} ({refusal['source']})" if refusal["source"] else refusal["node"]
-                yield f"{block['name']} {block['phase']}: {row['name']} refused {place}: {refusal['reason']}"
+                key = refusal["source"], re.sub(r"_\d+\b", "", refusal["reason"])
+                alike.setdefault(key, []).append(refusal)
+            for (source, _), (refusal, *others) in alike.items():
+                place = f"{refusal['node']} ({source})" if source else refusal["node"]
+                more = f" and {len(others)} like it" if others else ""
+                yield f"{block['name']} {block['phase']}: {row['name']} refused {place}{more}: {refusal['reason']}"
 
 
 def print_graph(module: fx.GraphModule) -> str:

@@ -115,3 +115,15 @@ def test_a_pass_shows_what_it_changed(report):
     rows = {row["name"]: row for row in moe["passes"]}
     assert any(line.startswith("+") and "dsv3.routed_swiglu" in line for line in rows["fuse-experts"]["diff"])
     assert all(bool(row["diff"]) >= bool(row["matches"]) for row in rows.values())
+
+
+def test_refusals_of_many_layers_are_one_line() -> None:
+    reasons = [f"linear_{n} and linear_{n + 1} are not parts of one product" for n in (4, 11, 19)]
+    found = [{"node": f"mul_{n}", "source": "mlp.py:78", "reason": reason} for n, reason in enumerate(reasons)]
+    found += [{"node": "mul_9", "source": "mlp.py:78", "reason": "another"}, {**found[0], "source": "mlp.py:80"}]
+    report = {"blocks": [{"name": "moe", "phase": "decode", "passes": [{"name": "fuse", "refusals": found}]}]}
+    assert list(refusals(report)) == [
+        f"moe decode: fuse refused mul_0 (mlp.py:78) and 2 like it: {reasons[0]}",
+        "moe decode: fuse refused mul_9 (mlp.py:78): another",
+        f"moe decode: fuse refused mul_0 (mlp.py:80): {reasons[0]}",
+    ]
