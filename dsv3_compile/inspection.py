@@ -237,8 +237,8 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def refusals(report: dict[str, Any]) -> Iterator[str]:
-    """What was left alone, where, and why: one line for the refusals of a pass that differ in the numbers of nodes only,
-    as those of many layers do."""
+    """What was left alone, where, and why: one line for the refusals of a pass that differ in nodes' numbers only, as
+    those of many layers do."""
     for block in report["blocks"]:
         for row in block["passes"]:
             alike: dict[tuple[str, str], list[dict[str, str]]] = {}
