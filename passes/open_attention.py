@@ -114,7 +114,12 @@ def _why_edge_blocks(source: fx.Node, node: fx.Node) -> str:
     others = [one for one in node.all_input_nodes if one is not source]
     if is_call(node, *CACHE_WRITES) and others:
         return f"the rows of {others[0].name} come in expanded already: {node.name} caches keys, not latents"
-    how = "multiplies element by element" if is_call(node, aten.mul) else "is not linear"
+    if is_call(node, aten.mul):
+        how = "multiplies element by element"
+    elif is_call(node, aten.slice):
+        how = "takes columns in steps, which is not followed"
+    else:
+        how = "is not linear"
     return f"the edge {source.name} → {node.name} {how}, so the weight before it cannot be absorbed"
 
 

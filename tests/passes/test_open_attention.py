@@ -56,6 +56,14 @@ class Rotated(Attention):
         return self.k_proj(rows_BTX) * rows_BTX.sum(-1, keepdim=True)
 
 
+class Stepped(Attention):
+    """Every other column first, as rotations are written that pair neighbours."""
+
+    def keys(self, rows_BTX):
+        keys = self.k_proj(rows_BTX)
+        return torch.cat([keys[..., 0::2], keys[..., 1::2]], -1)
+
+
 def graph_of(module, dtype=torch.float32):
     sizes = {"x_BSX": (2, 5, 6), "rows_BTX": (2, 9, 6)}
     return module_graph(module.to(dtype), *(Input(n, Role.ACTIVATION, s, dtype) for n, s in sizes.items()))
@@ -118,6 +126,7 @@ class Reordered(Eager):
     [
         (OpenAttention(), Attention(dropout_p=0.5), "dropout"),
         (OpenAttention(), Rotated(), "the edge linear_1 → mul multiplies element by element"),
+        (OpenAttention(), Stepped(), "takes columns in steps, which is not followed"),
         (CloseAttention(), Eager(), ""),
         (CloseAttention(), Shared(), "is used by"),
         (CloseAttention(), Reordered(), "is no product of queries"),
