@@ -19,8 +19,7 @@ asked for before the products, and no group waits until what it stored can be se
 Programs take items as they get free, first those of the wide product (gate and up): shared experts', for which nothing
 needs to be planned, while the plan of the others is still being made, then the others', expert by expert. Items of the
 narrow product (down) fill what the wide ones leave uneven. Mixing shared experts' items evenly with the others', which
-read more, was tried and is slower by 2 to 5 %. An item of the narrow product waits until its tile has been through the
-wide one. Whoever is waited for has been taken before, so by a program that runs: nobody waits for one that has not
+read more, was tried and is slower. An item of the narrow product waits until its tile has been through the wide one. Whoever is waited for has been taken before, so by a program that runs: nobody waits for one that has not
 begun, and no group keeps a wide item's second half for a narrow one that may have to wait.
 """
 
@@ -41,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.kernels.sm_90.letters import hear, tell
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, order_for_copies
 
@@ -53,43 +53,6 @@ MAIL = 2  # items that the loading warp is ahead by
 NOTHING = gl.constexpr(0)  # kinds of items
 WIDE = gl.constexpr(1)
 NARROW = gl.constexpr(2)
-
-
-@gluon.jit
-def _tell(mail, kind, tile, part, row, end, slot, phase):
-    """Say what the next item is, to the groups and the signalling warp. A letter has eight words, five are in use."""
-    letters, told, heard, _ = mail
-    mbarrier.wait(heard.index(slot), phase ^ 1)
-    _write(letters.index(slot * 8 + 0), kind)
-    _write(letters.index(slot * 8 + 1), tile)
-    _write(letters.index(slot * 8 + 2), part)
-    _write(letters.index(slot * 8 + 3), row)
-    _write(letters.index(slot * 8 + 4), end)
-    mbarrier.arrive(told.index(slot))
-
-
-@gluon.jit
-def _hear(mail, slot, phase):
-    """What the next item is, as it was told: kind, tile, part, first row and end."""
-    letters, told, _, _ = mail
-    mbarrier.wait(told.index(slot), phase)
-    return (
-        _read(letters.index(slot * 8 + 0)),
-        _read(letters.index(slot * 8 + 1)),
-        _read(letters.index(slot * 8 + 2)),
-        _read(letters.index(slot * 8 + 3)),
-        _read(letters.index(slot * 8 + 4)),
-    )
-
-
-@gluon.jit
-def _write(word, value):
-    word.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-
-
-@gluon.jit
-def _read(word):
-    return gl.max(word.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.jit
@@ -154,7 +117,7 @@ def _load(
         tile = item // WIDE_TILES
         part = item % WIDE_TILES
         expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
-        _tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
+        tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
         slot, phase = _load_item(
             gate_up_desc, tokens_desc, ring, expert * (2 * INNER) + part * 128, (row - gathered) % tokens,
             (end - row + 63) // 64, depth_steps, slot, phase, INNER, 64, BLOCK_D, STAGES,
@@ -170,7 +133,7 @@ def _load(
             tile = item // WIDE_TILES
             part = item % WIDE_TILES
             expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
-            _tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
+            tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
             slot, phase = _load_item(
                 gate_up_desc, gathered_desc, ring, expert * (2 * INNER) + part * 128, row, (end - row + 63) // 64,
                 depth_steps, slot, phase, INNER, 64, BLOCK_D, STAGES,
@@ -179,7 +142,7 @@ def _load(
             tile = (item - wide_items) // NARROW_TILES
             part = (item - wide_items) % NARROW_TILES
             expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
-            _tell(mail, NARROW, tile, part, row, end, letter, letter_phase)
+            tell(mail, NARROW, tile, part, row, end, letter, letter_phase)
             await_signals(done_ptr + tile, WIDE_TILES)
             slot, phase = _load_item(
                 down_desc, hidden_desc, ring, expert * WIDTH + part * 256, row, (end - row + 63) // 64, inner_steps,
@@ -187,7 +150,7 @@ def _load(
             )  # fmt: skip
         letter, letter_phase = advance(letter, letter_phase, MAIL)
         item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
-    _tell(mail, NOTHING, 0, 0, 0, 0, letter, letter_phase)
+    tell(mail, NOTHING, 0, 0, 0, 0, letter, letter_phase)
 
 
 @gluon.jit
@@ -249,7 +212,7 @@ def _store(values, out_ptr, out_row, inside, column, width):
 
 
 @gluon.jit
-def _end_half(sums, half, out_ptr, part, begin, place, weight, end, WIDE_ITEM: gl.constexpr, WIDTH: gl.constexpr):
+def _end_half(sums, half, out_ptr, part, begin, pair, weight, end, WIDE_ITEM: gl.constexpr, WIDTH: gl.constexpr):
     """What follows the sums [64, 128] of a half: SwiGLU, in sorted order, or the pair's weight, scattered to pair
     order."""
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -259,7 +222,7 @@ def _end_half(sums, half, out_ptr, part, begin, place, weight, end, WIDE_ITEM: g
         _store(_swiglu(gate, up), out_ptr, row, row < end, part * 128 + half * 64, WIDTH)
         tl.debug_barrier()  # the first thread's arrival stands for all
     else:
-        _store(sums * weight[:, None], out_ptr, place, row < end, part * 256 + half * 128, WIDTH)
+        _store(sums * weight[:, None], out_ptr, pair, row < end, part * 256 + half * 128, WIDTH)
 
 
 @gluon.jit
@@ -271,12 +234,41 @@ def _multiply_half(ring, slot, sums, use_acc, GROUP: gl.constexpr, HALF: gl.cons
 
 
 @gluon.jit
+def _accumulate(ring, slot, phase, first, second, steps, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """An item's products from the second half of its first step on, of which the last of that half are left under way.
+    """
+    full, empty = ring[2], ring[3]
+    second = _multiply_half(ring, slot, second, False, GROUP, 1)
+    second = warpgroup_mma_wait(1, deps=(second,))  # waits for nothing
+    slot, phase = advance(slot, phase, STAGES)
+    for _ in range(steps - 1):
+        mbarrier.wait(full.index(slot), phase)
+        first = _multiply_half(ring, slot, first, True, GROUP, 0)
+        second = _multiply_half(ring, slot, second, True, GROUP, 1)
+        # One step stays in flight; the step before it has been read.
+        first, second = warpgroup_mma_wait(2, deps=(first, second))
+        mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
+        slot, phase = advance(slot, phase, STAGES)
+    first, second = warpgroup_mma_wait(1, deps=(first, second))
+    return first, second, slot, phase
+
+
+@gluon.jit
 def _next_item(mail, letter, phase, GROUP: gl.constexpr, MAIL: gl.constexpr):
     """The next letter, and what it says to a group: kind, part, and its rows' begin and end."""
     letter, phase = advance(letter, phase, MAIL)
-    kind, _, part, begin, end = _hear(mail, letter, phase)
+    kind, _, part, begin, end = hear(mail, letter, phase)
     mbarrier.arrive(mail[2].index(letter))
     return letter, phase, (kind, part, begin + GROUP * 64, end)
+
+
+@gluon.jit
+def _pairs_of(order_ptr, pair_weights_ptr, begin, end):
+    """Of a group's rows: their pairs and these pairs' weights, asked for and not waited for."""
+    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
+    pair = gl.load(order_ptr + row, mask=row < end, other=0)
+    return pair, gl.load(pair_weights_ptr + pair)
 
 
 @gluon.jit
@@ -293,52 +285,37 @@ def _multiply_items(
     KIND: gl.constexpr = WIDE if WIDE_ITEM else NARROW
     full, empty = ring[2], ring[3]
     stored = mail[3]
-    line = gl.arange(0, 64, gl.SliceLayout(1, products))
     kind, part, begin, end = item
     first = gl.zeros((64, 128), gl.float32, products)
     second = gl.zeros((64, 128), gl.float32, products)
-    place = line
+    pair = gl.arange(0, 64, gl.SliceLayout(1, products))
     weight = gl.zeros([64], gl.float32, gl.SliceLayout(1, products))
     while kind == KIND:
         if begin < end:
             if not WIDE_ITEM:
-                place = gl.load(order_ptr + begin + line, mask=begin + line < end, other=0)
-                weight = gl.load(pair_weights_ptr + place)
+                pair, weight = _pairs_of(order_ptr, pair_weights_ptr, begin, end)
             mbarrier.wait(full.index(slot), phase)
             first = _multiply_half(ring, slot, first, False, GROUP, 0)
             first = warpgroup_mma_wait(0, deps=(first,))
             following = gl.to_tensor(True)
             while following:
-                second = _multiply_half(ring, slot, second, False, GROUP, 1)
-                second = warpgroup_mma_wait(1, deps=(second,))  # waits for nothing
-                slot, phase = advance(slot, phase, STAGES)
-                for _ in range(steps - 1):
-                    mbarrier.wait(full.index(slot), phase)
-                    first = _multiply_half(ring, slot, first, True, GROUP, 0)
-                    second = _multiply_half(ring, slot, second, True, GROUP, 1)
-                    # One step stays in flight; the step before it has been read.
-                    first, second = warpgroup_mma_wait(2, deps=(first, second))
-                    mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
-                    slot, phase = advance(slot, phase, STAGES)
-                first, second = warpgroup_mma_wait(1, deps=(first, second))
-                _end_half(first, 0, out_ptr, part, begin, place, weight, end, WIDE_ITEM, WIDTH)
+                first, second, slot, phase = _accumulate(ring, slot, phase, first, second, steps, GROUP, STAGES)
+                _end_half(first, 0, out_ptr, part, begin, pair, weight, end, WIDE_ITEM, WIDTH)
                 first, second = warpgroup_mma_wait(0, deps=(first, second))
                 mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
                 old_part, old_begin, old_end, old_letter = part, begin, end, letter
-                old_place, old_weight = place, weight
+                old_pair, old_weight = pair, weight
                 letter, letter_phase, item = _next_item(mail, letter, letter_phase, GROUP, MAIL)
                 kind, part, begin, end = item
                 following = (kind == KIND) & (begin < end)
                 if not WIDE_ITEM:
-                    # Asked for before the products, not waited for.
-                    place = gl.load(order_ptr + begin + line, mask=following & (begin + line < end), other=0)
-                    weight = gl.load(pair_weights_ptr + place)
+                    pair, weight = _pairs_of(order_ptr, pair_weights_ptr, begin, end)
                 mbarrier.wait(full.index(slot), phase, pred=following)
                 # Where nothing follows these are products of anything, for nobody.
                 first = _multiply_half(ring, slot, first, False, GROUP, 0)
                 # Waits for nothing: without a loop in between, ptxas would put these products behind the SwiGLU.
                 mbarrier.wait(full.index(slot), phase, pred=following)
-                _end_half(second, 1, out_ptr, old_part, old_begin, old_place, old_weight, old_end, WIDE_ITEM, WIDTH)
+                _end_half(second, 1, out_ptr, old_part, old_begin, old_pair, old_weight, old_end, WIDE_ITEM, WIDTH)
                 mbarrier.arrive(stored.index(old_letter))
                 first = warpgroup_mma_wait(0, deps=(first,))
         else:
@@ -361,11 +338,8 @@ def _multiply(
     """A multiplying group: the GROUP-th 64 tokens of every tile."""
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    letter = gl.to_tensor(0)
-    letter_phase = gl.to_tensor(0)
-    kind, _, part, begin, end = _hear(mail, letter, letter_phase)
-    mbarrier.arrive(mail[2].index(letter))
-    item = (kind, part, begin + GROUP * 64, end)
+    # One before the first.
+    letter, letter_phase, item = _next_item(mail, gl.to_tensor(MAIL - 1), gl.to_tensor(1), GROUP, MAIL)
     slot, phase, letter, letter_phase, item = _multiply_items(
         hidden_ptr, order_ptr, pair_weights_ptr, depth_steps, ring, mail, slot, phase, letter, letter_phase, item,
         True, GROUP, INNER, STAGES, MAIL,
@@ -385,7 +359,7 @@ def _signal(tiles_ptr, max_tiles, mail, MAIL: gl.constexpr):
     phase = gl.to_tensor(0)
     working = gl.to_tensor(True)
     while working:
-        kind, tile, _, _, _ = _hear(mail, letter, phase)
+        kind, tile, _, _, _ = hear(mail, letter, phase)
         mbarrier.wait(stored.index(letter), phase)
         mbarrier.arrive(heard.index(letter))
         if kind == WIDE:
