@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,7 @@ from dsv3_compile.packaging import write_artifact
 from model_def.config import ModelConfig
 
 # Fields that transformers writes otherwise, or that change no time.
-OTHERWISE_THERE = (
-    "model_type", "attention", "rope_theta", "rope_scaling", "quantization", "torch_dtype", "eos_token_id",
-)  # fmt: skip
+OTHERWISE_THERE = ("model_type", "rope_theta", "rope_scaling", "quantization_config", "torch_dtype", "eos_token_id")
 
 
 def compiled(config: ModelConfig, target: str, batch: int, length: int, folder: Path) -> tuple[Artifact, float]:
@@ -47,17 +44,14 @@ def peer_model(config: ModelConfig) -> tuple[Any, Any]:
     """The model of transformers with random weights on the GPU, and its config."""
     import transformers
 
-    family = {"deepseek_v2": "DeepseekV2", "glm4_moe_lite": "Glm4MoeLite"}.get(config.model_type, "DeepseekV3")
-    # Its default would be a rank: a config without one has to say so.
-    absent = {"q_lora_rank": config.q_lora_rank}
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if value is not None} | absent
+    fields = config.to_dict()
     for name in OTHERWISE_THERE:
         fields.pop(name, None)
-    if family == "Glm4MoeLite":
-        fields["mlp_layer_types"] = config.to_dict()["mlp_layer_types"]
-    hf = getattr(transformers, f"{family}Config")(**fields, attn_implementation="sdpa")
+    (architecture,) = fields.pop("architectures")
+    theirs = getattr(transformers, architecture)
+    hf = theirs.config_class(**fields, attn_implementation="sdpa")
     with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForCausalLM")(hf).to(torch.bfloat16)
+        model = theirs(hf).to(torch.bfloat16)
     model.to_empty(device="cuda").eval()
     for tensor in model.parameters():
         tensor.data.normal_(0.0 if tensor.dim() > 1 else 1.0, 0.02)

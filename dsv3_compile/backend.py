@@ -278,13 +278,13 @@ def _publish(records: list[PassRecord], examples: Sequence[Any], settings: Setti
         for record in records
         for line in (record.certificate.skipped if record.certificate else ())
     ]
-    report = Report({
+    report = Report(
         **header("", target, dtype, repr(settings)),
-        "blocks": [block_document(f"graph {number}", "any", [], records, None, target)],
-        "phase_plans": [],
-        "fallback": fallback,
-        "uncertified": skipped,
-    })  # fmt: skip
+        blocks=[block_document(f"graph {number}", "any", [], records, None, target)],
+        phase_plans=[],
+        fallback=fallback,
+        uncertified=skipped,
+    )
     _reports.append((number, report))
     LOGGER.info("graph %d: %s", number, fallback or _summary(records) or "nothing to improve")
     return report

@@ -117,12 +117,9 @@ class TransformersLayers:
         kind = {"kimi_k2": "deepseek_v3"}.get(document.pop("model_type"), self.config.model_type)
         if not moe:
             document.pop("n_routed_experts", None)  # null in a model without experts, which transformers does not take
-        document["num_hidden_layers"] = 1
-        if "mlp_layer_types" in document:
-            document["mlp_layer_types"] = ["sparse" if moe else "dense"]
-        if "first_k_dense_replace" in document:
-            document["first_k_dense_replace"] = 0 if moe else 1
-        document |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+        kinds = {"first_k_dense_replace": 0 if moe else 1, "mlp_layer_types": ["sparse" if moe else "dense"]}
+        document |= {name: value for name, value in kinds.items() if name in document}
+        document |= {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
         try:
             config = AutoConfig.for_model(kind, **document, attn_implementation="sdpa")
             # Only now: some kinds insist that heads divide the hidden size, which in MLA they need not.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv3_compile.artifact import Artifact
-from dsv3_compile.inspection import inspect, inspect_graphs, refusals, short, table
+from dsv3_compile.inspection import Report, inspect, inspect_graphs, short
 from dsv3_compile.options import OptionError
 from dsv3_compile.report.answers import crossover_words, decode_words
 from dsv3_compile.report.kernels import kernels
@@ -46,7 +46,7 @@ def show(options: Namespace) -> int:
     return 0
 
 
-def chosen(report: dict[str, Any], options: Namespace) -> dict[str, Any]:
+def chosen(report: Report, options: Namespace) -> Report:
     """The report with only the blocks, phases and passes that were asked for."""
     names = [row["name"] for row in report["blocks"][0]["passes"]]
     for flag, wanted, known in (
@@ -61,13 +61,12 @@ def chosen(report: dict[str, Any], options: Namespace) -> dict[str, Any]:
         for block in report["blocks"]
         if options.block in (None, block["name"]) and options.phase in (None, block["phase"])
     ]
-    return {**report, "blocks": blocks}
+    return Report(report, blocks=blocks)
 
 
-def overview(report: dict[str, Any]) -> Iterator[str]:
+def overview(report: Report) -> Iterator[str]:
     """The table, what was left alone, and where one form of attention overtakes another."""
-    yield table(report)
-    yield from refusals(report)
+    yield str(report)
     for plan in report["phase_plans"]:
         yield f"{', '.join(plan['blocks'])}: {crossover_words(plan)} {decode_words(plan, report['target'])}"
         for row in plan["times"]:

@@ -19,8 +19,9 @@ asked for before the products, and no group waits until what it stored can be se
 Programs take items as they get free, first those of the wide product (gate and up): shared experts', for which nothing
 needs to be planned, while the plan of the others is still being made, then the others', expert by expert. Items of the
 narrow product (down) fill what the wide ones leave uneven. Mixing shared experts' items evenly with the others', which
-read more, was tried and is slower. An item of the narrow product waits until its tile has been through the wide one. Whoever is waited for has been taken before, so by a program that runs: nobody waits for one that has not
-begun, and no group keeps a wide item's second half for a narrow one that may have to wait.
+read more, was tried and is slower. An item of the narrow product waits until its tile has been through the wide one.
+Whoever is waited for has been taken before, so by a program that runs: nobody waits for one that has not begun, and no
+group keeps a wide item's second half for a narrow one that may have to wait.
 """
 
 from __future__ import annotations
@@ -235,8 +236,7 @@ def _multiply_half(ring, slot, sums, use_acc, GROUP: gl.constexpr, HALF: gl.cons
 
 @gluon.jit
 def _accumulate(ring, slot, phase, first, second, steps, GROUP: gl.constexpr, STAGES: gl.constexpr):
-    """An item's products from the second half of its first step on, of which the last of that half are left under way.
-    """
+    """An item's products from the second half of its first step on; the last of that half are left under way."""
     full, empty = ring[2], ring[3]
     second = _multiply_half(ring, slot, second, False, GROUP, 1)
     second = warpgroup_mma_wait(1, deps=(second,))  # waits for nothing
