@@ -205,11 +205,21 @@ def test_experts(tokens):
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    "tokens, dtype, shared",
-    [(5, BF16, 1), (700, BF16, 2), (2100, BF16, 0), (2100, torch.float16, 0), (2100, BF16, 2), (4099, BF16, 1)],
+    "experts, tokens, dtype, shared",
+    [
+        (64, 5, BF16, 1),
+        (64, 40, BF16, 2),
+        (64, 90, BF16, 2),
+        (3, 13, BF16, 1),
+        (64, 700, BF16, 2),
+        (64, 2100, BF16, 0),
+        (64, 2100, torch.float16, 0),
+        (64, 2100, BF16, 2),
+        (64, 4099, BF16, 1),
+    ],
 )
-def test_experts_in_tiles_on_hopper(tokens, dtype, shared):
-    experts, top_k, hidden, width = 64, 6, 2056, 1416  # multiples of 8, not of 16
+def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared):
+    top_k, hidden, width = min(6, experts - shared), 2056, 1416  # multiples of 8, not of 16
     launcher = importlib.import_module("codegen.kernels.sm_90.routed_swiglu").routed_swiglu
     indices = torch.rand(tokens, experts - shared, device="cuda").topk(top_k, -1).indices
     always = torch.arange(experts - shared, experts, device="cuda").expand(tokens, shared)

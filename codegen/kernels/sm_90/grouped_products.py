@@ -1,8 +1,8 @@
 """The two grouped products of an expert layer on Hopper: TMA ring, one loading warp, wgmma on the others.
 
 Weights stand on the wide side of the product and tokens on the narrow one, so that a tile of eight tokens wastes
-nothing: a decode step is limited by reading weights, each of which passes through shared memory once. For tokens beyond
-a few dozen per expert there is prefill_products.
+nothing: a decode step is limited by reading weights, each of which passes through shared memory once. For more tokens
+per expert than a tile has, there is prefill_products.
 """
 
 from __future__ import annotations
@@ -29,32 +29,23 @@ from codegen.kernels.sm_90.rings import advance, make_barriers
 
 @dataclass(frozen=True)
 class Tile:
-    """Up to `rows` tokens, or `more_rows` more where an expert has them, times `outputs` rows of a weight.
-
-    `depth` columns per step, `stages` steps in flight, `warps` that multiply.
-    """
+    """Up to `rows` tokens times `outputs` rows of a weight: `depth` columns per step, `stages` steps in flight."""
 
     rows: int
     outputs: int
     depth: int
     stages: int
-    warps: int
-    more_rows: int = 0
-    programs_per_sm: int = 1
-    registers: int | None = None  # per thread, so that programs share a multiprocessor
 
 
 @gluon.jit
 def _load(
     weight_desc,
     x_desc,
-    more_desc,
     tiles_ptr,
     max_tiles,
     steps,
     weights_smem,
     x_smem,
-    more_smem,
     full,
     empty,
     EXPERT_ROWS: gl.constexpr,
@@ -62,7 +53,6 @@ def _load(
     PARTS: gl.constexpr,
     PART_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
-    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
@@ -71,17 +61,14 @@ def _load(
     ELEMENT: gl.constexpr = weight_desc.dtype.primitive_bitwidth // 8
     WEIGHT_BYTES: gl.constexpr = PARTS * BLOCK_O * BLOCK_D * ELEMENT
     STEP_BYTES: gl.constexpr = WEIGHT_BYTES + ROWS * BLOCK_D * ELEMENT
-    FULL_STEP_BYTES: gl.constexpr = STEP_BYTES + MORE_ROWS * BLOCK_D * ELEMENT
     items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
     first = gl.program_id(0)
     # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
     ahead = gl.where(first < items, gl.minimum(steps, STAGES), 0)
     tile = gl.minimum(first, items - 1) // OUTPUT_TILES
     weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (first % OUTPUT_TILES) * BLOCK_O
-    many = gl.load(tiles_ptr + 2 * max_tiles + tile) - gl.load(tiles_ptr + max_tiles + tile) > ROWS
     for slot in range(ahead):
-        mbarrier.expect(full.index(slot), STEP_BYTES, pred=not many)
-        mbarrier.expect(full.index(slot), FULL_STEP_BYTES, pred=many)
+        mbarrier.expect(full.index(slot), STEP_BYTES)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
                 weight_desc,
@@ -96,13 +83,11 @@ def _load(
     for item in range(first, items, gl.num_programs(0)):
         tile = item // OUTPUT_TILES
         row = gl.load(tiles_ptr + max_tiles + tile)
-        many = gl.load(tiles_ptr + 2 * max_tiles + tile) - row > ROWS
         weight_row = gl.load(tiles_ptr + tile) * EXPERT_ROWS + (item % OUTPUT_TILES) * BLOCK_O
         for step in range(steps):
             mbarrier.wait(empty.index(slot), phase)
             fresh = count >= ahead
-            mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh & (not many))
-            mbarrier.expect(full.index(slot), FULL_STEP_BYTES, pred=fresh & many)
+            mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh)
             for part in gl.static_range(PARTS):
                 tma.async_copy_global_to_shared(
                     weight_desc,
@@ -112,10 +97,6 @@ def _load(
                     pred=fresh,
                 )
             tma.async_copy_global_to_shared(x_desc, [row, step * BLOCK_D], full.index(slot), x_smem.index(slot))
-            if MORE_ROWS > 0:
-                tma.async_copy_global_to_shared(
-                    more_desc, [row + ROWS, step * BLOCK_D], full.index(slot), more_smem.index(slot), pred=many
-                )
             count += 1
             slot, phase = advance(slot, phase, STAGES)
 
@@ -124,7 +105,6 @@ def _load(
 def _accumulate(
     weights_smem,
     x_smem,
-    more_smem,
     full,
     empty,
     slot,
@@ -132,53 +112,36 @@ def _accumulate(
     steps,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
-    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     STAGES: gl.constexpr,
-    MANY: gl.constexpr,
 ):
-    """One item's products: per part of the weight a [BLOCK_O, ROWS] sum, and if MANY a [BLOCK_O, MORE_ROWS] one."""
+    """One item's products: per part of the weight a [BLOCK_O, ROWS] sum."""
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, ROWS, 16])
-    MORE: gl.constexpr = MORE_ROWS if MANY else 8
-    more_products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, MORE, 16])
     first = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
     second = gl.zeros((BLOCK_O, ROWS), gl.float32, products)
-    first_more = gl.zeros((BLOCK_O, MORE), gl.float32, more_products)
-    second_more = gl.zeros((BLOCK_O, MORE), gl.float32, more_products)
     for step in range(steps):
         mbarrier.wait(full.index(slot), phase)
         tokens = x_smem.index(slot).permute((1, 0))
         first = warpgroup_mma(weights_smem.index(slot * PARTS), tokens, first, is_async=True)
         if PARTS == 2:
             second = warpgroup_mma(weights_smem.index(slot * PARTS + 1), tokens, second, is_async=True)
-        if MANY:
-            others = more_smem.index(slot).permute((1, 0))
-            first_more = warpgroup_mma(weights_smem.index(slot * PARTS), others, first_more, is_async=True)
-            if PARTS == 2:
-                second_more = warpgroup_mma(weights_smem.index(slot * PARTS + 1), others, second_more, is_async=True)
         # One step stays in flight; the step before it has been read.
-        first, second, first_more, second_more = _settle(
-            first, second, first_more, second_more, PARTS * (2 if MANY else 1), PARTS, MANY
-        )
+        first, second = _settle(first, second, PARTS, PARTS)
         mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)), pred=step > 0)
         slot, phase = advance(slot, phase, STAGES)
-    first, second, first_more, second_more = _settle(first, second, first_more, second_more, 0, PARTS, MANY)
+    first, second = _settle(first, second, 0, PARTS)
     mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
-    return first, second, first_more, second_more, slot, phase
+    return first, second, slot, phase
 
 
 @gluon.jit
-def _settle(first, second, first_more, second_more, LEFT: gl.constexpr, PARTS: gl.constexpr, MANY: gl.constexpr):
+def _settle(first, second, LEFT: gl.constexpr, PARTS: gl.constexpr):
     """Wait until at most LEFT products are in flight."""
-    if MANY and PARTS == 2:
-        first, second, first_more, second_more = warpgroup_mma_wait(LEFT, deps=(first, second, first_more, second_more))
-    elif MANY:
-        first, first_more = warpgroup_mma_wait(LEFT, deps=(first, first_more))
-    elif PARTS == 2:
+    if PARTS == 2:
         first, second = warpgroup_mma_wait(LEFT, deps=(first, second))
     else:
         first = warpgroup_mma_wait(LEFT, deps=(first,))
-    return first, second, first_more, second_more
+    return first, second
 
 
 @gluon.jit
@@ -213,13 +176,11 @@ def _multiply(
     width,
     weights_smem,
     x_smem,
-    more_smem,
     full,
     empty,
     OUTPUT_TILES: gl.constexpr,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
-    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     STAGES: gl.constexpr,
     SWIGLU: gl.constexpr,
@@ -233,28 +194,16 @@ def _multiply(
         begin = gl.load(tiles_ptr + max_tiles + tile)
         end = gl.load(tiles_ptr + 2 * max_tiles + tile)
         output = (item % OUTPUT_TILES) * BLOCK_O
-        if MORE_ROWS > 0 and end - begin > ROWS:
-            first, second, first_more, second_more, slot, phase = _accumulate(
-                weights_smem, x_smem, more_smem, full, empty, slot, phase, steps,
-                PARTS, ROWS, MORE_ROWS, BLOCK_O, STAGES, True,
-            )  # fmt: skip
-            _finish(first, second, begin, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU)
-            _finish(
-                first_more, second_more, begin + ROWS, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU
-            )
-        else:
-            first, second, _, _, slot, phase = _accumulate(
-                weights_smem, x_smem, more_smem, full, empty, slot, phase, steps,
-                PARTS, ROWS, MORE_ROWS, BLOCK_O, STAGES, False,
-            )  # fmt: skip
-            _finish(first, second, begin, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU)
+        first, second, slot, phase = _accumulate(
+            weights_smem, x_smem, full, empty, slot, phase, steps, PARTS, ROWS, BLOCK_O, STAGES
+        )
+        _finish(first, second, begin, end, output, out_ptr, order_ptr, pair_weights_ptr, width, SWIGLU)
 
 
 @gluon.jit
 def product_kernel(
     weight_desc,
     x_desc,
-    more_desc,
     out_ptr,
     order_ptr,
     pair_weights_ptr,
@@ -266,7 +215,6 @@ def product_kernel(
     OUTPUT_TILES: gl.constexpr,
     PARTS: gl.constexpr,
     ROWS: gl.constexpr,
-    MORE_ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
@@ -276,9 +224,6 @@ def product_kernel(
     dtype: gl.constexpr = weight_desc.dtype
     weights_smem = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_O, BLOCK_D], weight_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_D], x_desc.layout)
-    more_smem = x_smem
-    if MORE_ROWS > 0:
-        more_smem = gl.allocate_shared_memory(dtype, [STAGES, MORE_ROWS, BLOCK_D], more_desc.layout)
     full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     if AFTER_PLAN:
         # The plan itself is the predecessor's output; after this the successor may rely on it.
@@ -288,13 +233,11 @@ def product_kernel(
         [
             (_multiply, (
                 out_ptr, order_ptr, pair_weights_ptr, tiles_ptr, max_tiles, steps, width,
-                weights_smem, x_smem, more_smem, full, empty,
-                OUTPUT_TILES, PARTS, ROWS, MORE_ROWS, BLOCK_O, STAGES, SWIGLU,
+                weights_smem, x_smem, full, empty, OUTPUT_TILES, PARTS, ROWS, BLOCK_O, STAGES, SWIGLU,
             )),
             (_load, (
-                weight_desc, x_desc, more_desc, tiles_ptr, max_tiles, steps,
-                weights_smem, x_smem, more_smem, full, empty,
-                EXPERT_ROWS, OUTPUT_TILES, PARTS, EXPERT_ROWS // 2, ROWS, MORE_ROWS, BLOCK_O, BLOCK_D, STAGES,
+                weight_desc, x_desc, tiles_ptr, max_tiles, steps, weights_smem, x_smem, full, empty,
+                EXPERT_ROWS, OUTPUT_TILES, PARTS, EXPERT_ROWS // 2, ROWS, BLOCK_O, BLOCK_D, STAGES,
             )),
         ],
         [1],
@@ -303,7 +246,7 @@ def product_kernel(
 
 
 def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pair_weights: Tensor | None) -> Tensor:
-    """One grouped product over the tiles of `plan`, made for tile.rows + tile.more_rows.
+    """One grouped product over the tiles of `plan`, made for tile.rows.
 
     Without pair weights: x [M, D] sorted, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
     With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
@@ -314,11 +257,10 @@ def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pai
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     output_tiles = triton.cdiv(width, tile.outputs)
-    programs = min(processors * tile.programs_per_sm, plan.tiles.shape[1] * output_tiles)
+    programs = min(processors, plan.tiles.shape[1] * output_tiles)
     product_kernel[(programs,)](
         in_boxes(weight.view(experts * expert_rows, depth), tile.outputs, tile.depth),
         in_boxes(x, tile.rows, tile.depth),
-        in_boxes(x, tile.more_rows or tile.rows, tile.depth),
         out,
         plan.order,
         out if pair_weights is None else pair_weights,
@@ -330,14 +272,12 @@ def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pai
         OUTPUT_TILES=output_tiles,
         PARTS=2 if swiglu else 1,
         ROWS=tile.rows,
-        MORE_ROWS=tile.more_rows,
         BLOCK_O=tile.outputs,
         BLOCK_D=tile.depth,
         STAGES=tile.stages,
         SWIGLU=swiglu,
         AFTER_PLAN=swiglu,
-        num_warps=tile.warps,
-        maxnreg=tile.registers,
+        num_warps=4,
         launch_pdl=True,
     )
     return out

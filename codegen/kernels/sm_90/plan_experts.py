@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MANY_PAIRS = 4096
-BLOCK_TOKENS = 32  # of many pairs, that one program sorts
+BLOCK_TOKENS = 32  # of many, whose pairs one program sorts
 PROGRAMS = 256  # that copy tokens: more of them count the same pairs again
 FEW_PROGRAMS = 48  # that copy tokens while others multiply those of shared experts
 
@@ -21,12 +20,14 @@ class ExpertPlan:
     """Row r of the sorted order is pair order[r]; tile t is rows begin[t] to end[t] of expert[t].
 
     Tiles are in the order of their experts, so that those which use the same weights are worked on together.
-    order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use, and a zero to take items by; a
-    zero per tile to count what is done; gathered [M, D]: the token of each row. T bounds the tiles of any routing.
-    tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every token: they
-    are the tokens themselves, over and over. Their tiles, `early` many, are the first, and they, the number to take
-    items by and the zeros are there before the rest of the plan is: a kernel that starts early may use them.
-    busy: what the plan's kernels may still read then, so that nobody else is given its memory.
+    order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use; gathered [M, D]: the token of
+    each row. T bounds the tiles of any routing.
+
+    Of many pairs tiles also has, in its last two rows, a zero to take items by and a zero per tile to count what is
+    done. tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every
+    token: they are the tokens themselves, over and over. Their tiles, `early` many, are the first, and they and the
+    zeros are there before the rest of the plan is: a kernel that starts early may use them. busy: what the plan's
+    kernels may still read then, so that nobody else is given its memory.
     """
 
     order: Tensor
@@ -50,7 +51,6 @@ def plan_kernel(
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
-    UNIT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -74,18 +74,15 @@ def plan_kernel(
     first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
     if (expert == 0) & (tl.program_id(1) == 0):
         tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
-        tl.store(tiles_ptr + 3 * max_tiles + 1, 0)
     if end > begin:
         if tl.program_id(1) == 0:
-            # Equal tiles rather than full ones and a rest: a product's width is rounded up per tile.
             parts = (end - begin + ROWS - 1) // ROWS
-            size = tl.cdiv(end - begin, parts * UNIT) * UNIT
+            size = tl.cdiv(end - begin, parts)
             for part in range(0, parts):
                 tile = tiles_ptr + first_tile + part
                 tl.store(tile, expert)
                 tl.store(tile + max_tiles, begin + part * size)
                 tl.store(tile + 2 * max_tiles, tl.minimum(begin + (part + 1) * size, end))
-                tl.store(tile + 4 * max_tiles, 0)
         row = begin
         for block in range(0, pairs, BLOCK_M):
             chosen = tl.load(indices_ptr + block + place, mask=block + place < pairs, other=-1).to(tl.int32)
@@ -155,6 +152,7 @@ def count_kernel(
 def _write_tiles(tiles_ptr, max_tiles, early, counts, begin, first, step, ROWS: tl.constexpr, UNIT: tl.constexpr):
     """Of every expert's tiles each step-th, from the first on, behind the early ones."""
     experts = tl.arange(0, counts.shape[0])
+    # Equal tiles rather than full ones and a rest: a product's rows are rounded up per tile.
     parts = (counts + ROWS - 1) // ROWS
     size = tl.cdiv(counts, tl.maximum(parts, 1) * UNIT) * UNIT
     tile = early + tl.cumsum(parts, 0) - parts
@@ -242,47 +240,50 @@ def place_kernel(
                 tl.store(gathered_ptr + copy[:, None] * WIDTH + column[None, :], values, mask=copied)
 
 
-def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1, shared: int = 0) -> ExpertPlan:
-    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, cut between units of rows
-    of which `rows` is a multiple; all on the device.
+def plan_few(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
+    """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, all on the device.
 
-    shared: so many of the last experts serve every token, as its last choices. Of many pairs gathered has none of them.
+    In one launch, whose programs each count all pairs.
     """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
-    max_tiles = max(2, min(pairs, experts + pairs // rows))  # the row of numbers has two
-    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
-    tiles = torch.empty((5, max_tiles), dtype=torch.int32, device=x.device)
-    block_e = triton.next_power_of_2(experts)
-    if pairs <= MANY_PAIRS:
-        gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-        # Two sizes, so that few kernels serve every batch.
-        block, block_d = 128 if pairs <= 128 else 1024, min(1024, triton.next_power_of_2(width))
-        plan_kernel[(experts, triton.cdiv(width, block_d))](
-            indices,
-            x,
-            order,
-            tiles,
-            gathered,
-            pairs,
-            max_tiles,
-            EXPERTS=experts,
-            TOP_K=top_k,
-            WIDTH=width,
-            ROWS=rows,
-            UNIT=unit,
-            BLOCK_E=block_e,
-            BLOCK_M=block,
-            BLOCK_D=block_d,
-            BLOCK_R=8,
-            num_warps=8,
-            OVERLAPPED=x.is_cuda,
-            launch_pdl=x.is_cuda,
-        )
-        return ExpertPlan(order, tiles, gathered, x)
-    # Counting everything per expert costs more than a second launch.
+    order, tiles = _tables(pairs, experts, rows, x.device)
+    gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    # Two sizes, so that few kernels serve every batch.
+    block, block_d = 128 if pairs <= 128 else 1024, min(1024, triton.next_power_of_2(width))
+    plan_kernel[(experts, triton.cdiv(width, block_d))](
+        indices,
+        x,
+        order,
+        tiles,
+        gathered,
+        pairs,
+        tiles.shape[1],
+        EXPERTS=experts,
+        TOP_K=top_k,
+        WIDTH=width,
+        ROWS=rows,
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=block,
+        BLOCK_D=block_d,
+        BLOCK_R=8,
+        num_warps=8,
+        OVERLAPPED=x.is_cuda,
+        launch_pdl=x.is_cuda,
+    )
+    return ExpertPlan(order, tiles, gathered, x)
+
+
+def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1, shared: int = 0) -> ExpertPlan:
+    """The same in two launches: one counts, one places. Tiles are cut between units of rows, `rows` a multiple of them.
+
+    shared: so many of the last experts serve every token, as its last choices. Gathered has none of their rows.
+    """
+    tokens, top_k = indices.shape
+    pairs, width = tokens * top_k, x.shape[1]
+    order, tiles = _tables(pairs, experts, rows, x.device)
+    block_e, block = triton.next_power_of_2(experts), triton.next_power_of_2(BLOCK_TOKENS * top_k)
     blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
-    block = triton.next_power_of_2(BLOCK_TOKENS * top_k)
     gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=x.device)
     rows_of_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
@@ -291,7 +292,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         counts,
         tiles,
         pairs,
-        max_tiles,
+        tiles.shape[1],
         EXPERTS=experts,
         SHARED=shared,
         TOP_K=top_k,
@@ -305,7 +306,8 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         launch_pdl=x.is_cuda,
     )
     # Whoever multiplies the shared experts' tiles meanwhile wants processors of its own.
-    columns = 1 if shared else min(triton.cdiv(width, block_d), triton.cdiv(PROGRAMS, blocks))
+    programs = FEW_PROGRAMS if shared else PROGRAMS
+    columns = min(triton.cdiv(width, block_d), triton.cdiv(programs, blocks))
     place_kernel[(min(blocks, FEW_PROGRAMS) if shared else blocks, columns)](
         indices,
         counts,
@@ -315,7 +317,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         tiles,
         gathered,
         pairs,
-        max_tiles,
+        tiles.shape[1],
         EXPERTS=experts,
         SHARED=shared,
         TOP_K=top_k,
@@ -332,3 +334,10 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         launch_pdl=x.is_cuda,
     )
     return ExpertPlan(order, tiles, gathered, x, shared * triton.cdiv(tokens, rows), (counts, rows_of_pairs))
+
+
+def _tables(pairs: int, experts: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for the order and for the tiles of any routing."""
+    max_tiles = max(2, min(pairs, experts + pairs // rows))  # the row of numbers has two
+    order = torch.empty(pairs, dtype=torch.int32, device=device)
+    return order, torch.empty((5, max_tiles), dtype=torch.int32, device=device)

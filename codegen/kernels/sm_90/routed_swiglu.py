@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.grouped_products import Tile, grouped_product
-from codegen.kernels.sm_90.plan_experts import plan_experts
+from codegen.kernels.sm_90.plan_experts import plan_few, plan_many
 from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_products
 from codegen.kernels.sm_90.single_token import single_token_swiglu
 
@@ -67,20 +67,16 @@ def combine(y: Tensor, top_k: int, residual: Tensor | None = None) -> Tensor:
 
 
 # Tiles of both products up to a mean number of pairs per expert: the fastest measured on one H200 at 256 experts of
-# 7168 x 2048. A tile must hold nearly every expert's pairs, since a second one reads the weights again. More pairs take
-# the products of prefill, which weights do not limit.
+# 7168 x 2048. A tile must hold nearly every expert's pairs, since a second one reads the weights again. For more pairs
+# the products of a prefill are as fast or faster, there and at 64 experts of 2048 x 1408.
 TILINGS = (
-    (2, Tile(8, 64, 128, 6, 4), Tile(8, 64, 128, 10, 4)),
-    (6, Tile(16, 64, 128, 5, 4), Tile(16, 128, 64, 12, 4)),
-    (20, Tile(32, 64, 128, 5, 4), Tile(32, 128, 64, 10, 4)),
-    (45, Tile(64, 128, 64, 5, 8), Tile(64, 256, 64, 5, 8)),
-    (70, Tile(64, 128, 64, 5, 8, 16), Tile(64, 256, 64, 4, 8, 16)),
-    (150, Tile(128, 128, 64, 4, 8, 32), Tile(128, 256, 64, 4, 8, 32)),
+    (2, Tile(8, 64, 128, 6), Tile(8, 64, 128, 10)),
+    (6, Tile(16, 64, 128, 5), Tile(16, 128, 64, 12)),
 )
 
 
-# Batches that take each of the paths and tilings, at 64 to 256 experts.
-TRIED_SIZES = (1, 13, 43, 131, 263, 499, 1031, 1543, 4099, 12289)
+# Batches that take each of the paths and tilings, at 64 to 384 experts.
+TRIED_SIZES = (1, 13, 43, 131, 263, 4099)
 
 
 def serves(
@@ -125,11 +121,11 @@ def routed_swiglu(
     pairs = tokens * top_k
     tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
     if tiling is None:
-        plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
+        plan = plan_many(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
         y = prefill_products(plan, gate_up, down, weights)
     else:
         _, wide, narrow = tiling
-        plan = plan_experts(x, indices, experts, wide.rows + wide.more_rows)
+        plan = plan_few(x, indices, experts, wide.rows)
         hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
         y = grouped_product(hidden, down, plan, narrow, weights)
     return combine(y, top_k, residual)
