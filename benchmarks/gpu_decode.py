@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import compiled, drawn, peer_model
+from random_models import bytes_read, compiled, drawn, peer_model
 from routes import forced, rerouted, watched
 from timing import breakdown, graphed, milliseconds, read_speed
 from torch import Tensor
@@ -97,14 +97,8 @@ class Decoder:
 
     def bytes_read(self, batch: int, context: int) -> float:
         """What a step must read: the weights that its tokens need once, and the cached context of every row."""
-        total, chosen = self.context_bytes(batch, context), iter(self.chosen_experts())
-        for block, weights in zip((block for block, _ in self.steps), self.weights, strict=True):
-            stacks = {name for name, tensor in weights.items() if tensor.dim() == 3}
-            needed = next(chosen, None) if stacks else None
-            for name, tensor in weights.items():
-                share = needed / len(tensor) if needed and name in stacks else 1.0
-                total += 0.0 if block == "embed" else share * tensor.nbytes
-        return total
+        weights = bytes_read([block for block, _ in self.steps], self.weights, self.chosen_experts())
+        return weights + self.context_bytes(batch, context)
 
     def context_bytes(self, batch: int, context: int) -> float:
         rows = sum(tensor[0, 0].nbytes for cache in self.caches for tensor in cache.values())

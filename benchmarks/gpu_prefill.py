@@ -10,8 +10,9 @@ only what its caches and that position need. It is timed as a CUDA graph: one re
 card to its power limit and lowers its clock, and `rested`, each after a pause, as a single prompt finds the card; and
 `called`, kernel by kernel. `cold compile` is everything from the config to an artifact, with empty caches; `load to
 first token` is a process of its own with empty caches that opens the artifact, loads its graphs, and runs one prefill
-and one decode step on weights that are there already. Floor: the FLOPs of the active weights and of causal attention
-over those of a matrix product measured in the same run. The peer is transformers under torch.compile.
+and one decode step on weights that are there already. Floor: the larger of the FLOPs of the active weights and of
+causal attention over those of a large product, and the bytes of the weights, of experts those that were chosen, over
+the bandwidth of reading, both measured in the same run. The peer is transformers under torch.compile.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import compiled, drawn, peer_model
-from timing import breakdown, graphed, milliseconds, product_speed
+from random_models import bytes_read, compiled, drawn, peer_model
+from routes import watched
+from timing import breakdown, graphed, milliseconds, product_speed, read_speed
 from torch import Tensor
 
 from dsv3_compile.artifact import FILL, Artifact
@@ -92,6 +94,13 @@ class Prefill:
             names = ("x_BSD", "cos_BSF", "sin_BSF") if number == 0 else ("x_BSD",)
             values.update(zip(names, self.call(number, phase, {**known, **values}), strict=False))
         return values["x_BSD"]
+
+    def weights_read(self, ids: Tensor, positions: Tensor, caches: list[dict[str, Tensor]]) -> float:
+        """Bytes of weights that the same must read."""
+        with watched(self.functions.values()) as routes:
+            self.run(ids, positions, caches)
+        chosen = [indices.unique().numel() for indices, _ in routes]
+        return bytes_read([block for block, _ in self.entries], self.weights, chosen)
 
     def call(self, number: int, phase: str, known: dict[str, Tensor]) -> tuple[Tensor, ...]:
         block, phases = self.entries[number]
@@ -176,8 +185,10 @@ def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str,
     model.load()
     for length in lengths:
         ids, positions = prompt(length, artifact.manifest.config["vocab_size"], device)
-        run = partial(model.run, ids, positions, model.caches(length))
+        arguments = ids, positions, model.caches(length)
+        run = partial(model.run, *arguments)
         row: dict[str, Any] = {"length": length, "called_ms": milliseconds(run, 5)}
+        row["weight_bytes"] = model.weights_read(*arguments)
         run = graphed(run)
         row |= {"ms": milliseconds(run, 5), "rested_ms": milliseconds(run, 10, REST)}
         if device == "cuda":
@@ -208,7 +219,7 @@ def main() -> None:
         config = dataclasses.replace(config, num_hidden_layers=args.layers)
     report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target}
     report["torch"] = torch.__version__
-    report["TFLOPs"] = product_speed(device) / 1e12
+    report |= {"TFLOPs": product_speed(device) / 1e12, "read_TBps": read_speed(device) / 1e12}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
@@ -216,14 +227,16 @@ def main() -> None:
         report |= first_token_of_a_new_process(path, device)
         report["rows"] = timed(artifact, device, args.lengths)
     for row in report["rows"]:
-        row["floor_ms"] = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
+        computing = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
+        row["floor_ms"] = max(computing, row["weight_bytes"] / report["read_TBps"] / 1e9)
     for row in report["rows"] if args.peer else []:
         try:
             row["peers"] = peer_milliseconds(config, row["length"])
         except (ImportError, RuntimeError) as error:
             row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print("{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s".format(**report))
+    head = "{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s, reading {read_TBps:.2f} TB/s"
+    print(head.format(**report))
     parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
     print(f"load to first token, weights excluded: {parts.format(**report)}")
     for row in report["rows"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def drawn(port: Port, device: str) -> Tensor:
     if out.dim() > 1:
         return out.normal_(0, out.shape[-1] ** -0.5)
     return out.normal_(0, 0.05).add_(1.0 if "norm" in port.name else 0.0)
+
+
+def bytes_read(blocks: Sequence[str], weights: Sequence[Mapping[str, Tensor]], chosen: Iterable[int]) -> float:
+    """What must be read of the weights of these blocks: each once, but few rows of the embedding; of stacked experts
+    those that were chosen, a number for every layer that routes."""
+    total, chosen = 0.0, iter(chosen)
+    for block, tensors in zip(blocks, weights, strict=True):
+        stacks = {name for name, tensor in tensors.items() if tensor.dim() == 3}
+        needed = next(chosen, None) if stacks else None
+        for name, tensor in tensors.items():
+            share = needed / len(tensor) if needed and name in stacks else 1.0
+            total += 0.0 if block == "embed" else share * tensor.nbytes
+    return total
 
 
 def peer_model(config: ModelConfig) -> tuple[Any, Any]:
