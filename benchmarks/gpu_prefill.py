@@ -235,7 +235,7 @@ def main() -> None:
         except (ImportError, RuntimeError) as error:
             row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    head = "{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s, reading {read_TBps:.2f} TB/s"
+    head = "{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s, {read_TBps:.2f} TB/s"
     print(head.format(**report))
     parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
     print(f"load to first token, weights excluded: {parts.format(**report)}")
