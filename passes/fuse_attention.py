@@ -10,7 +10,7 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
-from passes.lifting import is_product, lift
+from passes.lifting import is_product_throughout, lift
 from passes.masks import NotAttention, Visible, read_mask
 from passes.nodes import (
     CASTS,
@@ -153,7 +153,7 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands", core.scores)
     shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
-    if not expanded and is_product(lift(values.node)):
+    if not expanded and is_product_throughout(lift(values.node)):
         raise NotAttention(f"the values {values.node.name} are multiplied out for every cached position", values.node)
     groups = core.scores_value.dims
     queries = core.visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)

@@ -53,7 +53,16 @@ def lift(node: fx.Node, *, top: bool = True) -> Value:
 
 
 def is_product(value: Value) -> bool:
-    return any(len(term.operands) > 1 for piece in value.pieces for term in piece.terms)
+    return any(map(_has_product, value.pieces))
+
+
+def is_product_throughout(value: Value) -> bool:
+    """Every piece of it is: a cache behind which new rows are written has one that is not."""
+    return all(map(_has_product, value.pieces))
+
+
+def _has_product(piece: Piece) -> bool:
+    return any(len(term.operands) > 1 for term in piece.terms)
 
 
 def _with_cut(node: fx.Node, value: Value) -> Value:

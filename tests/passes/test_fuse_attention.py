@@ -12,7 +12,7 @@ from passes.fuse_attention import FuseAttention
 from passes.inputs import size_values
 from passes.order_contractions import OrderContractions
 from passes.pipeline import Pipeline, RequirementError, check_required
-from passes.verify import run_float64
+from passes.verify import clone, run_float64
 from tests.passes.capture import CONTEXT, random_inputs, tensor
 from tests.passes.harness import apply, count, layer_graph, mla_graph, module_graph, reasons
 from tests.passes.mla import HeadFirst, Mla
@@ -35,6 +35,32 @@ def test_the_expanded_core_keeps_heads(variant):
     graph = mla_graph(variant, "S")
     apply(FuseAttention(), graph, "prefill")
     assert count(graph, dsv3.attention) == 1
+
+
+class Written(Mla):
+    """Behind the cached rows stand new ones, which are products."""
+
+    def __init__(self):
+        super().__init__()
+        self.latent_proj = nn.Linear(20, 24, bias=False)
+        self.rope_key_proj = nn.Linear(20, 6, bias=False)
+
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        latent = torch.cat([latent_BTC, self.latent_proj(x_BSD)], 1)
+        rope_key = torch.cat([rope_key_BTR, self.rope_key_proj(x_BSD)], 1)
+        return super().forward(x_BSD, positions_BS, latent, rope_key)
+
+    def scores(self, q_nope, q_rope, k, rope_key):
+        return torch.einsum("bshx,bthx->bhst", q_nope, k) + torch.einsum("bshr,btr->bhst", q_rope, rope_key)
+
+
+def test_only_values_that_are_products_throughout_are_multiplied_out():
+    activations = tensor("x_BSD", 2, 1, 20), tensor("positions_BS", 2, 1, dtype=torch.int64, upper=12)
+    graph = module_graph(Written(), *activations, tensor("latent_BTC", 2, 11, 24), tensor("rope_key_BTR", 2, 11, 6))
+    outcome = apply(FuseAttention(expanded=False), clone(graph))
+    assert not outcome.matches and "multiplied out for every cached position" in reasons(outcome)
+    apply(OrderContractions(decode="absorbed"), graph)
+    assert apply(FuseAttention(expanded=False), graph).matches == ["softmax: mla_attention"]
 
 
 class Windowed(Mla):
