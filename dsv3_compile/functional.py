@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
 from dsv3_compile.owners import owner_of, owners, views_between
 from dsv3_compile.tracing import tidy
@@ -120,6 +122,11 @@ def why_unreadable(found: Functional) -> str:
             return f"the graph has another in it: {node.target}"
         if is_call(node, aten.as_strided, aten.as_strided_scatter, aten.as_strided_copy):
             return f"{node.name} reads memory, in whatever order values lie there"
+        if any(map(free_unbacked_symbols, tree_leaves(node.meta.get("val")))):
+            return (
+                f"the size of {node.name} depends on data; where capture_dynamic_output_shape_ops is off, graphs end"
+                " there and passes see the parts"
+            )
     return ""
 
 
