@@ -39,6 +39,7 @@ from passes.merge_shared_experts import MergeSharedExperts
 from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.real_arithmetic import RealArithmetic
+from passes.scatter_one_hots import ScatterOneHots
 from passes.settings import PassError, set_option, split_setting
 from passes.slice_early import SliceEarly
 from passes.sparsify_experts import SparsifyExperts
@@ -76,6 +77,7 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     ConcatenateSlices(),
     OpenAttention(),
     OrderContractions(),
+    ScatterOneHots(),
     SparsifyExperts(),
     GroupExperts(),
     FuseRouting(),
@@ -112,6 +114,7 @@ IMPORTED_PIPELINE: tuple[Pass, ...] = (
     ConcatenateSlices(),
     OpenAttention(),
     OrderContractions(),
+    ScatterOneHots(),
     SparsifyExperts(),
     GroupExperts(),
     AdoptGroupedProducts(),

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import Role, is_call, same_size
+from passes.nodes import constant_of
 from passes.verify import clone
 
 aten = torch.ops.aten
@@ -82,8 +83,8 @@ def _operands(node: fx.Node) -> Iterator[tuple[str, Change]]:
         value = _value(one)
         if value.dtype == torch.int64:
             yield f"{one.name} one too small", _inserted(one.name, _one_less)
-        if not value.is_floating_point() or not value.ndim:
-            continue
+        if not value.is_floating_point() or not value.ndim or constant_of(one) is not None:
+            continue  # one number everywhere is the same in any order
         last = value.ndim - 1
         width = value.shape[last]
         if not isinstance(width, int) or width > 1:

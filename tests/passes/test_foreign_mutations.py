@@ -13,10 +13,15 @@ from dsv3_compile.capture import capture
 from dsv3_compile.phases import fix_sizes
 from dsv3_compile.transformers_layers import TransformersLayers
 from passes.base import END, Context, call, sweep
+from passes.canonicalise import Canonicalise
 from passes.pipeline import DEFAULT_PIPELINE, FOREIGN_PIPELINE
+from passes.scatter_one_hots import ScatterOneHots
 from passes.verify import CertificateError, Specimen, clone
 from tests.dsv3_compile import tiny
+from tests.passes.capture import tensor
+from tests.passes.harness import module_graph
 from tests.passes.test_mutations import WORKLOADS, Stage, mutants, spoiled
+from tests.passes.test_scatter_one_hots import HIDDEN, Experts, multiplied
 
 CONFIG = replace(tiny.TINY, num_hidden_layers=2, hidden_size=36, moe_intermediate_size=12)
 FOREIGN = {one.name() for one in FOREIGN_PIPELINE} - {one.name() for one in DEFAULT_PIPELINE}
@@ -39,9 +44,20 @@ def stages() -> list[Stage]:
         sweep(module)
         label = f"{one.name()} on moe prefill"
         specimen.certify(before, label)
-        if one.name() in FOREIGN:
+        if one.name() in FOREIGN - {ScatterOneHots.name()}:
             found.append(Stage(one.name(), label, before, clone(module), as_found))
-    return found
+    return [*found, one_hots()]
+
+
+def one_hots() -> Stage:
+    """transformers scatters its gates itself, so these experts are others."""
+    module = module_graph(Experts(multiplied), tensor("x_ND", 5, HIDDEN))
+    context = Context("prefill", target("cpu"), WORKLOADS["prefill"])
+    Canonicalise().run(module, context)
+    before, specimen, label = clone(module), Specimen.of(module), f"{ScatterOneHots.name()} on experts"
+    ScatterOneHots().run(module, context)
+    specimen.certify(before, label)
+    return Stage(ScatterOneHots.name(), label, before, clone(module), replace(specimen))
 
 
 @pytest.mark.parametrize("name", sorted(FOREIGN))

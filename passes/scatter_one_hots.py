@@ -1,0 +1,144 @@
+"""Weights summed over one-hot choices → the scatter that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of
+from passes.nodes import CASTS, counts_up, dtype_of, settled, uncast
+from passes.pair_numbers import chosen_experts
+from passes.products import BROADCAST, Product, product_of
+from passes.rewrite import matched
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ScatterOneHots(Pass):
+    """Σ_k one_hot(indices)[n, k, e] · weights[n, k]  →  scatter_add(0, −1, indices, weights)[n, e]
+
+    A one-hot is the op, or the comparison of every index with 0, 1, …; the sum is an einsum, or one over a product. So
+    gates of experts are written often, and `sparsify-experts` reads scatters.
+    """
+
+    prepares: ClassVar[bool] = True
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        graph, outcome = graph_module.graph, Outcome()
+        for node in list(graph.nodes):
+            choice = read_choice(node)
+            if choice is not None:
+                with graph.inserting_before(node):
+                    new = choice.scattered(graph, node)
+                node.replace_all_uses_with(new)
+                outcome.matches.append(matched(node, new))
+        graph.eliminate_dead_code()
+        return outcome
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Σ over `chosen` of one_hot(indices [letters]) · weights [own], with `expert` as the one-hot's last letter."""
+
+    indices: fx.Node
+    letters: str
+    weights: fx.Node
+    own: str
+    chosen: str
+    expert: str
+    experts: Any
+    out: str
+
+    def scattered(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
+        tokens = self.letters.replace(self.chosen, "")
+        indices = _arranged(graph, self.indices, self.letters, tokens + self.chosen)
+        weights = _arranged(graph, self.weights, self.own, tokens + self.chosen)
+        if dtype_of(indices) != torch.int64:
+            indices = call(graph, aten._to_copy.default, indices, dtype=torch.int64, like=node)
+        if dtype_of(weights) != dtype_of(node):
+            weights = call(graph, aten._to_copy.default, weights, dtype=dtype_of(node), like=node)
+        sizes = [
+            size if isinstance(size, int) else call(graph, aten.sym_size.int, indices, dim)
+            for dim, size in enumerate(shape_of(indices)[:-1])
+        ]
+        zeros = call(
+            graph, aten.zeros.default, [*sizes, self.experts], dtype=dtype_of(node), device=node.meta["val"].device
+        )
+        found = call(graph, aten.scatter_add.default, zeros, len(tokens), indices, weights, like=node)
+        return _arranged(graph, found, tokens + self.expert, self.out)
+
+
+def read_choice(node: fx.Node) -> Choice | None:
+    product = summed_product(node)
+    if product is None or len(product.operands) != 2 or len(product.summed()) != 1:
+        return None
+    (chosen,) = product.summed()
+    for (hot, letters), (weights, own) in (product.operands, product.operands[::-1]):
+        indices = one_hot_indices(hot)
+        spelled = own.replace(BROADCAST, "")
+        fits = (
+            indices is not None
+            and BROADCAST not in letters + product.out
+            and sorted(spelled) == sorted(letters[:-1])
+            and chosen in spelled
+            and sorted(product.out) == sorted(letters.replace(chosen, ""))
+        )
+        if fits and dtype_of(weights).is_floating_point and dtype_of(node).is_floating_point:
+            expert, experts = letters[-1], shape_of(hot)[-1]
+            return Choice(indices, letters[:-1], weights, own, chosen, expert, experts, product.out)
+    return None
+
+
+def summed_product(node: fx.Node) -> Product | None:
+    """A product, or a sum over one, as one product."""
+    product = product_of(node)
+    if product is None or len(product.operands) != 1:
+        return product
+    ((source, letters),) = product.operands
+    inner = product_of(uncast(source))
+    if inner is None or inner.summed() or len(inner.operands) < 2:
+        return None
+    names = dict(zip(inner.out, letters, strict=True)) | {BROADCAST: BROADCAST}
+    return Product(tuple((x, "".join(names[c] for c in own)) for x, own in inner.operands), product.out)
+
+
+def one_hot_indices(hot: fx.Node) -> fx.Node | None:
+    """What a one-hot over its last axis is of. A cast of zeros and ones is exact.
+
+    A comparison is one of a top-k's choices only: another index may be none of the numbers, which no scatter takes.
+    """
+    while is_call(hot := settled(hot), *CASTS):
+        hot = hot.args[0]
+    if is_call(hot, aten.one_hot):
+        return hot.args[0]
+    if not is_call(hot, aten.eq) or not all(isinstance(one, fx.Node) for one in hot.args):
+        return None
+    experts = shape_of(hot)[-1]
+    return next(
+        (
+            one
+            for one, numbers in _either_way(hot.args)
+            if counts_up(numbers, 0) and same_size(shape_of(numbers)[0], experts) and chosen_experts(one) == experts
+        ),
+        None,
+    )
+
+
+def _either_way(pair: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
+    for one, other in (pair, pair[::-1]):
+        if is_call(one, aten.unsqueeze) and one.args[1] in (-1, len(shape_of(one)) - 1):
+            yield one.args[0], other
+
+
+def _arranged(graph: fx.Graph, node: fx.Node, letters: str, wanted: str) -> fx.Node:
+    """The node without dims of size one, its others in the wanted order."""
+    for dim in reversed([d for d, letter in enumerate(letters) if letter == BROADCAST]):
+        node = call(graph, aten.squeeze.dim, node, dim, like=node)
+    letters = letters.replace(BROADCAST, "")
+    order = [letters.index(letter) for letter in wanted]
+    return node if order == sorted(order) else call(graph, aten.permute.default, node, order, like=node)
