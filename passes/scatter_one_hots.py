@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of
+from passes.dense_sum import distinct
 from passes.nodes import CASTS, counts_up, dtype_of, settled, uncast
 from passes.pair_numbers import chosen_experts
 from passes.products import BROADCAST, Product, product_of
@@ -21,10 +22,11 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class ScatterOneHots(Pass):
     """Σ_k one_hot(indices)[n, k, e] · weights[n, k]  →  scatter_add(0, −1, indices, weights)[n, e]
+       Σ_k one_hot(indices)[n, k, e]                  →  scatter(0, −1, indices, 1)[n, e], of different indices
 
     A one-hot is the op, or the comparison of every index with 0, 1, …; the sum is an einsum, or one over a product. So
-    gates of experts are written often, and `sparsify-experts` reads scatters.
-    """
+    gates of experts and masks of groups are written often, and other passes read scatters.
+    """  # fmt: skip
 
     prepares: ClassVar[bool] = True
 
@@ -43,11 +45,14 @@ class ScatterOneHots(Pass):
 
 @dataclass(frozen=True)
 class Choice:
-    """Σ over `chosen` of one_hot(indices [letters]) · weights [own], with `expert` as the one-hot's last letter."""
+    """Σ over `chosen` of one_hot(indices [letters]) · weights [own], with `expert` as the one-hot's last letter.
+
+    Without weights they are ones.
+    """
 
     indices: fx.Node
     letters: str
-    weights: fx.Node
+    weights: fx.Node | None
     own: str
     chosen: str
     expert: str
@@ -57,11 +62,8 @@ class Choice:
     def scattered(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
         tokens = self.letters.replace(self.chosen, "")
         indices = _arranged(graph, self.indices, self.letters, tokens + self.chosen)
-        weights = _arranged(graph, self.weights, self.own, tokens + self.chosen)
         if dtype_of(indices) != torch.int64:
             indices = call(graph, aten._to_copy.default, indices, dtype=torch.int64, like=node)
-        if dtype_of(weights) != dtype_of(node):
-            weights = call(graph, aten._to_copy.default, weights, dtype=dtype_of(node), like=node)
         sizes = [
             size if isinstance(size, int) else call(graph, aten.sym_size.int, indices, dim)
             for dim, size in enumerate(shape_of(indices)[:-1])
@@ -69,21 +71,33 @@ class Choice:
         zeros = call(
             graph, aten.zeros.default, [*sizes, self.experts], dtype=dtype_of(node), device=node.meta["val"].device
         )
-        found = call(graph, aten.scatter_add.default, zeros, len(tokens), indices, weights, like=node)
+        if self.weights is None:
+            found = call(graph, aten.scatter.value, zeros, len(tokens), indices, 1, like=node)
+        else:
+            weights = _arranged(graph, self.weights, self.own, tokens + self.chosen)
+            if dtype_of(weights) != dtype_of(node):
+                weights = call(graph, aten._to_copy.default, weights, dtype=dtype_of(node), like=node)
+            found = call(graph, aten.scatter_add.default, zeros, len(tokens), indices, weights, like=node)
         return _arranged(graph, found, tokens + self.expert, self.out)
 
 
 def read_choice(node: fx.Node) -> Choice | None:
     product = summed_product(node)
-    if product is None or len(product.operands) != 2 or len(product.summed()) != 1:
+    if product is None or len(product.operands) > 2 or len(product.summed()) != 1 or BROADCAST in product.out:
         return None
     (chosen,) = product.summed()
+    if len(product.operands) == 1:
+        ((hot, letters),) = product.operands
+        indices = one_hot_indices(hot)
+        if indices is None or chosen == letters[-1] or not distinct(indices, letters.index(chosen)):
+            return None
+        return Choice(indices, letters[:-1], None, "", chosen, letters[-1], shape_of(hot)[-1], product.out)
     for (hot, letters), (weights, own) in (product.operands, product.operands[::-1]):
         indices = one_hot_indices(hot)
         spelled = own.replace(BROADCAST, "")
         fits = (
             indices is not None
-            and BROADCAST not in letters + product.out
+            and BROADCAST not in letters
             and sorted(spelled) == sorted(letters[:-1])
             and chosen in spelled
             and sorted(product.out) == sorted(letters.replace(chosen, ""))
@@ -95,14 +109,14 @@ def read_choice(node: fx.Node) -> Choice | None:
 
 
 def summed_product(node: fx.Node) -> Product | None:
-    """A product, or a sum over one, as one product."""
+    """A product, or a sum over one, as one product; or a sum."""
     product = product_of(node)
     if product is None or len(product.operands) != 1:
         return product
     ((source, letters),) = product.operands
     inner = product_of(uncast(source))
     if inner is None or inner.summed() or len(inner.operands) < 2:
-        return None
+        return product
     names = dict(zip(inner.out, letters, strict=True)) | {BROADCAST: BROADCAST}
     return Product(tuple((x, "".join(names[c] for c in own)) for x, own in inner.operands), product.out)
 

@@ -71,6 +71,18 @@ def test_any_indices_may_be_scattered_by_one_hot(shape):
     assert len(apply(ScatterOneHots(), graph).matches) == 1
 
 
+class Groups(nn.Module):
+    def forward(self, scores):
+        return F.one_hot(scores.topk(CHOSEN, -1).indices, EXPERTS).sum(1)
+
+
+def test_a_mask_of_what_was_chosen_is_a_scatter_too():
+    graph = module_graph(Groups(), tensor("scores", "B", EXPERTS))
+    apply(Canonicalise(), graph)
+    assert len(apply(ScatterOneHots(), graph).matches) == 1
+    assert count(graph, aten.scatter) == 1 and count(graph, aten.one_hot) == 0
+
+
 def of_tokens(indices, weights):
     return (F.one_hot(indices, EXPERTS) * weights[:, :1, None]).sum(1)
 
@@ -79,13 +91,17 @@ def counted(indices, weights):
     return F.one_hot(indices, EXPERTS).sum(1)
 
 
+def experts_summed(indices, weights):
+    return F.one_hot(indices, EXPERTS).sum(-1) * weights
+
+
 def compared_with_some(indices, weights):
     return ((indices.unsqueeze(-1) == torch.arange(1, EXPERTS + 1)) * weights.unsqueeze(-1)).sum(-2)
 
 
-@pytest.mark.parametrize("gate", [of_tokens, counted, compared, compared_with_some])
+@pytest.mark.parametrize("gate", [of_tokens, counted, compared, compared_with_some, experts_summed])
 def test_near_misses_stay(gate):
-    """Weights of tokens, no weights, and comparisons of indices that no top-k gave."""
+    """Weights of tokens, counts of any indices, comparisons of indices that no top-k gave, sums over experts."""
     inputs = tensor("indices", 4, CHOSEN, dtype=torch.int64, upper=EXPERTS), tensor("weights", 4, CHOSEN)
     graph = module_graph(Gate(gate), *inputs)
     assert not apply(ScatterOneHots(), graph).matches

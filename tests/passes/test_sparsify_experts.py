@@ -127,6 +127,39 @@ def test_every_way_to_write_the_sum(total):
     assert count(graph, aten.scatter, aten.einsum, aten.matmul) == 0
 
 
+def sorted_gate(scores):
+    weights, indices = scores.sort(-1, descending=True)
+    return torch.zeros_like(scores).scatter(-1, indices[:, :K], weights[:, :K])
+
+
+def stably_sorted_gate(scores):
+    indices = torch.sort(scores, stable=True, dim=-1, descending=True).indices[:, 1 : K + 1]
+    return torch.zeros_like(scores).scatter(-1, indices, scores.gather(-1, indices))
+
+
+def argsorted_gate(scores):
+    indices = scores.argsort(-1)[:, -K:]
+    return torch.zeros_like(scores).scatter(-1, indices, scores.gather(-1, indices))
+
+
+def largest_gate(scores):
+    weights, indices = scores.max(-1, keepdim=True)
+    return torch.zeros_like(scores).scatter(-1, indices, weights)
+
+
+def gate_of_the_first(scores):
+    indices = scores.argmax(-1).unsqueeze(-1)
+    return torch.zeros_like(scores).scatter(-1, indices, scores.gather(-1, indices))
+
+
+@pytest.mark.parametrize("gate", [sorted_gate, stably_sorted_gate, argsorted_gate, largest_gate, gate_of_the_first])
+def test_choices_that_are_no_top_k(gate):
+    graph = graph_with(one_product, gate)
+    outcome = certified(SparsifyExperts(), graph)
+    assert len(outcome.matches) == 1 and not outcome.refusals
+    assert count(graph, dsv3.grouped_linear) == 2 and count(graph, aten.scatter) == 0
+
+
 def test_two_token_axes():
     def total(m, x, g):
         h = F.silu(torch.einsum("bsd,eid->bsei", x, m.w1))
@@ -230,6 +263,11 @@ def gate_that_adds(scores):
     return torch.zeros_like(scores).scatter_add(-1, indices % 2, weights)
 
 
+def gate_sorted_across_tokens(scores):
+    indices = scores.sort(0).indices[:, :K]
+    return torch.zeros_like(scores).scatter(-1, indices, scores.gather(-1, indices))
+
+
 def gate_of_repeated_experts(scores):
     weights, indices = scores.topk(K, -1)
     return torch.zeros_like(scores).scatter(-1, indices // 2, weights)
@@ -239,8 +277,9 @@ def gate_of_repeated_experts(scores):
     ("gate", "reason"),
     [
         (gate_into_ones, "scatter scatters into ones_like, which is not all zeros"),
-        (gate_that_adds, "remainder is no result of a top-k: a token may have one expert twice"),
-        (gate_of_repeated_experts, "floor_divide is no result of a top-k: a token may have one expert twice"),
+        (gate_that_adds, "remainder is neither a top-k nor sorted: a token may have one expert twice"),
+        (gate_sorted_across_tokens, "slice is neither a top-k nor sorted: a token may have one expert twice"),
+        (gate_of_repeated_experts, "floor_divide is neither a top-k nor sorted: a token may have one expert twice"),
     ],
 )
 def test_near_misses_of_the_gate(gate, reason):
