@@ -114,12 +114,14 @@ def tiles_of(plan):
     return {tuple(tile) for tile in plan.tiles[:3, : int(plan.tiles[3, 0])].T.tolist()}
 
 
+# The first are few tokens in several blocks of columns.
 @pytest.mark.parametrize(
-    "tokens, top_k, routed, shared", [(33, 6, 9, 2), (700, 6, 30, 2), (1201, 3, 20, 1), (2100, 2, 5, 3)]
+    "tokens, top_k, routed, shared, width",
+    [(33, 6, 9, 2, 1100), (700, 6, 30, 2, 40), (1201, 3, 20, 1, 40), (2100, 2, 5, 3, 40)],
 )
-def test_tokens_of_shared_experts_are_not_copied(tokens, top_k, routed, shared):
+def test_tokens_of_shared_experts_are_not_copied(tokens, top_k, routed, shared, width):
     last = torch.arange(routed, routed + shared).expand(tokens, shared)
-    indices, x = torch.cat([draw_pairs(tokens, top_k, routed), last], 1), torch.randn(tokens, 40)
+    indices, x = torch.cat([draw_pairs(tokens, top_k, routed), last], 1), torch.randn(tokens, width)
     plan = plan_many(x, indices, routed + shared, 64, 16, shared)
     every = plan_many(x, indices, routed + shared, 64, 16)
     used = int(plan.tiles[3, 0])
