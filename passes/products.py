@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from passes.base import call, equation_of, is_call, same_size, shape_of
-from passes.nodes import RESHAPES
+from passes.nodes import RESHAPES, is_tensor
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def product_of(node: fx.Node) -> Product | None:
             return None
         batch = string.ascii_lowercase[: len(shape_of(node)) - 2]
         return _aligned(node, ((left, "xy"), (right, "yz")), batch, "xz")
-    if is_call(node, aten.mul) and all(isinstance(a, fx.Node) for a in node.args[:2]):
+    if is_call(node, aten.mul) and all(map(is_tensor, node.args[:2])):
         letters = string.ascii_lowercase[: len(shape_of(node))]
         return _aligned(node, ((node.args[0], ""), (node.args[1], "")), letters, "")
     if is_call(node, aten.sum) and len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) and node.args[1]:

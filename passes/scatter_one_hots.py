@@ -11,7 +11,7 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of
 from passes.dense_sum import distinct
-from passes.nodes import CASTS, counts_up, dtype_of, settled, uncast
+from passes.nodes import CASTS, counts_up, dtype_of, is_tensor, settled, uncast
 from passes.pair_numbers import chosen_experts
 from passes.products import BROADCAST, Product, product_of
 from passes.rewrite import matched
@@ -32,7 +32,7 @@ class ScatterOneHots(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
         graph, outcome = graph_module.graph, Outcome()
-        for node in list(graph.nodes):
+        for node in filter(is_tensor, list(graph.nodes)):
             choice = read_choice(node)
             if choice is not None:
                 with graph.inserting_before(node):
