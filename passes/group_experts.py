@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, is_call, same_size, shape_of, sweep
+from passes.base import Context, Outcome, Pass, calls, is_call, same_size, shape_of, sweep
 from passes.chosen_pairs import ChosenPairs
 from passes.grouped_calls import grouped_call
 from passes.layouts import FEATURE, TOKEN_AXES
-from passes.nodes import constant_of, substitute
+from passes.nodes import constant_of, settled, substitute
 from passes.pair_numbers import CHOICE, PAIR, RANK, TOKEN, PairNumbers, chosen_behind, chosen_experts
 from passes.products import BROADCAST, product_of
 from passes.rewrite import Refused, matched
@@ -55,9 +55,20 @@ class GroupExperts(Pass):
                 outcome.refuse(why.node, why.reason)
             graph.eliminate_dead_code()
         for node, count in unrolled_experts(graph):
-            outcome.refuse(node, f"{count} experts are computed apart, each from weights of its own: stack them")
+            outcome.refuse(node, f"{count} experts are computed one by one: multiply all at once, by a stack of weights")
+        for node in picked_results(graph):
+            outcome.refuse(node, f"{node.name} picks from the results of all experts: pick weights, or sum with a gate")
         sweep(graph_module)
         return outcome
+
+
+def picked_results(graph: fx.Graph) -> Iterator[fx.Node]:
+    """Where the results of all experts, features and all, are gathered by those that a top-k chose."""
+    for node in calls(graph, aten.gather):
+        source, axis, index = node.args[:3]
+        chosen = chosen_behind(index) if is_call(index := settled(index), aten.expand) else None
+        if chosen is not None and same_size(shape_of(source)[axis], chosen_experts(chosen)):
+            yield node
 
 
 def expert_products(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -392,7 +392,12 @@ def second(indices, others):
     return others
 
 
-APART = f"{E} experts are computed apart, each from weights of its own: stack them"
+def results_picked(m, x, indices, weights):
+    results = torch.einsum("nef,edf->ned", swiglu(torch.einsum("nd,efd->nef", x, m.gate_up)), m.down)
+    return (results.gather(1, indices[..., None].expand(-1, -1, D)) * weights[..., None]).sum(1)
+
+
+APART = f"{E} experts are computed one by one: multiply all at once, by a stack of weights"
 NEAR_MISSES = {
     "used-elsewhere": (hidden_used_elsewhere, "mul is used by sum as well"),
     "softmax": (softmax_over_the_chosen, "softmax may look at several pairs at once"),
@@ -401,6 +406,7 @@ NEAR_MISSES = {
     "left-sorted": (rows_left_sorted, "the rows of multiply_groups are used without being sorted back"),
     "by-hand": (weights_multiplied_by_hand, "gate_up is copied for every pair before it is multiplied"),
     "in-turn": (every_expert_in_turn, APART),
+    "results": (results_picked, "gather picks from the results of all experts: pick weights, or sum with a gate"),
     "where-chosen": (every_expert_where_it_was_chosen, APART),
     "offsets-of-another": (
         sorted_by(first, counted=second),
