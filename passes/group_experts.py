@@ -55,7 +55,7 @@ class GroupExperts(Pass):
                 outcome.refuse(why.node, why.reason)
             graph.eliminate_dead_code()
         for node, count in unrolled_experts(graph):
-            outcome.refuse(node, f"{count} experts are computed one by one: multiply all at once, by a stack of weights")
+            outcome.refuse(node, f"{count} experts are computed one by one: multiply all at once, by one stack")
         for node in picked_results(graph):
             outcome.refuse(node, f"{node.name} picks from the results of all experts: pick weights, or sum with a gate")
         sweep(graph_module)

@@ -397,7 +397,7 @@ def results_picked(m, x, indices, weights):
     return (results.gather(1, indices[..., None].expand(-1, -1, D)) * weights[..., None]).sum(1)
 
 
-APART = f"{E} experts are computed one by one: multiply all at once, by a stack of weights"
+APART = f"{E} experts are computed one by one: multiply all at once, by one stack"
 NEAR_MISSES = {
     "used-elsewhere": (hidden_used_elsewhere, "mul is used by sum as well"),
     "softmax": (softmax_over_the_chosen, "softmax may look at several pairs at once"),
