@@ -393,7 +393,7 @@ def second(indices, others):
 
 
 def results_picked(m, x, indices, weights):
-    results = torch.einsum("nef,edf->ned", swiglu(torch.einsum("nd,efd->nef", x, m.gate_up)), m.down)
+    results = torch.einsum("nef,exf->nex", swiglu(torch.einsum("nd,efd->nef", x, m.gate_up)), m.down)
     return (results.gather(1, indices[..., None].expand(-1, -1, D)) * weights[..., None]).sum(1)
 
 
