@@ -66,7 +66,8 @@ def picked_results(graph: fx.Graph) -> Iterator[fx.Node]:
     """Where the results of all experts, features and all, are gathered by those that a top-k chose."""
     for node in calls(graph, aten.gather):
         source, axis, index = node.args[:3]
-        chosen = chosen_behind(index) if is_call(index := settled(index), aten.expand) else None
+        repeated = is_call(settled(index), aten.expand)
+        chosen = chosen_behind(index) if repeated else None
         if chosen is not None and same_size(shape_of(source)[axis], chosen_experts(chosen)):
             yield node
 

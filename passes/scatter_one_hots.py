@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of
-from passes.dense_sum import distinct
 from passes.nodes import CASTS, counts_up, dtype_of, is_tensor, settled, uncast
-from passes.pair_numbers import chosen_experts
+from passes.pair_numbers import chosen_experts, distinct
 from passes.products import BROADCAST, Product, product_of
 from passes.rewrite import matched
 
@@ -45,32 +44,27 @@ class ScatterOneHots(Pass):
 
 @dataclass(frozen=True)
 class Choice:
-    """Σ over `chosen` of one_hot(indices [letters]) · weights [own], with `expert` as the one-hot's last letter.
-
-    Without weights they are ones.
-    """
+    """out = Σ over `chosen` of one_hot(indices)[letters] · weights[own]; without weights they are ones."""
 
     indices: fx.Node
-    letters: str
+    letters: str  # of the one-hot: those of the indices, and the expert
     weights: fx.Node | None
     own: str
     chosen: str
-    expert: str
-    experts: Any
     out: str
 
     def scattered(self, graph: fx.Graph, node: fx.Node) -> fx.Node:
-        tokens = self.letters.replace(self.chosen, "")
-        indices = _arranged(graph, self.indices, self.letters, tokens + self.chosen)
+        places, expert = self.letters[:-1], self.letters[-1]
+        tokens, experts = places.replace(self.chosen, ""), shape_of(node)[self.out.index(expert)]
+        indices = _arranged(graph, self.indices, places, tokens + self.chosen)
         if dtype_of(indices) != torch.int64:
             indices = call(graph, aten._to_copy.default, indices, dtype=torch.int64, like=node)
         sizes = [
             size if isinstance(size, int) else call(graph, aten.sym_size.int, indices, dim)
             for dim, size in enumerate(shape_of(indices)[:-1])
         ]
-        zeros = call(
-            graph, aten.zeros.default, [*sizes, self.experts], dtype=dtype_of(node), device=node.meta["val"].device
-        )
+        like = {"dtype": dtype_of(node), "device": node.meta["val"].device}
+        zeros = call(graph, aten.zeros.default, [*sizes, experts], **like)
         if self.weights is None:
             found = call(graph, aten.scatter.value, zeros, len(tokens), indices, 1, like=node)
         else:
@@ -78,7 +72,7 @@ class Choice:
             if dtype_of(weights) != dtype_of(node):
                 weights = call(graph, aten._to_copy.default, weights, dtype=dtype_of(node), like=node)
             found = call(graph, aten.scatter_add.default, zeros, len(tokens), indices, weights, like=node)
-        return _arranged(graph, found, tokens + self.expert, self.out)
+        return _arranged(graph, found, tokens + expert, self.out)
 
 
 def read_choice(node: fx.Node) -> Choice | None:
@@ -91,7 +85,7 @@ def read_choice(node: fx.Node) -> Choice | None:
         indices = one_hot_indices(hot)
         if indices is None or chosen == letters[-1] or not distinct(indices, letters.index(chosen)):
             return None
-        return Choice(indices, letters[:-1], None, "", chosen, letters[-1], shape_of(hot)[-1], product.out)
+        return Choice(indices, letters, None, "", chosen, product.out)
     for (hot, letters), (weights, own) in (product.operands, product.operands[::-1]):
         indices = one_hot_indices(hot)
         spelled = own.replace(BROADCAST, "")
@@ -103,8 +97,7 @@ def read_choice(node: fx.Node) -> Choice | None:
             and sorted(product.out) == sorted(letters.replace(chosen, ""))
         )
         if fits and dtype_of(weights).is_floating_point and dtype_of(node).is_floating_point:
-            expert, experts = letters[-1], shape_of(hot)[-1]
-            return Choice(indices, letters[:-1], weights, own, chosen, expert, experts, product.out)
+            return Choice(indices, letters, weights, own, chosen, product.out)
     return None
 
 

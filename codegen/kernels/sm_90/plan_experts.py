@@ -247,7 +247,7 @@ def plan_few(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
     """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
-    order, tiles = _tables(pairs, experts, rows, x.device)
+    order, tiles = _tables(indices, experts, rows)
     gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     # Two sizes, so that few kernels serve every batch.
     block, block_d = 128 if pairs <= 128 else 1024, min(1024, triton.next_power_of_2(width))
@@ -281,7 +281,7 @@ def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1
     """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
-    order, tiles = _tables(pairs, experts, rows, x.device)
+    order, tiles = _tables(indices, experts, rows)
     block_e, block = triton.next_power_of_2(experts), triton.next_power_of_2(BLOCK_TOKENS * top_k)
     blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
     gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
@@ -336,8 +336,9 @@ def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1
     return ExpertPlan(order, tiles, gathered, x, shared * triton.cdiv(tokens, rows), (counts, rows_of_pairs))
 
 
-def _tables(pairs: int, experts: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
     """Room for the order and for the tiles of any routing."""
+    pairs, device = indices.numel(), indices.device
     max_tiles = max(2, min(pairs, experts + pairs // rows))  # the row of numbers has two
     order = torch.empty(pairs, dtype=torch.int32, device=device)
     return order, torch.empty((5, max_tiles), dtype=torch.int32, device=device)
