@@ -13,7 +13,7 @@ from torch import fx
 from passes.base import is_call, same_size, shape_of
 from passes.grouped_calls import GroupedCall, grouped_call
 from passes.layouts import EXPERT, FEATURE
-from passes.nodes import CASTS, is_division, is_pointwise, settled
+from passes.nodes import CASTS, dtype_of, is_division, is_pointwise, settled, uncast
 from passes.pair_numbers import CHOICE, PAIR, PUTS, RANK, TOKEN, PairNumbers
 from passes.pairs import Pairs
 from passes.products import BROADCAST, Part, part_of, product_of, sources_of_dims
@@ -209,6 +209,9 @@ class ChosenPairs(Pairs):
         if number is not None or is_call(node, *CASTS):
             value = without_weights(node.args[0], labels)
             if number is None:
+                known = uncast(value)  # what was widened for the weights alone
+                if dtype_of(known) == dtype_of(node):
+                    return known, weights
                 return self.call(node.target, value, *node.args[1:], **node.kwargs), weights
             if not weights:
                 weights.append(self.call(aten.ones_like.default, self.indices, dtype=value.meta["val"].dtype))

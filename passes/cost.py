@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from codegen.ops import NAMESPACE
 from codegen.targets import Target
 from passes.base import Role, Workload, equation_of, expression_of, is_call, placeholders
+from passes.grouped_calls import grouped_call
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -143,7 +144,8 @@ def is_elementwise(node: Any) -> bool:
     """Would a code generator fuse this node with its elementwise neighbours?"""
     if not isinstance(node, fx.Node) or node.op != "call_function" or is_view(node):
         return False
-    return _may_be_elementwise(node.target) and _packet(node) not in flop_registry
+    fused = _may_be_elementwise(node.target) and _packet(node) not in flop_registry
+    return fused and grouped_call(node) is None
 
 
 # A graph asks these of the same few operators thousands of times.
@@ -171,6 +173,10 @@ def node_cost(node: fx.Node, size: SizeOf) -> NodeCost:
         first = not any(is_elementwise(n) for n in _sources(node))
         return NodeCost(0, reads + (_bytes(value, size) if outside else 0), int(first))
     moved = sum(_bytes(n.meta["val"], size) for n in node.all_input_nodes) + _bytes(value, size)
+    grouped = grouped_call(node)
+    if grouped is not None:
+        flops = 2 * prod(_shape(grouped.rows, size)) * _shape(node, size)[1]
+        return NodeCost(flops, _grouped(grouped.rows, grouped.stack, size, moved), 1)
     traffic = TRAFFIC.get(_op_name(node))
     return NodeCost(_product_flops(node, size), moved if traffic is None else traffic(node, size, moved), 1)
 
@@ -282,15 +288,19 @@ def _attention_inputs(node: fx.Node, size: SizeOf, moved: Any) -> Any:
 def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     (tokens, _), (_, selected) = (_shape(argument, size) for argument in node.args[:2])
     experts = _shape(node.args[3], size)[0]
-    weights = _bytes(node.args[3].meta["val"], size) + _bytes(node.args[4].meta["val"], size)
+    weights = sum(_bytes(stack.meta["val"], size) for stack in (*node.args[3:5], *node.args[7:]))
     always = node.args[6] if len(node.args) > 6 else 0
     active = always + _active(experts - always, selected - always, tokens)
     return moved - weights + _share(weights, active / experts)
 
 
 def _grouped_linear(node: fx.Node, size: SizeOf, moved: Any) -> Any:
-    pairs, experts = (_shape(argument, size)[0] for argument in node.args[:2])
-    weights = _bytes(node.args[1].meta["val"], size)
+    return _grouped(node.args[0], node.args[1], size, moved)
+
+
+def _grouped(rows: Any, stack: Any, size: SizeOf, moved: Any) -> Any:
+    pairs, experts = (_shape(argument, size)[0] for argument in (rows, stack))
+    weights = _bytes(stack.meta["val"], size)
     return moved - weights + _share(weights, _active(experts, 1, pairs) / experts)
 
 

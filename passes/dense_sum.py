@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from passes.base import is_call, same_size, shape_of
+from passes.distinct import distinct
 from passes.layouts import EXPERT, FEATURE, labels_before
 from passes.nodes import CASTS, constant_of, is_pointwise, settled
-from passes.pair_numbers import distinct
 from passes.pairs import Pairs
 from passes.products import BROADCAST, product_of, sources_of_dims
 from passes.rewrite import Refused

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from passes.base import call, is_call, shape_of
-from passes.nodes import settled, users
-from passes.rewrite import Found, Match, Number, Op, Pattern, Rewrite, Var
+from passes.fuse_swiglu import gated
+from passes.nodes import dtype_of, keeps, settled, uncast
+from passes.rewrite import Cast, Found, Match, Number, Op, Pattern, Rewrite, Var
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -27,8 +27,10 @@ def grouped(inputs: Pattern, weight: str, name: str) -> Pattern:
     return Op((dsv3.grouped_linear,), (inputs, Var(weight), offsets), name=name)
 
 
-hidden = Op((dsv3.swiglu,), (grouped(x_of_pair, "gate_up", "first"),), name="hidden")
-experts = Op((dsv3.combine_pairs,), (grouped(hidden, "down", "second"), order, Var("weights")))
+gate_up = grouped(x_of_pair, "gate_up", "first")
+hidden = Op((dsv3.swiglu,), (gate_up,)) | gated(gate_up, grouped(x_of_pair, "up", "other"))
+results = grouped(Cast(hidden, lossy=True), "down", "second")
+experts = Op((dsv3.combine_pairs,), (Cast(results), order, Var("weights")))
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class FuseExperts(Rewrite):
        h = swiglu(grouped_linear(x[order // K], gate_up, offsets))      →    routed_swiglu(x, indices, weights,
        combine_pairs(grouped_linear(h, down, offsets), order, weights)                     gate_up, down)
 
-    Experts that are no SwiGLU keep the grouped form.
+    Gates and ups may also be products with stacks of their own. Experts that are no SwiGLU keep the grouped form.
     """  # fmt: skip
 
     before: ClassVar[Pattern] = Op((dsv3.combine_pairs,), (Var("y"),))
@@ -48,24 +50,30 @@ class FuseExperts(Rewrite):
             return what_differs(match["y"])
         if found["top_k"] != shape_of(found["indices"])[1]:
             return f"pairs are divided by {found['top_k']}, a token has {shape_of(found['indices'])[1]}"
-        for name in ("first", "hidden", "second"):
-            if len(users(found[name])) > 1:
-                return f"{found[name].name} is used by {users(found[name])[1].name} as well"
-        return None
+        dtypes = {name: dtype_of(found[name]) for name in ("x", "gate_up", "up", "down") if name in found.bound}
+        if len(set(dtypes.values())) > 1:
+            return "differ in dtype: " + ", ".join(f"{found[name].name} {dtype}" for name, dtype in dtypes.items())
+        if keeps(match.root, dtypes["x"]):
+            return f"{match.root.name} is not rounded to {dtypes['x']}, in which its experts are"
+        products = min(found[name] for name in ("first", "other") if name in found.bound)
+        # The sorted pairs and their tokens may be read by others: both forms make them.
+        return Match(found.root, found.bound, tuple(node for node in found.inner if not node < products)).leak()
 
     def after(self, graph: fx.Graph, match: Match) -> fx.Node:
         found = routed(match.root)
         assert found is not None
-        arguments = (found[name] for name in ("x", "indices", "weights", "gate_up", "down"))
-        return call(graph, dsv3.routed_swiglu.default, *arguments, like=match.root)
+        arguments = [found[name] for name in ("x", "indices", "weights", "gate_up", "down")]
+        apart = [None, 0, found["up"]] if "up" in found.bound else []
+        return call(graph, dsv3.routed_swiglu.default, *arguments, *apart, like=match.root)
 
 
-def routed(root: fx.Node) -> Mapping[str, Any] | None:
+def routed(root: fx.Node) -> Match | None:
     """The whole of a routed SwiGLU that ends in `root`."""
-    return next((found.bound for found in experts.search(root, Found())), None)
+    return next((Match(root, found.bound, found.inner) for found in experts.search(root, Found())), None)
 
 
 def what_differs(y: fx.Node) -> str:
+    y = uncast(y)
     if not is_call(y, dsv3.grouped_linear):
         return f"the experts do not end in a grouped product but in {y.name}"
     hidden_value = settled(y.args[0])

@@ -15,8 +15,11 @@ from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var
 
 aten = torch.ops.aten
 
-gate, up = Var("gate"), Var("up")
-silu = Op((aten.silu,), (Cast(gate),)) | Cast(gate) * Op((aten.sigmoid,), (Cast(gate),))
+
+def gated(gate: Pattern, up: Pattern) -> Pattern:
+    """silu(gate) * up, in any precision."""
+    silu = Op((aten.silu,), (Cast(gate),)) | Cast(gate) * Op((aten.sigmoid,), (Cast(gate),))
+    return Cast(silu, lossy=True) * Cast(up)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class FuseSwiglu(Rewrite):
 
     prepares: ClassVar[bool] = True
 
-    before: ClassVar[Pattern] = Cast(silu, lossy=True) * Cast(up)
+    before: ClassVar[Pattern] = gated(Var("gate"), Var("up"))
 
     def when(self, match: Match) -> str | None:
         first, second = (part_of(match[name]) for name in ("gate", "up"))

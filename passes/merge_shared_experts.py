@@ -73,6 +73,8 @@ def why_not(found: Mapping[str, Any], node: fx.Node) -> str | None:
     indices, weights = (chosen_by(found[name]) for name in ("indices", "weights"))
     if indices is None or weights is None or indices[0] is not weights[0] or (indices[1], weights[1]) != (0, 1):
         return f"{found['indices'].name} and {found['weights'].name} are not the answer of one router"
+    if len(found["routed"].args) > 5:
+        return f"{found['routed'].name} has more than stacks of gates and ups, and of downs"
     router = indices[0]
     if any(len(shape_of(found[name])) != 2 for name in ("shared_gate_up", "shared_down")):
         return f"the weights of {found['first'].name} and {found['second'].name} are no matrices"

@@ -200,9 +200,9 @@ def substitute(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 
 def keeps(node: fx.Node, dtype: torch.dtype) -> bool:
     """Does anybody see more of the node's value than `dtype` holds?"""
-    return not widens(dtype_of(node), dtype) and not all(
-        is_call(user, *CASTS) and widens(dtype_of(user), dtype) for user in users(node)
-    )
+    if widens(dtype_of(node), dtype):
+        return False
+    return any(not is_call(user, *CASTS, *VIEWS) or keeps(user, dtype) for user in users(node))
 
 
 def cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of
+from passes.distinct import distinct
 from passes.nodes import CASTS, counts_up, dtype_of, is_tensor, settled, uncast
-from passes.pair_numbers import chosen_experts, distinct
+from passes.pair_numbers import chosen_experts
 from passes.products import BROADCAST, Product, product_of
 from passes.rewrite import matched
 

@@ -53,6 +53,9 @@ def grouped_linear_kernel(
     E: tl.constexpr,
     OUT: tl.constexpr,
     D: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,12 +68,13 @@ def grouped_linear_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     x_row = x + row.to(tl.int64)[:, None] * x_stride
-    w_row = weight + expert.to(tl.int64) * (OUT * D) + column[None, :] * D
+    w_row = weight + expert.to(tl.int64) * EXPERT_STRIDE + column[None, :] * ROW_STRIDE
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         inside = start + depth < D
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(w_row + (start + depth)[:, None], mask=(column < OUT)[None, :] & inside[:, None], other=0.0)
+        wanted = (column < OUT)[None, :] & inside[:, None]
+        b = tl.load(w_row + (start + depth)[:, None] * COLUMN_STRIDE, mask=wanted, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     if SCATTER:
         target = tl.load(order + row, mask=row < end, other=0)
@@ -86,14 +90,14 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [M, D], weight [E, O, D], offsets [E] int32 → [M, O]."""
+    """x [M, D], weight [E, O, D] of any strides, offsets [E] int32 → [M, O]."""
     x = as_rows(x)
     rows, (experts, width, depth) = x.shape[0], weight.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     block = BLOCK_M_FEW if rows <= BLOCK_M_FEW * experts else BLOCK_M_MANY
     grouped_linear_kernel[(triton.cdiv(width, BLOCK_N), row_tiles(rows, experts, block))](
         x,
-        weight.contiguous(),
+        weight,
         offsets,
         None,
         out,
@@ -102,6 +106,9 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         E=experts,
         OUT=width,
         D=depth,
+        EXPERT_STRIDE=weight.stride(0),
+        ROW_STRIDE=weight.stride(1),
+        COLUMN_STRIDE=weight.stride(2),
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,
         BLOCK_N=BLOCK_N,

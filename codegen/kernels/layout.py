@@ -14,3 +14,11 @@ def as_rows(x: Tensor) -> Tensor:
 def packed(x: Tensor) -> Tensor:
     """x itself if neighbours on its last axis are neighbours in memory, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gates and ups, [E, I, D] each, of one stack [E, 2I, D], or of two."""
+    if up is not None:
+        return gate_up, up
+    gate, up = gate_up.chunk(2, 1)
+    return gate, up

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_tiles
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, halves
 from codegen.kernels.sort_pairs import sort_pairs
 
 # Rows per tile: few where the average expert gets few rows (decode), more where weights are reused (prefill).
@@ -25,7 +25,8 @@ NUM_STAGES = 3
 @triton.jit
 def gate_up_kernel(
     x,
-    gate_up,
+    gate,
+    up,
     offsets,
     order,
     hidden,
@@ -34,6 +35,9 @@ def gate_up_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -47,18 +51,17 @@ def gate_up_kernel(
     column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     depth = tl.arange(0, BLOCK_K)
     x_row = x + token[:, None] * x_stride
-    gate_row = gate_up + expert.to(tl.int64) * (2 * WIDTH * D) + column[None, :] * D
-    gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    rows = expert.to(tl.int64) * EXPERT_STRIDE + column[None, :] * ROW_STRIDE
+    gated = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    linear = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for start in range(0, D, BLOCK_K):
         inside = start + depth < D
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
         wanted = (column < WIDTH)[None, :] & inside[:, None]
-        b = tl.load(gate_row + (start + depth)[:, None], mask=wanted, other=0.0)
-        c = tl.load(gate_row + WIDTH * D + (start + depth)[:, None], mask=wanted, other=0.0)
-        gate = tl.dot(a, b, gate, input_precision="ieee")
-        up = tl.dot(a, c, up, input_precision="ieee")
-    value = gate * tl.sigmoid(gate) * up
+        at = rows + (start + depth)[:, None] * COLUMN_STRIDE
+        gated = tl.dot(a, tl.load(gate + at, mask=wanted, other=0.0), gated, input_precision="ieee")
+        linear = tl.dot(a, tl.load(up + at, mask=wanted, other=0.0), linear, input_precision="ieee")
+    value = gated * tl.sigmoid(gated) * linear
     written = (row < end)[:, None] & (column < WIDTH)[None, :]
     place = hidden + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(place, value.to(hidden.dtype.element_ty), mask=written)
@@ -96,12 +99,17 @@ def routed_swiglu(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D].
 
-    `always` experts that every token gets are treated like the others.
+    With up [E, I, D], gate_up [E, I, D] is the gates alone. Stacks may have any strides. `always` experts that every
+    token gets are treated like the others.
     """
     x = as_rows(x)
+    gate, up = halves(gate_up, up)
+    if gate.stride() != up.stride():
+        gate, up = gate.contiguous(), up.contiguous()
     residual = None if residual is None else as_rows(residual)
     tokens, top_k = indices.shape
     experts, hidden_width, width = down.shape
@@ -114,7 +122,8 @@ def routed_swiglu(
     tiles = row_tiles(pairs, experts, block)
     gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
         x,
-        gate_up.contiguous(),
+        gate,
+        up,
         offsets,
         order,
         hidden,
@@ -123,6 +132,9 @@ def routed_swiglu(
         K=top_k,
         D=hidden_width,
         WIDTH=width,
+        EXPERT_STRIDE=gate.stride(0),
+        ROW_STRIDE=gate.stride(1),
+        COLUMN_STRIDE=gate.stride(2),
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,
         BLOCK_I=BLOCK_I,
@@ -133,7 +145,7 @@ def routed_swiglu(
     # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
     grouped_linear_kernel[(triton.cdiv(hidden_width, BLOCK_D), tiles)](
         hidden,
-        down.contiguous(),
+        down,
         offsets,
         order,
         y,
@@ -142,6 +154,9 @@ def routed_swiglu(
         E=experts,
         OUT=hidden_width,
         D=width,
+        EXPERT_STRIDE=down.stride(0),
+        ROW_STRIDE=down.stride(1),
+        COLUMN_STRIDE=down.stride(2),
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,
         BLOCK_N=BLOCK_D,

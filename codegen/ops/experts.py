@@ -67,6 +67,7 @@ def _like_tokens(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], down.shape[1]))
 
@@ -80,7 +81,7 @@ def _pair_flops(
 
 @opaque(
     "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? residual=None, "
-    "int always=0) -> Tensor",
+    "int always=0, Tensor? up=None) -> Tensor",
     fake=_like_tokens,
     flops=_pair_flops,
 )
@@ -92,13 +93,15 @@ def routed_swiglu(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
     Σ_k weights[n, k] · down[e] · swiglu(gate_up[e] · x[n]), e = indices[n, k], plus residual [N, D]. Products
     accumulate in at least fp32 and are rounded to the dtype of x; the sum is rounded once. Weights of experts
     that nobody chose are not read. The last `always` columns of indices are the last experts in every row, which lets
-    a kernel read them before it is told: ValueError if they are not.
+    a kernel read them before it is told: ValueError if they are not. With up [E, I, D], which somebody keeps in a stack
+    of its own, gate_up [E, I, D] is the gates alone.
     """
     experts = gate_up.shape[0]
     if always and (indices[:, -always:] != torch.arange(experts - always, experts, device=indices.device)).any():
@@ -106,7 +109,9 @@ def routed_swiglu(
     # One loop per product, and what stands between them on all pairs at once: of a decode step's few pairs, small
     # operations for every expert would cost as much as the products.
     order, offsets = sort_pairs(indices, gate_up.shape[0])
-    hidden = swiglu(grouped_linear(x[order // indices.shape[1]], gate_up, offsets))
+    rows = x[order // indices.shape[1]]
+    products = [grouped_linear(rows, stack, offsets) for stack in (gate_up, up) if stack is not None]
+    hidden = swiglu(torch.cat(products, -1))
     wide = compute_dtype(x)
     total = combine_pairs(grouped_linear(hidden, down, offsets).to(wide), order, weights)
     return (total if residual is None else total + residual.to(wide)).to(x.dtype)

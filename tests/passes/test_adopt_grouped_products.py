@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from passes.adopt_grouped_products import AdoptGroupedProducts
+from passes.cost import cost
 from tests.passes import test_group_experts as zoo
-from tests.passes.capture import certified, count, untouched
+from tests.passes.capture import CONTEXT, certified, count, untouched
 
 dsv3 = torch.ops.dsv3
 
@@ -30,6 +31,16 @@ def test_both_products_become_ours(experts, top_k, monkeypatch):
     outcome = certified(AdoptGroupedProducts(), graph, seeds=(0,))
     assert len(outcome.matches) == 2 and not outcome.refusals
     assert count(graph, dsv3.grouped_linear) == 2 and count(graph, zoo.multiply_groups) == 0
+
+
+def test_theirs_and_ours_cost_the_same():
+    graph = zoo.graph_with(zoo.sorted_and_grouped, shape=(4, zoo.D))
+    before = cost(graph.graph)
+    AdoptGroupedProducts().run(graph, CONTEXT)
+    ours = cost(graph.graph)
+    assert (before.flops, before.bytes, before.launches) == (ours.flops, ours.bytes, ours.launches)
+    pairs = 4 * zoo.K
+    assert before.flops == 2 * 4 * zoo.D * zoo.E + 2 * pairs * 3 * zoo.D * zoo.I
 
 
 def short_offsets(m, x, indices, weights):

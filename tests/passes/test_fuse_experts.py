@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,23 +31,26 @@ E, K, D, I = 5, 2, 6, 4  # noqa: E741
 
 
 class Experts(nn.Module):
-    def __init__(self, activation, leak: bool = False):
+    def __init__(self, activation, leak: bool = False, apart: bool = False, wide: bool = False):
         super().__init__()
-        self.activation, self.leak = activation, leak
+        self.activation, self.leak, self.apart, self.wide = activation, leak, apart, wide
         self.router = nn.Parameter(torch.empty(E, D))
         self.gate_up, self.down = nn.Parameter(torch.empty(E, 2 * I, D)), nn.Parameter(torch.empty(E, D, I))
+        self.gate, self.up = nn.Parameter(torch.empty(E, I, D)), nn.Parameter(torch.empty(E, I, D))
 
     def forward(self, x):
         weights, indices = F.linear(x, self.router).softmax(-1).topk(K, -1)
         order, offsets = dsv3.sort_pairs(indices, E)
-        first = dsv3.grouped_linear(x[order // K], self.gate_up, offsets)
-        second = dsv3.grouped_linear(self.activation(first), self.down, offsets)
-        y = dsv3.combine_pairs(second, order, weights)
-        return (y, first.sum()) if self.leak else y
+        stacks = [self.gate, self.up] if self.apart else [self.gate_up]
+        first = [dsv3.grouped_linear(x[order // K], stack, offsets) for stack in stacks]
+        second = dsv3.grouped_linear(self.activation(*first), self.down, offsets)
+        y = dsv3.combine_pairs(second.float() if self.wide else second, order, weights)
+        y = y if self.wide == "kept" else y.to(x.dtype)
+        return (y, first[0].sum()) if self.leak else y
 
 
-def graph_with(activation, leak: bool = False):
-    return graph_of(Experts(activation, leak), [tensor("x", "B", D)])
+def graph_with(activation, leak: bool = False, apart: bool = False, wide: bool | str = False, dtype=torch.float32):
+    return graph_of(Experts(activation, leak, apart, wide).to(dtype), [tensor("x", "B", D, dtype=dtype)])
 
 
 def test_layers_of_the_family():
@@ -60,6 +64,31 @@ def test_layers_of_the_family():
         assert node.args[3].target is aten.cat.default
 
 
+GATED = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "up first": lambda gate, up: up * F.silu(gate),
+    "sigmoid": lambda gate, up: gate * gate.sigmoid() * up,
+    "in float": lambda gate, up: (F.silu(gate.float()) * up).to(gate.dtype),
+}
+
+
+@pytest.mark.parametrize("activation", GATED.values(), ids=GATED)
+def test_gates_and_ups_may_be_stacks_of_their_own(activation):
+    for dtype, wide in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        graph = graph_with(activation, apart=True, wide=wide, dtype=dtype)
+        assert len(certified(FuseExperts(), graph).matches) == 1
+        assert count(graph, dsv3.sort_pairs, dsv3.grouped_linear, dsv3.combine_pairs) == 0
+        (node,) = calls(graph.graph, dsv3.routed_swiglu)
+        stacks = {name: [n for n in graph.graph.nodes if n.target == name] for name in ("gate", "up", "down")}
+        assert [node.args[3:]] == [(*stacks["gate"], *stacks["down"], None, 0, *stacks["up"])]
+
+
+def test_a_sum_that_is_wanted_in_float_stays_one():
+    graph = graph_with(GATED["silu"], apart=True, wide="kept", dtype=torch.bfloat16)
+    reason = "combine_pairs is not rounded to torch.bfloat16, in which its experts are"
+    assert untouched(FuseExperts(), graph) == reason
+
+
 def test_other_activations_keep_the_grouped_form():
     graph = graph_with(lambda h: F.gelu(h[:, :I]) * h[:, I:])
     assert untouched(FuseExperts(), graph) == "the experts are no SwiGLU: mul stands between their products"
@@ -67,4 +96,6 @@ def test_other_activations_keep_the_grouped_form():
 
 def test_a_product_used_elsewhere_is_refused():
     graph = graph_with(torch.ops.dsv3.swiglu, leak=True)
+    assert untouched(FuseExperts(), graph) == "grouped_linear is used by sum as well"
+    graph = graph_with(GATED["sigmoid"], leak=True, apart=True)
     assert untouched(FuseExperts(), graph) == "grouped_linear is used by sum as well"

@@ -152,10 +152,18 @@ def sorted_and_added(m, x, indices, weights):
     return torch.zeros_like(x).scatter_add(0, rows, y * weights.flatten()[order][:, None])
 
 
+def counted_by_a_mask(m, x, indices, weights):
+    chosen = torch.zeros(x.shape[0], E, dtype=torch.bool).scatter(-1, indices, True)
+    order = indices.flatten().argsort(stable=True)
+    offsets = chosen.sum(0).cumsum(0, dtype=torch.int32)
+    y = multiply_groups(swiglu(multiply_groups(x[order // K], m.up_t, offsets)), m.down_t, offsets)
+    return torch.zeros_like(x).index_add(0, order // K, y * weights.flatten()[order][:, None])
+
+
 SWIGLU = [
     gathered_and_batched, gathered_with_einsum, gathered_with_matmul, gathered_transposed, added_to_the_tokens,
     scores_before_the_last_product, sorted_and_grouped, sorted_back_by_argsort, written_back_into_place,
-    sorted_and_added,
+    sorted_and_added, counted_by_a_mask,
 ]  # fmt: skip
 
 
@@ -168,6 +176,20 @@ def test_every_way_to_write_a_swiglu_is_one_op(experts):
     assert len(certified(FuseExperts(), graph).matches) == 1
     assert count(graph, dsv3.routed_swiglu) == 1
     assert count(graph, multiply_groups, aten.index, aten.sort, aten.argsort, aten.bmm, aten.einsum) == 0
+
+
+def test_what_was_widened_for_the_weights_alone_is_not():
+    def experts(m, x, indices, weights):
+        order = indices.flatten().argsort(stable=True)
+        h = swiglu(multiply_groups(x[order // K], m.up_t, ends(indices.flatten())))
+        y = multiply_groups(h, m.down_t, ends(indices.flatten()))
+        y = (y.float() * weights.float().flatten()[order][:, None]).to(x.dtype)
+        return torch.zeros_like(x).index_add(0, order // K, y)
+
+    graph = graph_of(Layer(experts).to(torch.bfloat16), [tensor("x", "B", D, dtype=torch.bfloat16)])
+    assert len(certified(GroupExperts(), graph).matches) == 1
+    FuseSwiglu().run(graph, CONTEXT)
+    assert len(certified(FuseExperts(), graph).matches) == 1
 
 
 # ---- experts of other kinds

@@ -46,7 +46,8 @@ class Experts(nn.Module):
         indices, weights = dsv3.route(logits, None, "softmax", K, 1, 1, "max", 0.0, False, 0.0, 1.0)
         if self.twist == "weights":
             weights = weights * 2
-        y = dsv3.routed_swiglu(x, indices, weights, self.gate_up, self.down)
+        more = {"residual": x} if self.twist == "residual" else {}
+        y = dsv3.routed_swiglu(x, indices, weights, self.gate_up, self.down, **more)
         hidden = dsv3.swiglu(self.both(x.relu() if self.twist == "input" else x))
         out = y + self.out(hidden)
         return (out, indices) if self.twist == "indices" else (out, hidden) if self.twist == "hidden" else out
@@ -71,6 +72,7 @@ def test_the_cpu_keeps_them_apart():
         ("bias", "has a bias"),
         ("experts", "does not choose among 5 experts"),
         ("weights", "are not the answer of one router"),
+        ("residual", "has more than stacks of gates and ups, and of downs"),
         ("input", "the shared expert reads relu, the others x"),
         ("indices", "are not the answer of one router"),
         ("hidden", "is used by output as well"),

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.rings import advance, make_barriers
 
@@ -39,7 +39,7 @@ class Tile:
 
 @gluon.jit
 def _load(
-    weight_desc,
+    descs,
     x_desc,
     tiles_ptr,
     max_tiles,
@@ -50,17 +50,13 @@ def _load(
     empty,
     EXPERT_ROWS: gl.constexpr,
     OUTPUT_TILES: gl.constexpr,
-    PARTS: gl.constexpr,
-    PART_ROWS: gl.constexpr,
-    ROWS: gl.constexpr,
     BLOCK_O: gl.constexpr,
     BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The loading warp: it never waits for an item to end, so reading goes on across items."""
-    ELEMENT: gl.constexpr = weight_desc.dtype.primitive_bitwidth // 8
-    WEIGHT_BYTES: gl.constexpr = PARTS * BLOCK_O * BLOCK_D * ELEMENT
-    STEP_BYTES: gl.constexpr = WEIGHT_BYTES + ROWS * BLOCK_D * ELEMENT
+    PARTS: gl.constexpr = len(descs)
+    STEP_BYTES: gl.constexpr = PARTS * descs[0].block_type.nbytes + x_desc.block_type.nbytes
     items = gl.load(tiles_ptr + 3 * max_tiles) * OUTPUT_TILES
     first = gl.program_id(0)
     # Weights do not depend on the kernel before: the first ring of them is under way while it still drains.
@@ -71,8 +67,8 @@ def _load(
         mbarrier.expect(full.index(slot), STEP_BYTES)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
-                weight_desc,
-                [weight_row + part * PART_ROWS, slot * BLOCK_D],
+                descs[part],
+                [weight_row, slot * BLOCK_D],
                 full.index(slot),
                 weights_smem.index(slot * PARTS + part),
             )
@@ -90,8 +86,8 @@ def _load(
             mbarrier.expect(full.index(slot), STEP_BYTES, pred=fresh)
             for part in gl.static_range(PARTS):
                 tma.async_copy_global_to_shared(
-                    weight_desc,
-                    [weight_row + part * PART_ROWS, step * BLOCK_D],
+                    descs[part],
+                    [weight_row, step * BLOCK_D],
                     full.index(slot),
                     weights_smem.index(slot * PARTS + part),
                     pred=fresh,
@@ -202,7 +198,8 @@ def _multiply(
 
 @gluon.jit
 def product_kernel(
-    weight_desc,
+    first_desc,
+    second_desc,
     x_desc,
     out_ptr,
     order_ptr,
@@ -221,9 +218,10 @@ def product_kernel(
     SWIGLU: gl.constexpr,
     AFTER_PLAN: gl.constexpr,
 ):
-    dtype: gl.constexpr = weight_desc.dtype
-    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_O, BLOCK_D], weight_desc.layout)
+    dtype: gl.constexpr = first_desc.dtype
+    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * PARTS, BLOCK_O, BLOCK_D], first_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_D], x_desc.layout)
+    descs = (first_desc, second_desc) if PARTS == 2 else (first_desc,)
     full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     if AFTER_PLAN:
         # The plan itself is the predecessor's output; after this the successor may rely on it.
@@ -236,8 +234,8 @@ def product_kernel(
                 weights_smem, x_smem, full, empty, OUTPUT_TILES, PARTS, ROWS, BLOCK_O, STAGES, SWIGLU,
             )),
             (_load, (
-                weight_desc, x_desc, tiles_ptr, max_tiles, steps, weights_smem, x_smem, full, empty,
-                EXPERT_ROWS, OUTPUT_TILES, PARTS, EXPERT_ROWS // 2, ROWS, BLOCK_O, BLOCK_D, STAGES,
+                descs, x_desc, tiles_ptr, max_tiles, steps, weights_smem, x_smem, full, empty,
+                EXPERT_ROWS, OUTPUT_TILES, BLOCK_O, BLOCK_D, STAGES,
             )),
         ],
         [1],
@@ -245,21 +243,25 @@ def product_kernel(
     )  # fmt: skip
 
 
-def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pair_weights: Tensor | None) -> Tensor:
+def grouped_product(
+    x: Tensor, stacks: tuple[Tensor, ...], plan: ExpertPlan, tile: Tile, pair_weights: Tensor | None
+) -> Tensor:
     """One grouped product over the tiles of `plan`, made for tile.rows.
 
-    Without pair weights: x [M, D] sorted, weight [E, 2I, D] → swiglu of the products [M, I], sorted.
-    With pair weights [M] fp32 in pair order: x [M, D] sorted, weight [E, O, D] → [M, O] in pair order, weighted.
+    With two stacks, gates and ups: x [M, D] sorted, [E, I, D] each → swiglu of the products [M, I], sorted.
+    With one and pair weights [M] fp32 in pair order: x [M, D] sorted, [E, O, D] → [M, O] in pair order, weighted.
     """
-    experts, expert_rows, depth = weight.shape
+    _, width, depth = stacks[0].shape
+    _, expert_rows = matrix_of(stacks[0])
+    first, *others = (in_boxes(matrix_of(stack)[0], tile.outputs, tile.depth) for stack in stacks)
     swiglu = pair_weights is None
-    width = expert_rows // 2 if swiglu else expert_rows
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     output_tiles = triton.cdiv(width, tile.outputs)
     programs = min(processors, plan.tiles.shape[1] * output_tiles)
     product_kernel[(programs,)](
-        in_boxes(weight.view(experts * expert_rows, depth), tile.outputs, tile.depth),
+        first,
+        others[0] if swiglu else first,
         in_boxes(x, tile.rows, tile.depth),
         out,
         plan.order,
@@ -270,7 +272,7 @@ def grouped_product(x: Tensor, weight: Tensor, plan: ExpertPlan, tile: Tile, pai
         width,
         EXPERT_ROWS=expert_rows,
         OUTPUT_TILES=output_tiles,
-        PARTS=2 if swiglu else 1,
+        PARTS=len(stacks),
         ROWS=tile.rows,
         BLOCK_O=tile.outputs,
         BLOCK_D=tile.depth,

@@ -40,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.letters import hear, tell
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, order_for_copies
@@ -65,12 +65,12 @@ def _tile_of(tiles_ptr, max_tiles, tile):
 
 @gluon.jit
 def _load_item(
-    weight_desc, x_desc, ring, weight_row, row, groups, steps, slot, phase,
+    first_desc, second_desc, x_desc, ring, weight_row, row, groups, steps, slot, phase,
     BOX_APART: gl.constexpr, HALF_APART: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All steps of one item: two boxes of weights for each half, a box of tokens for each group."""
     weights_smem, x_smem, full, empty = ring
-    WEIGHT_BYTES: gl.constexpr = 4 * weight_desc.block_type.nbytes
+    WEIGHT_BYTES: gl.constexpr = 4 * first_desc.block_type.nbytes
     X_BYTES: gl.constexpr = x_desc.block_type.nbytes
     for step in range(steps):
         column = step * BLOCK_D
@@ -78,11 +78,12 @@ def _load_item(
         for used in gl.static_range(1, 4):
             mbarrier.expect(full.index(slot), WEIGHT_BYTES + used * X_BYTES, pred=groups == used)
         for half in gl.static_range(2):
-            for box in gl.static_range(2):
-                tma.async_copy_global_to_shared(
-                    weight_desc, [weight_row + half * HALF_APART + box * BOX_APART, column], full.index(slot),
-                    weights_smem.index(slot * 2 + half).slice(box * 64, 64),
-                )  # fmt: skip
+            first_row = weight_row + half * HALF_APART
+            both_smem = weights_smem.index(slot * 2 + half)
+            tma.async_copy_global_to_shared(first_desc, [first_row, column], full.index(slot), both_smem.slice(0, 64))
+            tma.async_copy_global_to_shared(
+                second_desc, [first_row + BOX_APART, column], full.index(slot), both_smem.slice(64, 64)
+            )
         for group in gl.static_range(3):
             tma.async_copy_global_to_shared(
                 x_desc, [row + group * 64, column], full.index(slot), x_smem.index(slot * 3 + group),
@@ -94,9 +95,10 @@ def _load_item(
 
 @gluon.jit
 def _load(
-    gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early, gathered, tokens,
-    depth_steps, inner_steps, ring, mail,
-    INNER: gl.constexpr, WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+    gate_desc, up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early, gathered,
+    tokens, depth_steps, inner_steps, ring, mail,
+    EXPERT_ROWS: gl.constexpr, INNER: gl.constexpr, DOWN_ROWS: gl.constexpr, WIDTH: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: takes items, and never waits for one to end, so reading goes on across items.
 
@@ -120,8 +122,8 @@ def _load(
         expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
         tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
         slot, phase = _load_item(
-            gate_up_desc, tokens_desc, ring, expert * (2 * INNER) + part * 128, (row - gathered) % tokens,
-            (end - row + 63) // 64, depth_steps, slot, phase, INNER, 64, BLOCK_D, STAGES,
+            gate_desc, up_desc, tokens_desc, ring, expert * EXPERT_ROWS + part * 128, (row - gathered) % tokens,
+            (end - row + 63) // 64, depth_steps, slot, phase, 0, 64, BLOCK_D, STAGES,
         )  # fmt: skip
         letter, letter_phase = advance(letter, letter_phase, MAIL)
         item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
@@ -136,8 +138,8 @@ def _load(
             expert, row, end = _tile_of(tiles_ptr, max_tiles, tile)
             tell(mail, WIDE, tile, part, row, end, letter, letter_phase)
             slot, phase = _load_item(
-                gate_up_desc, gathered_desc, ring, expert * (2 * INNER) + part * 128, row, (end - row + 63) // 64,
-                depth_steps, slot, phase, INNER, 64, BLOCK_D, STAGES,
+                gate_desc, up_desc, gathered_desc, ring, expert * EXPERT_ROWS + part * 128, row,
+                (end - row + 63) // 64, depth_steps, slot, phase, 0, 64, BLOCK_D, STAGES,
             )  # fmt: skip
         else:
             tile = (item - wide_items) // NARROW_TILES
@@ -146,8 +148,8 @@ def _load(
             tell(mail, NARROW, tile, part, row, end, letter, letter_phase)
             await_signals(done_ptr + tile, WIDE_TILES)
             slot, phase = _load_item(
-                down_desc, hidden_desc, ring, expert * WIDTH + part * 256, row, (end - row + 63) // 64, inner_steps,
-                slot, phase, 64, 128, BLOCK_D, STAGES,
+                down_desc, down_desc, hidden_desc, ring, expert * DOWN_ROWS + part * 256, row,
+                (end - row + 63) // 64, inner_steps, slot, phase, 64, 128, BLOCK_D, STAGES,
             )  # fmt: skip
         letter, letter_phase = advance(letter, letter_phase, MAIL)
         item = gl.atomic_add(next_ptr, 1, sem="relaxed", scope="gpu")
@@ -371,12 +373,13 @@ def _signal(tiles_ptr, max_tiles, mail, MAIL: gl.constexpr):
 
 @gluon.jit
 def prefill_products_kernel(
-    gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, hidden_ptr, out_ptr, order_ptr, pair_weights_ptr,
-    tiles_ptr, max_tiles, early, gathered, tokens, depth_steps, inner_steps,
-    INNER: gl.constexpr, WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+    gate_desc, up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, hidden_ptr, out_ptr, order_ptr,
+    pair_weights_ptr, tiles_ptr, max_tiles, early, gathered, tokens, depth_steps, inner_steps,
+    EXPERT_ROWS: gl.constexpr, INNER: gl.constexpr, DOWN_ROWS: gl.constexpr, WIDTH: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = gate_up_desc.dtype
-    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * 2, 128, BLOCK_D], gate_up_desc.layout)
+    dtype: gl.constexpr = gate_desc.dtype
+    weights_smem = gl.allocate_shared_memory(dtype, [STAGES * 2, 128, BLOCK_D], gate_desc.layout)
     x_smem = gl.allocate_shared_memory(dtype, [STAGES * 3, 64, BLOCK_D], gathered_desc.layout)
     ring = (weights_smem, x_smem, make_barriers(STAGES, 1), make_barriers(STAGES, 3))
     letters = gl.allocate_shared_memory(gl.int32, [MAIL * 8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -397,8 +400,9 @@ def prefill_products_kernel(
                 2, INNER, WIDTH, STAGES, MAIL,
             )),
             (_load, (
-                gate_up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early,
-                gathered, tokens, depth_steps, inner_steps, ring, mail, INNER, WIDTH, BLOCK_D, STAGES, MAIL,
+                gate_desc, up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early,
+                gathered, tokens, depth_steps, inner_steps, ring, mail,
+                EXPERT_ROWS, INNER, DOWN_ROWS, WIDTH, BLOCK_D, STAGES, MAIL,
             )),
             (_signal, (tiles_ptr, max_tiles, mail, MAIL)),
         ],
@@ -407,22 +411,24 @@ def prefill_products_kernel(
     )  # fmt: skip
 
 
-def prefill_products(plan: ExpertPlan, gate_up: Tensor, down: Tensor, pair_weights: Tensor) -> Tensor:
+def prefill_products(plan: ExpertPlan, gate: Tensor, up: Tensor, down: Tensor, pair_weights: Tensor) -> Tensor:
     """Both products over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
 
-    gate_up [E, 2I, D], down [E, O, I], pair_weights [M] fp32 in pair order → [M, O] in pair order, weighted.
+    gate and up [E, I, D], down [E, O, I], pair_weights [M] fp32 in pair order → [M, O] in pair order, weighted.
     """
-    experts, rows, depth = gate_up.shape
-    width, inner = down.shape[1:]
-    pairs, device = plan.order.shape[0], gate_up.device
-    hidden = torch.empty((pairs, inner), dtype=gate_up.dtype, device=device)
-    out = torch.empty((pairs, width), dtype=gate_up.dtype, device=device)
+    _, inner, depth = gate.shape
+    width = down.shape[1]
+    pairs, device = plan.order.shape[0], gate.device
+    (gates, expert_rows), (ups, _), (downs, down_rows) = (matrix_of(stack) for stack in (gate, up, down))
+    hidden = torch.empty((pairs, inner), dtype=gate.dtype, device=device)
+    out = torch.empty((pairs, width), dtype=gate.dtype, device=device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     prefill_products_kernel[(processors,)](
-        in_boxes(gate_up.view(experts * rows, depth), 64, BLOCK_D),
+        in_boxes(gates, 64, BLOCK_D),
+        in_boxes(ups, 64, BLOCK_D),
         in_boxes(plan.gathered, GROUP_ROWS, BLOCK_D),
         in_boxes(plan.tokens, GROUP_ROWS, BLOCK_D),
-        in_boxes(down.view(experts * width, inner), 64, BLOCK_D),
+        in_boxes(downs, 64, BLOCK_D),
         in_boxes(hidden, GROUP_ROWS, BLOCK_D),
         hidden,
         out,
@@ -435,7 +441,9 @@ def prefill_products(plan: ExpertPlan, gate_up: Tensor, down: Tensor, pair_weigh
         plan.tokens.shape[0],
         triton.cdiv(depth, BLOCK_D),
         triton.cdiv(inner, BLOCK_D),
+        EXPERT_ROWS=expert_rows,
         INNER=inner,
+        DOWN_ROWS=down_rows,
         WIDTH=width,
         BLOCK_D=BLOCK_D,
         STAGES=STAGES,

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import halves
+from codegen.kernels.sm_90.boxes import is_matrix
 from codegen.kernels.sm_90.grouped_products import Tile, grouped_product
 from codegen.kernels.sm_90.plan_experts import plan_few, plan_many
 from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_products
@@ -87,12 +89,16 @@ def serves(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    up: Tensor | None = None,
 ) -> str | None:
     """None, or the reason why the plain form must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"activations are {x.dtype}; tensor copies and products want a 16-bit float"
-    if x.dtype != gate_up.dtype or x.dtype != down.dtype:
+    gate, up = halves(gate_up, up)
+    if not x.dtype == gate.dtype == up.dtype == down.dtype:
         return "activations and weights differ in dtype"
+    if not (is_matrix(gate) and is_matrix(up) and is_matrix(down)) or gate.stride() != up.stride():
+        return "the rows of all experts' weights are not those of one matrix"
     if gate_up.shape[2] % 8 or down.shape[2] % 8:
         return f"rows of {gate_up.shape[2]} and {down.shape[2]} elements are no multiple of 16 bytes"
     return None
@@ -106,26 +112,29 @@ def routed_swiglu(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """Kernel of the op `routed_swiglu`: x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I]
-    → [N, D], plus residual [N, D]. Weights of experts that nobody chose are not read; pairs are summed in a fixed
-    order. The last `always` indices of every token are the last experts.
+    → [N, D], plus residual [N, D]. With up [E, I, D], gate_up [E, I, D] is the gates alone. Weights of experts that
+    nobody chose are not read; pairs are summed in a fixed order. The last `always` indices of every token are the last
+    experts.
     """
+    gate, up = halves(gate_up, up)
     tokens, top_k = indices.shape
     if tokens == 0:
         return torch.empty_like(x)
     residual = None if residual is None else residual.contiguous()
     if tokens == 1:
-        return single_token_swiglu(x.contiguous(), indices, weights, gate_up, down, residual, always)
-    experts = gate_up.shape[0]
+        return single_token_swiglu(x.contiguous(), indices, weights, gate, up, down, residual, always)
+    experts = gate.shape[0]
     pairs = tokens * top_k
     tiling = next((tiling for tiling in TILINGS if pairs <= tiling[0] * experts), None)
     if tiling is None:
         plan = plan_many(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
-        y = prefill_products(plan, gate_up, down, weights)
+        y = prefill_products(plan, gate, up, down, weights)
     else:
         _, wide, narrow = tiling
         plan = plan_few(x, indices, experts, wide.rows)
-        hidden = grouped_product(plan.gathered, gate_up, plan, wide, None)
-        y = grouped_product(hidden, down, plan, narrow, weights)
+        hidden = grouped_product(plan.gathered, (gate, up), plan, wide, None)
+        y = grouped_product(hidden, (down,), plan, narrow, weights)
     return combine(y, top_k, residual)

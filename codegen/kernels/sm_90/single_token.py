@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.rings import advance, make_barriers
 
 ROWS = 8  # of a weight, in a tile: few, so that all multiprocessors get about as many
@@ -32,26 +32,25 @@ def _place(order, PAIRS: gl.constexpr, ALWAYS: gl.constexpr):
 
 @gluon.jit
 def _stream_row_tile(
-    weight_desc,
+    descs,
     row,
     smem,
     full,
     empty,
     slot,
     phase,
-    PARTS: gl.constexpr,
-    PART_ROWS: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The steps of one tile of rows, and of the tile PART_ROWS behind it where PARTS is 2; returns slot and phase."""
-    COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
+    """The steps of the tile of rows that begins at `row`, side by side of every matrix; returns slot and phase."""
+    PARTS: gl.constexpr = len(descs)
+    COLUMNS: gl.constexpr = descs[0].block_type.shape[1]
     for step in range(STEPS):
         mbarrier.wait(empty.index(slot), phase)
-        mbarrier.expect(full.index(slot), PARTS * weight_desc.block_type.nbytes)
+        mbarrier.expect(full.index(slot), PARTS * descs[0].block_type.nbytes)
         for part in gl.static_range(PARTS):
             tma.async_copy_global_to_shared(
-                weight_desc, [row + part * PART_ROWS, step * COLUMNS], full.index(slot), smem.index(slot * PARTS + part)
+                descs[part], [row, step * COLUMNS], full.index(slot), smem.index(slot * PARTS + part)
             )
         slot, phase = advance(slot, phase, STAGES)
     return slot, phase
@@ -59,7 +58,8 @@ def _stream_row_tile(
 
 @gluon.jit
 def _load_gate_up(
-    weight_desc,
+    gate_desc,
+    up_desc,
     indices_ptr,
     smem,
     full,
@@ -67,25 +67,26 @@ def _load_gate_up(
     PAIRS: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
+    EXPERT_ROWS: gl.constexpr,
     WIDTH: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    ROWS: gl.constexpr = weight_desc.block_type.shape[0]
+    ROWS: gl.constexpr = gate_desc.block_type.shape[0]
     TILES: gl.constexpr = (WIDTH + ROWS - 1) // ROWS
     programs = gl.num_programs(0)
     slot = 0
     phase = 1
     item = gl.program_id(0)
     while item < ALWAYS * TILES:
-        row = (EXPERTS - ALWAYS + item // TILES) * (2 * WIDTH) + item % TILES * ROWS
-        slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 2, WIDTH, STEPS, STAGES)
+        row = (EXPERTS - ALWAYS + item // TILES) * EXPERT_ROWS + item % TILES * ROWS
+        slot, phase = _stream_row_tile((gate_desc, up_desc), row, smem, full, empty, slot, phase, STEPS, STAGES)
         item += programs
     gdc_wait()
     while item < PAIRS * TILES:
         expert = gl.load(indices_ptr + _place(item // TILES, PAIRS, ALWAYS)).to(gl.int32)
-        row = expert * (2 * WIDTH) + item % TILES * ROWS
-        slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 2, WIDTH, STEPS, STAGES)
+        row = expert * EXPERT_ROWS + item % TILES * ROWS
+        slot, phase = _stream_row_tile((gate_desc, up_desc), row, smem, full, empty, slot, phase, STEPS, STAGES)
         item += programs
 
 
@@ -134,22 +135,24 @@ def _multiply_gate_up(
 
 @gluon.jit
 def single_gate_up_kernel(
-    weight_desc,
+    gate_desc,
+    up_desc,
     x_ptr,
     indices_ptr,
     hidden_ptr,
     PAIRS: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
+    EXPERT_ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Every program takes tiles of ROWS gate rows and their up rows, pair after pair."""
-    ROWS: gl.constexpr = weight_desc.block_type.shape[0]
-    COLUMNS: gl.constexpr = weight_desc.block_type.shape[1]
+    ROWS: gl.constexpr = gate_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = gate_desc.block_type.shape[1]
     STEPS: gl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
-    smem = gl.allocate_shared_memory(weight_desc.dtype, [STAGES * 2, ROWS, COLUMNS], weight_desc.layout)
+    smem = gl.allocate_shared_memory(gate_desc.dtype, [STAGES * 2, ROWS, COLUMNS], gate_desc.layout)
     full, empty = make_barriers(STAGES, 1), make_barriers(STAGES, 1)
     gdc_launch_dependents()
     gl.warp_specialize(
@@ -158,7 +161,8 @@ def single_gate_up_kernel(
                 x_ptr, hidden_ptr, smem, full, empty, PAIRS, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES,
             )),
             (_load_gate_up, (
-                weight_desc, indices_ptr, smem, full, empty, PAIRS, ALWAYS, EXPERTS, WIDTH, STEPS, STAGES,
+                gate_desc, up_desc, indices_ptr, smem, full, empty,
+                PAIRS, ALWAYS, EXPERTS, EXPERT_ROWS, WIDTH, STEPS, STAGES,
             )),
         ],
         [1],
@@ -176,6 +180,7 @@ def _load_down(
     PAIRS: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
+    EXPERT_ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -186,13 +191,13 @@ def _load_down(
     phase = 1
     for item in range(gl.program_id(0), TILES, gl.num_programs(0)):
         for order in range(ALWAYS):
-            row = (EXPERTS - ALWAYS + order) * DEPTH + item * ROWS
-            slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 1, 0, STEPS, STAGES)
+            row = (EXPERTS - ALWAYS + order) * EXPERT_ROWS + item * ROWS
+            slot, phase = _stream_row_tile((weight_desc,), row, smem, full, empty, slot, phase, STEPS, STAGES)
         gdc_wait()
         for order in range(ALWAYS, PAIRS):
             expert = gl.load(indices_ptr + _place(order, PAIRS, ALWAYS)).to(gl.int32)
-            row = expert * DEPTH + item * ROWS
-            slot, phase = _stream_row_tile(weight_desc, row, smem, full, empty, slot, phase, 1, 0, STEPS, STAGES)
+            row = expert * EXPERT_ROWS + item * ROWS
+            slot, phase = _stream_row_tile((weight_desc,), row, smem, full, empty, slot, phase, STEPS, STAGES)
 
 
 @gluon.jit
@@ -252,6 +257,7 @@ def single_down_kernel(
     PAIRS: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
+    EXPERT_ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
@@ -271,7 +277,8 @@ def single_down_kernel(
                 PAIRS, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES, ADD,
             )),
             (_load_down, (
-                weight_desc, indices_ptr, smem, full, empty, PAIRS, ALWAYS, EXPERTS, DEPTH, STEPS, STAGES,
+                weight_desc, indices_ptr, smem, full, empty,
+                PAIRS, ALWAYS, EXPERTS, EXPERT_ROWS, DEPTH, STEPS, STAGES,
             )),
         ],
         [1],
@@ -281,36 +288,39 @@ def single_down_kernel(
 
 def _row_tiles(weight: Tensor) -> TensorDescriptor:
     """The stacked weights [E, O, D] as one matrix, in tiles of rows."""
-    return in_boxes(weight.view(-1, weight.shape[2]), ROWS, COLUMNS)
+    return in_boxes(matrix_of(weight)[0], ROWS, COLUMNS)
 
 
 def single_token_swiglu(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
-    gate_up: Tensor,
+    gate: Tensor,
+    up: Tensor,
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
 ) -> Tensor:
-    """x [1, D], indices and weights [1, K], gate_up [E, 2I, D], down [E, D, I] → [1, D], plus residual [1, D].
+    """x [1, D], indices and weights [1, K], gate and up [E, I, D], down [E, D, I] → [1, D], plus residual [1, D].
 
     The last `always` indices are the last experts of the stacks.
     """
-    pairs, experts = indices.shape[1], gate_up.shape[0]
+    pairs, experts = indices.shape[1], gate.shape[0]
     depth, width = down.shape[1:]
     hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     out = torch.empty((1, depth), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     step_bytes = ROWS * COLUMNS * x.element_size()
     single_gate_up_kernel[(min(PROGRAMS * processors, pairs * triton.cdiv(width, ROWS)),)](
-        _row_tiles(gate_up),
+        _row_tiles(gate),
+        _row_tiles(up),
         x,
         indices,
         hidden,
         PAIRS=pairs,
         ALWAYS=always,
         EXPERTS=experts,
+        EXPERT_ROWS=matrix_of(gate)[1],
         DEPTH=depth,
         WIDTH=width,
         STAGES=RING_BYTES // (2 * step_bytes),
@@ -328,6 +338,7 @@ def single_token_swiglu(
         PAIRS=pairs,
         ALWAYS=always,
         EXPERTS=experts,
+        EXPERT_ROWS=matrix_of(down)[1],
         DEPTH=depth,
         WIDTH=width,
         STAGES=RING_BYTES // step_bytes,

@@ -34,6 +34,18 @@ def test_weights_of_experts_nobody_chose_are_not_read():
     torch.testing.assert_close(routed_swiglu(x, indices, weights, gate_up, down), expected)
 
 
+@pytest.mark.parametrize("transposed", [(), ("gate", "up", "down"), ("down",), ("up",)])
+def test_stacks_may_be_apart_and_transposed(transposed):
+    x, indices, weights, gate_up, down = draw(7, 5, 2, 9, 20, torch.float32, 5)
+    stacks = dict(zip(("gate", "up", "down"), (*gate_up.chunk(2, 1), down), strict=True))
+    for name in transposed:
+        stacks[name] = stacks[name].transpose(1, 2).contiguous().transpose(1, 2)
+    expected = torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down)
+    arguments = x, indices, weights, stacks["gate"], stacks["down"], None, 0, stacks["up"]
+    torch.testing.assert_close(torch.ops.dsv3.routed_swiglu(*arguments), expected)
+    torch.testing.assert_close(routed_swiglu(*arguments), expected)
+
+
 def test_a_residual_is_added_before_rounding():
     arguments = draw(5, 6, 2, 9, 5, torch.float16, 6)
     residual = 100 * torch.randn(5, 20).half()[:, 3:12]

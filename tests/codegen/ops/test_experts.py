@@ -45,6 +45,13 @@ def test_the_four_steps_make_the_routed_swiglu():
     torch.testing.assert_close(found, dsv3.routed_swiglu(*arguments))
 
 
+def test_gates_and_ups_may_be_two_stacks():
+    x, indices, weights, gate_up, down = arguments = draw(9, 7, 3)
+    gate, up = gate_up.chunk(2, 1)
+    found = dsv3.routed_swiglu(x, indices, weights, gate, down, up=up)
+    torch.testing.assert_close(found, token_by_token(*arguments))
+
+
 def test_weights_of_experts_nobody_chose_are_not_read():
     x, indices, weights, gate_up, down = draw(4, 8, 2, choose_from=3)
     gate_up[3:], down[3:] = torch.nan, torch.nan

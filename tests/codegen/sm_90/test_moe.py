@@ -36,13 +36,15 @@ def test_plain_parts_agree_with_the_references():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def experts(dtype=torch.bfloat16, hidden=256, width=192, tokens="N"):
+def experts(dtype=torch.bfloat16, hidden=256, width=192, tokens="N", apart=False, strides=None):
+    stack = TensorSpec((8, width if apart else 2 * width, hidden), dtype, strides)
     return (
         TensorSpec((tokens, hidden), dtype),
         TensorSpec((tokens, 2), torch.int64),
         TensorSpec((tokens, 2), torch.float32),
-        TensorSpec((8, 2 * width, hidden), dtype),
+        stack,
         TensorSpec((8, hidden, width), dtype),
+        *((None, 0, stack) if apart else ()),
     )
 
 
@@ -57,15 +59,15 @@ def test_kernels_fit_the_chip_without_spilling(tokens):
 # A whole tile, two tiles of an expert, groups without tokens, a single row, experts that nobody chose; sizes that are
 # no multiple of a step or a tile; more multiprocessors than items, and fewer; the last experts shared.
 @pytest.mark.parametrize(
-    "counts, shared, hidden, width, processors, dtype",
+    "counts, shared, hidden, width, processors, dtype, apart",
     [
-        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16),
-        ([64, 129], 0, 72, 8, 7, torch.float16),
-        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16),
-        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16),
+        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16, False),
+        ([64, 129], 0, 72, 8, 7, torch.float16, True),
+        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16, False),
+        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16, True),
     ],
 )
-def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, monkeypatch):
+def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, apart, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
     pairs, top_k = sum(counts), 2
@@ -83,14 +85,16 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
     table[4, : len(tiles)] = 0
     tokens = torch.randn(counts[-1], hidden).to(dtype)
     gathered = torch.randn(pairs - shared * counts[-1], hidden).to(dtype)
-    gate_up = (torch.randn(len(counts), 2 * width, hidden) * hidden**-0.5).to(dtype)
+    # Gates and ups in one stack or in two; either way kernels are told where each of them is.
+    stacks = torch.randn(2, len(counts), width, hidden) * hidden**-0.5
+    gate, up = stacks.to(dtype) if apart else stacks.transpose(0, 1).flatten(1, 2).to(dtype).chunk(2, 1)
     down = (torch.randn(len(counts), hidden, width) * width**-0.5).to(dtype)
     weights = torch.rand(pairs // top_k + 1, top_k)
     plan = ExpertPlan(order, table, gathered, tokens, sum(tile[0] >= first for tile in tiles))
     with emulated(processors):
-        y = prefill_products(plan, gate_up, down, weights)
-    gate, up = by_expert(torch.cat([gathered, *[tokens] * shared]), gate_up, counts).chunk(2, -1)
-    hidden = (torch.nn.functional.silu(gate) * up).to(dtype)
+        y = prefill_products(plan, gate, up, down, weights)
+    gated, linear = (by_expert(torch.cat([gathered, *[tokens] * shared]), stack, counts) for stack in (gate, up))
+    hidden = (torch.nn.functional.silu(gated) * linear).to(dtype)
     assert error(y[order.long()], by_expert(hidden, down, counts) * weights.flatten()[order.long(), None]) < 4e-3
 
 
@@ -110,6 +114,16 @@ def test_float32_experts_get_the_plain_form():
 def test_rows_that_tensor_copies_cannot_address_get_the_plain_form():
     assert choose("routed_swiglu", experts(width=20), SM_90).parent.name == "kernels"
     assert choose("routed_swiglu", experts(), SM_90).parent.name == "sm_90"
+
+
+def test_stacks_that_are_no_matrix_of_rows_get_the_plain_form():
+    def form(strides):
+        return choose("routed_swiglu", experts(apart=True, strides=strides), SM_90).parent.name
+
+    assert form(None) == "sm_90"
+    assert form((2 * 192 * 256, 256, 1)) == "sm_90"  # a part of something higher
+    assert form((192 * 256, 1, 192)) == "kernels"  # kept as inputs times outputs
+    assert form((192 * 256 + 8, 256, 1)) == "kernels"
 
 
 def test_each_number_of_pairs_has_a_tiling_that_holds_a_typical_expert():

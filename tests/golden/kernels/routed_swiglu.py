@@ -24,6 +24,14 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gates and ups, [E, I, D] each, of one stack [E, 2I, D], or of two."""
+    if up is not None:
+        return gate_up, up
+    gate, up = gate_up.chunk(2, 1)
+    return gate, up
+
+
 @triton.jit
 def find_run(
     offsets,
@@ -62,6 +70,9 @@ def grouped_linear_kernel(
     E: tl.constexpr = 6
     OUT: tl.constexpr = 72
     D: tl.constexpr = 24
+    EXPERT_STRIDE: tl.constexpr = 1728
+    ROW_STRIDE: tl.constexpr = 24
+    COLUMN_STRIDE: tl.constexpr = 1
     BLOCK_E: tl.constexpr = 8
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
@@ -70,12 +81,13 @@ def grouped_linear_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     x_row = x + row.to(tl.int64)[:, None] * x_stride
-    w_row = weight + expert.to(tl.int64) * (OUT * D) + column[None, :] * D
+    w_row = weight + expert.to(tl.int64) * EXPERT_STRIDE + column[None, :] * ROW_STRIDE
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, D, BLOCK_K):
         inside = start + depth < D
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(w_row + (start + depth)[:, None], mask=(column < OUT)[None, :] & inside[:, None], other=0.0)
+        wanted = (column < OUT)[None, :] & inside[:, None]
+        b = tl.load(w_row + (start + depth)[:, None] * COLUMN_STRIDE, mask=wanted, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     target = tl.load(order + row, mask=row < end, other=0)
     written = (row < end)[:, None] & (column < OUT)[None, :]
@@ -145,7 +157,8 @@ NUM_STAGES = 3
 @triton.jit
 def gate_up_kernel(
     x,
-    gate_up,
+    gate,
+    up,
     offsets,
     order,
     hidden,
@@ -158,6 +171,9 @@ def gate_up_kernel(
     K: tl.constexpr = 2
     D: tl.constexpr = 72
     WIDTH: tl.constexpr = 24
+    EXPERT_STRIDE: tl.constexpr = 3456
+    ROW_STRIDE: tl.constexpr = 72
+    COLUMN_STRIDE: tl.constexpr = 1
     BLOCK_E: tl.constexpr = 8
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
@@ -167,18 +183,17 @@ def gate_up_kernel(
     column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     depth = tl.arange(0, BLOCK_K)
     x_row = x + token[:, None] * x_stride
-    gate_row = gate_up + expert.to(tl.int64) * (2 * WIDTH * D) + column[None, :] * D
-    gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    rows = expert.to(tl.int64) * EXPERT_STRIDE + column[None, :] * ROW_STRIDE
+    gated = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    linear = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for start in range(0, D, BLOCK_K):
         inside = start + depth < D
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
         wanted = (column < WIDTH)[None, :] & inside[:, None]
-        b = tl.load(gate_row + (start + depth)[:, None], mask=wanted, other=0.0)
-        c = tl.load(gate_row + WIDTH * D + (start + depth)[:, None], mask=wanted, other=0.0)
-        gate = tl.dot(a, b, gate, input_precision="ieee")
-        up = tl.dot(a, c, up, input_precision="ieee")
-    value = gate * tl.sigmoid(gate) * up
+        at = rows + (start + depth)[:, None] * COLUMN_STRIDE
+        gated = tl.dot(a, tl.load(gate + at, mask=wanted, other=0.0), gated, input_precision="ieee")
+        linear = tl.dot(a, tl.load(up + at, mask=wanted, other=0.0), linear, input_precision="ieee")
+    value = gated * tl.sigmoid(gated) * linear
     written = (row < end)[:, None] & (column < WIDTH)[None, :]
     place = hidden + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(place, value.to(hidden.dtype.element_ty), mask=written)
@@ -211,12 +226,17 @@ def routed_swiglu(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    up: Tensor | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D].
 
-    `always` experts that every token gets are treated like the others.
+    With up [E, I, D], gate_up [E, I, D] is the gates alone. Stacks may have any strides. `always` experts that every
+    token gets are treated like the others.
     """
     x = as_rows(x)
+    gate, up = halves(gate_up, up)
+    if gate.stride() != up.stride():
+        gate, up = gate.contiguous(), up.contiguous()
     residual = None if residual is None else as_rows(residual)
     tokens, top_k = indices.shape
     experts, hidden_width, width = down.shape
@@ -227,10 +247,19 @@ def routed_swiglu(
     out = torch.empty((tokens, hidden_width), dtype=x.dtype, device=x.device)
     block = BLOCK_M_FEW if pairs <= BLOCK_M_FEW * experts else BLOCK_M_MANY
     tiles = row_tiles(pairs, experts, block)
-    expect(E=(experts, 6), K=(top_k, 2), D=(hidden_width, 72), WIDTH=(width, 24))
+    expect(
+        E=(experts, 6),
+        K=(top_k, 2),
+        D=(hidden_width, 72),
+        WIDTH=(width, 24),
+        EXPERT_STRIDE=(gate.stride(0), 3456),
+        ROW_STRIDE=(gate.stride(1), 72),
+        COLUMN_STRIDE=(gate.stride(2), 1),
+    )
     gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
         x,
-        gate_up.contiguous(),
+        gate,
+        up,
         offsets,
         order,
         hidden,
@@ -242,10 +271,17 @@ def routed_swiglu(
         num_stages=NUM_STAGES,
     )
     # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
-    expect(E=(experts, 6), OUT=(hidden_width, 72), D=(width, 24))
+    expect(
+        E=(experts, 6),
+        OUT=(hidden_width, 72),
+        D=(width, 24),
+        EXPERT_STRIDE=(down.stride(0), 1728),
+        ROW_STRIDE=(down.stride(1), 24),
+        COLUMN_STRIDE=(down.stride(2), 1),
+    )
     grouped_linear_kernel[(triton.cdiv(hidden_width, BLOCK_D), tiles)](
         hidden,
-        down.contiguous(),
+        down,
         offsets,
         order,
         y,
