@@ -9,12 +9,15 @@ from torch import Tensor
 
 from codegen.kernels.layout import as_rows
 
-# Rows per tile: few where the average expert gets few rows (decode), more where weights are reused (prefill).
+# Tiles where the average expert gets few rows (decode, limited by reading weights), and where it gets many (prefill).
 BLOCK_M_FEW = 16
-BLOCK_M_MANY = 64
-BLOCK_N = 64
-BLOCK_K = 64
-NUM_WARPS = 4
+BLOCK_M_MANY = 128
+BLOCK_N_FEW = 64
+BLOCK_N_MANY = 128
+STEP_BYTES_FEW = 256  # of a row, per step
+STEP_BYTES_MANY = 128
+WARPS_FEW = 4
+WARPS_MANY = 8
 NUM_STAGES = 3
 
 
@@ -94,8 +97,9 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     x = as_rows(x)
     rows, (experts, width, depth) = x.shape[0], weight.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    block = BLOCK_M_FEW if rows <= BLOCK_M_FEW * experts else BLOCK_M_MANY
-    grouped_linear_kernel[(triton.cdiv(width, BLOCK_N), row_tiles(rows, experts, block))](
+    few = rows <= BLOCK_M_FEW * experts
+    block, columns = (BLOCK_M_FEW, BLOCK_N_FEW) if few else (BLOCK_M_MANY, BLOCK_N_MANY)
+    grouped_linear_kernel[(triton.cdiv(width, columns), row_tiles(rows, experts, block))](
         x,
         weight,
         offsets,
@@ -111,9 +115,9 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         COLUMN_STRIDE=weight.stride(2),
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        num_warps=NUM_WARPS,
+        BLOCK_N=columns,
+        BLOCK_K=(STEP_BYTES_FEW if few else STEP_BYTES_MANY) // x.element_size(),
+        num_warps=WARPS_FEW if few else WARPS_MANY,
         num_stages=NUM_STAGES,
     )
     return out

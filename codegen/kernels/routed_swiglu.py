@@ -11,15 +11,18 @@ from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_
 from codegen.kernels.layout import as_rows, halves
 from codegen.kernels.sort_pairs import sort_pairs
 
-# Rows per tile: few where the average expert gets few rows (decode), more where weights are reused (prefill).
+# Tiles where the average expert gets few rows (decode, limited by reading weights), and where it gets many (prefill).
 BLOCK_M_FEW = 16
-BLOCK_M_MANY = 64
-BLOCK_I = 32
-BLOCK_D = 64
-BLOCK_K = 64
-BLOCK_COMBINE = 1024
-NUM_WARPS = 4
+BLOCK_M_MANY = 128
+BLOCK_I = 64
+BLOCK_D_FEW = 64
+BLOCK_D_MANY = 128
+STEP_BYTES_FEW = 256  # of a row, per step
+STEP_BYTES_MANY = 128
+WARPS_FEW = 4
+WARPS_MANY = 8
 NUM_STAGES = 3
+BLOCK_COMBINE = 1024
 
 
 @triton.jit
@@ -118,7 +121,10 @@ def routed_swiglu(
     hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, hidden_width), dtype=x.dtype, device=x.device)
-    block = BLOCK_M_FEW if pairs <= BLOCK_M_FEW * experts else BLOCK_M_MANY
+    few = pairs <= BLOCK_M_FEW * experts
+    block, columns = (BLOCK_M_FEW, BLOCK_D_FEW) if few else (BLOCK_M_MANY, BLOCK_D_MANY)
+    block_k = (STEP_BYTES_FEW if few else STEP_BYTES_MANY) // x.element_size()
+    warps = WARPS_FEW if few else WARPS_MANY
     tiles = row_tiles(pairs, experts, block)
     gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
         x,
@@ -138,12 +144,12 @@ def routed_swiglu(
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,
         BLOCK_I=BLOCK_I,
-        BLOCK_K=BLOCK_K,
-        num_warps=NUM_WARPS,
+        BLOCK_K=block_k,
+        num_warps=warps,
         num_stages=NUM_STAGES,
     )
     # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
-    grouped_linear_kernel[(triton.cdiv(hidden_width, BLOCK_D), tiles)](
+    grouped_linear_kernel[(triton.cdiv(hidden_width, columns), tiles)](
         hidden,
         down,
         offsets,
@@ -159,9 +165,9 @@ def routed_swiglu(
         COLUMN_STRIDE=down.stride(2),
         BLOCK_E=triton.next_power_of_2(experts),
         BLOCK_M=block,
-        BLOCK_N=BLOCK_D,
-        BLOCK_K=BLOCK_K,
-        num_warps=NUM_WARPS,
+        BLOCK_N=columns,
+        BLOCK_K=block_k,
+        num_warps=warps,
         num_stages=NUM_STAGES,
     )
     combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](

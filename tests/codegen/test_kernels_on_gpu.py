@@ -201,24 +201,30 @@ def test_experts(tokens):
     assert_near(*both("routed_swiglu", x, indices, weights, gate_up, down))
     order, offsets = expected
     assert_near(*both("grouped_linear", x[order // top_k], gate_up, offsets))
+    # Somebody else's stacks: gates and ups apart, and as inputs times outputs.
+    gate, up, turned = (stack.transpose(1, 2).contiguous().transpose(1, 2) for stack in (*gate_up.chunk(2, 1), down))
+    assert_near(*both("routed_swiglu", x, indices, weights, gate, turned, None, 0, up))
+    assert_near(*both("grouped_linear", x[order // top_k], gate, offsets))
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    "experts, tokens, dtype, shared",
+    "experts, tokens, dtype, shared, apart",
     [
-        (64, 5, BF16, 1),
-        (64, 40, BF16, 2),
-        (64, 90, BF16, 2),
-        (3, 13, BF16, 1),
-        (64, 700, BF16, 2),
-        (64, 2100, BF16, 0),
-        (64, 2100, torch.float16, 0),
-        (64, 2100, BF16, 2),
-        (64, 4099, BF16, 1),
+        (64, 1, BF16, 1, True),
+        (64, 5, BF16, 1, False),
+        (64, 5, BF16, 0, True),
+        (64, 40, BF16, 2, False),
+        (64, 90, BF16, 2, False),
+        (3, 13, BF16, 1, True),
+        (64, 700, BF16, 2, False),
+        (64, 2100, BF16, 0, True),
+        (64, 2100, torch.float16, 0, False),
+        (64, 2100, BF16, 2, False),
+        (64, 4099, BF16, 1, False),
     ],
 )
-def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared):
+def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared, apart):
     top_k, hidden, width = min(6, experts - shared), 2056, 1416  # multiples of 8, not of 16
     launcher = importlib.import_module("codegen.kernels.sm_90.routed_swiglu").routed_swiglu
     indices = torch.rand(tokens, experts - shared, device="cuda").topk(top_k, -1).indices
@@ -230,6 +236,7 @@ def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared):
     x, gate_up, down, residual = (one.to(dtype) for one in (x, gate_up, down, residual))
     wide = [one.float() for one in (gate_up, down, residual)]
     expected = torch.ops.dsv3.routed_swiglu(x.float(), indices, weights, *wide)
+    stacks = [half.contiguous() for half in gate_up.chunk(2, 1)] if apart else [gate_up]
     for _ in range(3):  # the next call's first kernels may start while the last ones of this run
-        found = launcher(x, indices, weights, gate_up, down, residual, shared)
+        found = launcher(x, indices, weights, stacks[0], down, residual, shared, *stacks[1:])
     assert_near(found, expected)
