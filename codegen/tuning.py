@@ -19,8 +19,8 @@ TILES: dict[tuple[str, str], dict[str, int]] = {
     ("mla_attention", "sm_80"): {"PROGRAMS": 216},
     ("mla_attention", "sm_100"): {"PROGRAMS": 296},
     ("attention", "gfx942"): {"NUM_STAGES": 1},
-    ("grouped_linear", "gfx942"): {"NUM_STAGES": 2},
-    ("routed_swiglu", "gfx942"): {"NUM_STAGES": 2},
+    ("grouped_linear", "gfx942"): {"MAX_STAGES": 2},
+    ("routed_swiglu", "gfx942"): {"MAX_STAGES": 2},
 }
 
 
@@ -57,8 +57,8 @@ def choose(op: str, operands: Sequence[Operand], target: Target) -> Path:
 def tried_sizes(path: Path, target: Target) -> Mapping[str, Sequence[int]] | Sequence[int]:
     """Free sizes at which the launches of a kernel file are found: the usual ones, or its own TRIED_SIZES, which may
     be by the size's name."""
-    own = own_form(path.stem, target) if path.parent.name == target.name else None
-    return getattr(own, "TRIED_SIZES", TRIED_SIZES)
+    place = "codegen.kernels" if path.parent == KERNELS else f"codegen.kernels.{target.name}"
+    return getattr(importlib.import_module(f"{place}.{path.stem}"), "TRIED_SIZES", TRIED_SIZES)
 
 
 def tiles(path: Path, target: Target) -> dict[str, int]:

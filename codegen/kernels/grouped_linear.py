@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.layout import as_rows
 
-# Tiles where the average expert gets few rows (decode, limited by reading weights), and where it gets many (prefill).
-BLOCK_M_FEW = 16
-BLOCK_M_MANY = 128
-BLOCK_N_FEW = 64
-BLOCK_N_MANY = 128
-STEP_BYTES_FEW = 256  # of a row, per step
-STEP_BYTES_MANY = 128
-WARPS_FEW = 4
-WARPS_MANY = 8
-NUM_STAGES = 3
+MAX_STAGES = 5
+
+
+class Tiling(NamedTuple):
+    """For up to `mean` rows per expert: tiles of `rows` times `columns`, of which steps read so many bytes of a row."""
+
+    mean: int
+    rows: int
+    columns: int
+    step_bytes: int
+    warps: int
+    stages: int
+
+
+# Few rows per expert are limited by reading weights (decode), many reuse them (prefill). Measured on one H200.
+TILINGS = (Tiling(8, 16, 64, 256, 4, 5), Tiling(48, 64, 128, 128, 4, 3), Tiling(1 << 30, 128, 128, 128, 8, 3))
+
+# Numbers of rows that take each of them, at 8 to 384 experts.
+TRIED_SIZES = (1, 131, 601, 4099, 20011)
+
+
+def tiling(rows: int, experts: int) -> Tiling:
+    return next(one for one in TILINGS if rows <= one.mean * experts)
 
 
 @triton.jit
@@ -63,10 +79,16 @@ def grouped_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
+    if OVERLAPPED:
+        gdc_launch_dependents()
+    # Whoever lets this kernel start early has waited for the pairs to be sorted.
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
         return
+    if OVERLAPPED:
+        gdc_wait()
     row = first + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -97,9 +119,8 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     x = as_rows(x)
     rows, (experts, width, depth) = x.shape[0], weight.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    few = rows <= BLOCK_M_FEW * experts
-    block, columns = (BLOCK_M_FEW, BLOCK_N_FEW) if few else (BLOCK_M_MANY, BLOCK_N_MANY)
-    grouped_linear_kernel[(triton.cdiv(width, columns), row_tiles(rows, experts, block))](
+    tile = tiling(rows, experts)
+    grouped_linear_kernel[(triton.cdiv(width, tile.columns), row_tiles(rows, experts, tile.rows))](
         x,
         weight,
         offsets,
@@ -114,10 +135,11 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         ROW_STRIDE=weight.stride(1),
         COLUMN_STRIDE=weight.stride(2),
         BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=block,
-        BLOCK_N=columns,
-        BLOCK_K=(STEP_BYTES_FEW if few else STEP_BYTES_MANY) // x.element_size(),
-        num_warps=WARPS_FEW if few else WARPS_MANY,
-        num_stages=NUM_STAGES,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.step_bytes // x.element_size(),
+        OVERLAPPED=False,
+        num_warps=tile.warps,
+        num_stages=min(tile.stages, MAX_STAGES),
     )
     return out

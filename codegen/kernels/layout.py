@@ -1,4 +1,4 @@
-"""Views that kernels can address with one stride per row."""
+"""What launchers share: views that kernels can address with one stride per row, and launch options."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate_up, up
     gate, up = gate_up.chunk(2, 1)
     return gate, up
+
+
+def started_early(overlapped: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the one in front of it has ended; not every target knows of them."""
+    return {"launch_pdl": True} if overlapped else {}

@@ -6,23 +6,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_tiles
-from codegen.kernels.layout import as_rows, halves
+from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_tiles, tiling
+from codegen.kernels.layout import as_rows, halves, started_early
 from codegen.kernels.sort_pairs import sort_pairs
 
-# Tiles where the average expert gets few rows (decode, limited by reading weights), and where it gets many (prefill).
-BLOCK_M_FEW = 16
-BLOCK_M_MANY = 128
-BLOCK_I = 64
-BLOCK_D_FEW = 64
-BLOCK_D_MANY = 128
-STEP_BYTES_FEW = 256  # of a row, per step
-STEP_BYTES_MANY = 128
-WARPS_FEW = 4
-WARPS_MANY = 8
-NUM_STAGES = 3
+MAX_STAGES = 5
 BLOCK_COMBINE = 1024
+
+# Batches that take each of the tilings, at 8 to 384 experts.
+TRIED_SIZES = (1, 43, 131, 263, 601, 4099, 20011)
 
 
 @triton.jit
@@ -45,7 +39,11 @@ def gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
         return
@@ -79,19 +77,127 @@ def combine_kernel(
     residual_stride,
     K: tl.constexpr,
     D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_COMBINE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_COMBINE + tl.arange(0, BLOCK_COMBINE)
     inside = column < D
     total = tl.zeros((BLOCK_COMBINE,), tl.float32)
     for k in tl.static_range(K):
-        weight = tl.load(weights + token * K + k).to(tl.float32)
-        total += weight * tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            value *= tl.load(weights + token * K + k).to(tl.float32)
+        total += value
     if ADD:
         total += tl.load(residual + token * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def combine(
+    y: Tensor, weights: Tensor, residual: Tensor | None = None, weighted: bool = False, overlapped: bool = False
+) -> Tensor:
+    """y [N·K, D] in pair order, weights [N, K] unless it is `weighted` → the sum over K, plus residual [N, D], [N, D].
+
+    overlapped: with programmatic dependent launch.
+    """
+    tokens, top_k = weights.shape
+    width = y.shape[1]
+    residual = None if residual is None else as_rows(residual)
+    out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
+    combine_kernel[(tokens, triton.cdiv(width, BLOCK_COMBINE))](
+        y,
+        weights.contiguous(),
+        residual,
+        out,
+        0 if residual is None else residual.stride(0),
+        K=top_k,
+        D=width,
+        WEIGHTED=not weighted,
+        ADD=residual is not None,
+        BLOCK_COMBINE=BLOCK_COMBINE,
+        OVERLAPPED=overlapped,
+        num_warps=4,
+        **started_early(overlapped),
+    )
+    return out
+
+
+def swiglu_in_tiles(
+    x: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, overlapped: bool = False
+) -> Tensor:
+    """x [N, D], indices [N, K], gate and up [E, I, D], down [E, D, I], of any strides → each pair's result [N·K, D].
+
+    overlapped: with programmatic dependent launch.
+    """
+    x = as_rows(x)
+    if gate.stride() != up.stride():
+        gate, up = gate.contiguous(), up.contiguous()
+    tokens, top_k = indices.shape
+    experts, hidden_width, width = down.shape
+    pairs = tokens * top_k
+    order, offsets = sort_pairs(indices, experts, overlapped)
+    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
+    tile = tiling(pairs, experts)
+    block_k, stages = tile.step_bytes // x.element_size(), min(tile.stages, MAX_STAGES)
+    tiles = row_tiles(pairs, experts, tile.rows)
+    # Half of a tile's columns are gates, half ups; where neighbours in memory are columns, 64 are a line of it.
+    block_i = tile.columns // 2 if gate.stride(2) == 1 else max(64, tile.columns // 2)
+    gate_up_kernel[(triton.cdiv(width, block_i), tiles)](
+        x,
+        gate,
+        up,
+        offsets,
+        order,
+        hidden,
+        x.stride(0),
+        E=experts,
+        K=top_k,
+        D=hidden_width,
+        WIDTH=width,
+        EXPERT_STRIDE=gate.stride(0),
+        ROW_STRIDE=gate.stride(1),
+        COLUMN_STRIDE=gate.stride(2),
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=tile.rows,
+        BLOCK_I=block_i,
+        BLOCK_K=block_k,
+        OVERLAPPED=overlapped,
+        num_warps=tile.warps,
+        num_stages=stages,
+        **started_early(overlapped),
+    )
+    # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
+    grouped_linear_kernel[(triton.cdiv(hidden_width, tile.columns), tiles)](
+        hidden,
+        down,
+        offsets,
+        order,
+        y,
+        width,
+        SCATTER=True,
+        E=experts,
+        OUT=hidden_width,
+        D=width,
+        EXPERT_STRIDE=down.stride(0),
+        ROW_STRIDE=down.stride(1),
+        COLUMN_STRIDE=down.stride(2),
+        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=block_k,
+        OVERLAPPED=overlapped,
+        num_warps=tile.warps,
+        num_stages=stages,
+        **started_early(overlapped),
+    )
+    return y
 
 
 def routed_swiglu(
@@ -109,77 +215,4 @@ def routed_swiglu(
     With up [E, I, D], gate_up [E, I, D] is the gates alone. Stacks may have any strides. `always` experts that every
     token gets are treated like the others.
     """
-    x = as_rows(x)
-    gate, up = halves(gate_up, up)
-    if gate.stride() != up.stride():
-        gate, up = gate.contiguous(), up.contiguous()
-    residual = None if residual is None else as_rows(residual)
-    tokens, top_k = indices.shape
-    experts, hidden_width, width = down.shape
-    pairs = tokens * top_k
-    order, offsets = sort_pairs(indices, experts)
-    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
-    out = torch.empty((tokens, hidden_width), dtype=x.dtype, device=x.device)
-    few = pairs <= BLOCK_M_FEW * experts
-    block, columns = (BLOCK_M_FEW, BLOCK_D_FEW) if few else (BLOCK_M_MANY, BLOCK_D_MANY)
-    block_k = (STEP_BYTES_FEW if few else STEP_BYTES_MANY) // x.element_size()
-    warps = WARPS_FEW if few else WARPS_MANY
-    tiles = row_tiles(pairs, experts, block)
-    gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
-        x,
-        gate,
-        up,
-        offsets,
-        order,
-        hidden,
-        x.stride(0),
-        E=experts,
-        K=top_k,
-        D=hidden_width,
-        WIDTH=width,
-        EXPERT_STRIDE=gate.stride(0),
-        ROW_STRIDE=gate.stride(1),
-        COLUMN_STRIDE=gate.stride(2),
-        BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=block,
-        BLOCK_I=BLOCK_I,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=NUM_STAGES,
-    )
-    # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
-    grouped_linear_kernel[(triton.cdiv(hidden_width, columns), tiles)](
-        hidden,
-        down,
-        offsets,
-        order,
-        y,
-        width,
-        SCATTER=True,
-        E=experts,
-        OUT=hidden_width,
-        D=width,
-        EXPERT_STRIDE=down.stride(0),
-        ROW_STRIDE=down.stride(1),
-        COLUMN_STRIDE=down.stride(2),
-        BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=block,
-        BLOCK_N=columns,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=NUM_STAGES,
-    )
-    combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
-        y,
-        weights.contiguous(),
-        residual,
-        out,
-        0 if residual is None else residual.stride(0),
-        K=top_k,
-        D=hidden_width,
-        ADD=residual is not None,
-        BLOCK_COMBINE=BLOCK_COMBINE,
-        num_warps=4,
-    )
-    return out
+    return combine(swiglu_in_tiles(x, indices, *halves(gate_up, up), down), weights, residual)

@@ -6,8 +6,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BLOCK_M = 1024
+from codegen.kernels.layout import started_early
+
+BLOCK_M_FEW = 128
+BLOCK_M_MANY = 1024
 
 
 @triton.jit
@@ -17,7 +21,11 @@ def sort_pairs_kernel(
     offsets,
     pairs,
     BLOCK_M: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
+    if OVERLAPPED:
+        gdc_wait()
+        gdc_launch_dependents()
     # Every program reads all indices twice; they are few against the weights and stay in the L2 cache.
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK_M)
@@ -35,8 +43,11 @@ def sort_pairs_kernel(
     tl.store(offsets + expert, start)
 
 
-def sort_pairs(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """indices [N, K] int64 → (order [M] int64, offsets [E] int32)."""
+def sort_pairs(indices: Tensor, experts: int, overlapped: bool = False) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 → (order [M] int64, offsets [E] int32).
+
+    overlapped: with programmatic dependent launch, which is Hopper's and later ones'.
+    """
     pairs = indices.shape[0] * indices.shape[1]
     order = torch.empty((pairs,), dtype=torch.int64, device=indices.device)
     offsets = torch.empty((experts,), dtype=torch.int32, device=indices.device)
@@ -45,7 +56,9 @@ def sort_pairs(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         order,
         offsets,
         pairs,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=BLOCK_M_FEW if pairs <= BLOCK_M_FEW else BLOCK_M_MANY,
+        OVERLAPPED=overlapped,
         num_warps=4,
+        **started_early(overlapped),
     )
     return order, offsets

@@ -10,9 +10,10 @@ import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.emit import compile_kernels, write_kernel
+from codegen.kernels.grouped_linear import TILINGS
 from codegen.targets import target
 from codegen.tuning import KERNELS, available, choose
-from tests.codegen.calls import OPS, arguments, compiled, operands, real_operands
+from tests.codegen.calls import EXPERTS, OPS, arguments, compiled, operands, real_operands
 
 # A target without forms of its own gets the plain kernels.
 SM_90 = dataclasses.replace(target("sm_90"), name="sm_90 without its own forms")
@@ -100,6 +101,18 @@ def test_forms_for_one_target_are_emitted_at_widths_of_a_real_model(name, op):
     assert "codegen" not in kernel.source.split('"""', 2)[2]
     machine_code = [code for file, code in kernel.binaries.items() if file.endswith(".cubin")]
     assert machine_code and all(code.startswith(b"\x7fELF") for code in machine_code)
+
+
+@pytest.mark.parametrize("experts", [8, 64, 385])
+@pytest.mark.parametrize("op", ["grouped_linear", "routed_swiglu"])
+def test_every_tiling_of_experts_is_written(op, experts):
+    call = [
+        dataclasses.replace(one, shape=(experts, *one.shape[1:])) if one.shape[0] == EXPERTS else one
+        for one in operands(op)
+    ]
+    launches = write_kernel(op, call, target("sm_80")).launches
+    rows = {launch.constants["BLOCK_M"] for launch in launches if launch.kernel == "grouped_linear_kernel"}
+    assert rows == {tiling.rows for tiling in TILINGS}
 
 
 def test_the_same_constants_share_a_name():

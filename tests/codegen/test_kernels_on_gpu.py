@@ -189,7 +189,7 @@ def test_route(tokens, experts, top_k, groups, top_groups, scoring, group_score,
     torch.testing.assert_close(weights[same], expected_weights[same])
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 700])
+@pytest.mark.parametrize("tokens", [1, 7, 200, 700])  # 200 and 700: tiles of 64 and of 128 rows
 def test_experts(tokens):
     experts, top_k, hidden, width = 64, 6, 2048, 1408
     indices = torch.stack([torch.randperm(experts, device="cuda")[:top_k] for _ in range(tokens)])
@@ -212,10 +212,12 @@ def test_experts(tokens):
     "experts, tokens, dtype, shared, apart",
     [
         (64, 1, BF16, 1, True),
+        (64, 2, BF16, 2, False),
         (64, 5, BF16, 1, False),
         (64, 5, BF16, 0, True),
         (64, 40, BF16, 2, False),
         (64, 90, BF16, 2, False),
+        (64, 230, BF16, 1, True),
         (3, 13, BF16, 1, True),
         (64, 700, BF16, 2, False),
         (64, 2100, BF16, 0, True),

@@ -1,4 +1,4 @@
-"""Which rows of which expert a program works on: the sorted pairs, cut into tiles, with the rows gathered."""
+"""Which rows of which expert the products of a prefill work on: the sorted pairs, cut into tiles, and their rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-BLOCK_TOKENS = 32  # of many, whose pairs one program sorts
+BLOCK_TOKENS = 32  # whose pairs one program sorts
 PROGRAMS = 256  # that copy tokens: more of them count the same pairs again
 FEW_PROGRAMS = 48  # that copy tokens while others multiply those of shared experts
 
@@ -20,85 +20,22 @@ class ExpertPlan:
     """Row r of the sorted order is pair order[r]; tile t is rows begin[t] to end[t] of expert[t].
 
     Tiles are in the order of their experts, so that those which use the same weights are worked on together.
-    order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use; gathered [M, D]: the token of
-    each row. T bounds the tiles of any routing.
+    order int32 [M]; tiles int32 [5, T]: expert, begin, end; the number of tiles in use and a zero to take items by; a
+    zero per tile to count what is done. T bounds the tiles of any routing. gathered [M, D]: the token of each row.
+    tokens [N, D]: what was planned for.
 
-    Of many pairs tiles also has, in its last two rows, a zero to take items by and a zero per tile to count what is
-    done. tokens [N, D]: what was planned for. Rows behind the last of gathered belong to experts that serve every
-    token: they are the tokens themselves, over and over. Their tiles, `early` many, are the first, and they and the
-    zeros are there before the rest of the plan is: a kernel that starts early may use them. busy: what the plan's
-    kernels may still read then, so that nobody else is given its memory.
+    Rows behind the last of gathered belong to experts that serve every token: they are the tokens themselves, over and
+    over. Their tiles, `early` many, are the first, and they and the zeros are there before the rest of the plan is: a
+    kernel that starts early may use them. busy: what the plan's kernels may still read then, so that nobody else is
+    given its memory.
     """
 
     order: Tensor
     tiles: Tensor
     gathered: Tensor
     tokens: Tensor
-    early: int = 0
+    early: int
     busy: tuple[Tensor, ...] = ()
-
-
-@triton.jit
-def plan_kernel(
-    indices_ptr,
-    x_ptr,
-    order_ptr,
-    tiles_ptr,
-    gathered_ptr,
-    pairs,
-    max_tiles,
-    EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    OVERLAPPED: tl.constexpr,
-):
-    """One program per expert: it counts everybody, places its own pairs, and copies their tokens."""
-    expert = tl.program_id(0)
-    if OVERLAPPED:
-        gdc_wait()
-        gdc_launch_dependents()
-    experts = tl.arange(0, BLOCK_E)
-    place = tl.arange(0, BLOCK_M)
-    counts = tl.zeros((BLOCK_E,), tl.int32)
-    for block in range(0, pairs, BLOCK_M):
-        chosen = tl.load(indices_ptr + block + place, mask=block + place < pairs, other=0).to(tl.int32)
-        counts += tl.histogram(chosen, BLOCK_E, mask=block + place < pairs)
-    tiles = (counts + ROWS - 1) // ROWS
-    begin = tl.sum(tl.where(experts < expert, counts, 0))
-    end = begin + tl.sum(tl.where(experts == expert, counts, 0))
-    first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
-    if (expert == 0) & (tl.program_id(1) == 0):
-        tl.store(tiles_ptr + 3 * max_tiles, tl.sum(tiles))
-    if end > begin:
-        if tl.program_id(1) == 0:
-            parts = (end - begin + ROWS - 1) // ROWS
-            size = tl.cdiv(end - begin, parts)
-            for part in range(0, parts):
-                tile = tiles_ptr + first_tile + part
-                tl.store(tile, expert)
-                tl.store(tile + max_tiles, begin + part * size)
-                tl.store(tile + 2 * max_tiles, tl.minimum(begin + (part + 1) * size, end))
-        row = begin
-        for block in range(0, pairs, BLOCK_M):
-            chosen = tl.load(indices_ptr + block + place, mask=block + place < pairs, other=-1).to(tl.int32)
-            mine = (chosen == expert).to(tl.int32)
-            rank = row + tl.cumsum(mine, 0) - 1
-            # Every column program writes the same numbers: it reads them back without waiting for another.
-            tl.store(order_ptr + rank, block + place, mask=mine != 0)
-            row += tl.sum(mine)
-        tl.debug_barrier()
-        column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        for block in range(begin, end, BLOCK_R):
-            rows = block + tl.arange(0, BLOCK_R)
-            token = (tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K).to(tl.int64)
-            inside = (rows < end)[:, None] & (column < WIDTH)[None, :]
-            values = tl.load(x_ptr + token[:, None] * WIDTH + column[None, :], mask=inside)
-            tl.store(gathered_ptr + rows.to(tl.int64)[:, None] * WIDTH + column[None, :], values, mask=inside)
 
 
 @triton.jit
@@ -240,48 +177,17 @@ def place_kernel(
                 tl.store(gathered_ptr + copy[:, None] * WIDTH + column[None, :], values, mask=copied)
 
 
-def plan_few(x: Tensor, indices: Tensor, experts: int, rows: int) -> ExpertPlan:
+def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1, shared: int = 0) -> ExpertPlan:
     """x [N, D], indices [N, K] below `experts` → the plan for tiles of at most `rows` rows, all on the device.
 
-    In one launch, whose programs each count all pairs.
-    """
-    tokens, top_k = indices.shape
-    pairs, width = tokens * top_k, x.shape[1]
-    order, tiles = _tables(indices, experts, rows)
-    gathered = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    # Two sizes, so that few kernels serve every batch.
-    block, block_d = 128 if pairs <= 128 else 1024, min(1024, triton.next_power_of_2(width))
-    plan_kernel[(experts, triton.cdiv(width, block_d))](
-        indices,
-        x,
-        order,
-        tiles,
-        gathered,
-        pairs,
-        tiles.shape[1],
-        EXPERTS=experts,
-        TOP_K=top_k,
-        WIDTH=width,
-        ROWS=rows,
-        BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_M=block,
-        BLOCK_D=block_d,
-        BLOCK_R=8,
-        num_warps=8,
-        OVERLAPPED=x.is_cuda,
-        launch_pdl=x.is_cuda,
-    )
-    return ExpertPlan(order, tiles, gathered, x)
-
-
-def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1, shared: int = 0) -> ExpertPlan:
-    """The same in two launches: one counts, one places. Tiles are cut between units of rows, `rows` a multiple of them.
-
+    In two launches: one counts, one places. Tiles are cut between units of rows, `rows` a multiple of them.
     shared: so many of the last experts serve every token, as its last choices. Gathered has none of their rows.
     """
     tokens, top_k = indices.shape
     pairs, width = tokens * top_k, x.shape[1]
-    order, tiles = _tables(indices, experts, rows)
+    max_tiles = max(2, min(pairs, experts + pairs // rows))  # of any routing; the row of numbers has two
+    order = torch.empty(pairs, dtype=torch.int32, device=x.device)
+    tiles = torch.empty((5, max_tiles), dtype=torch.int32, device=x.device)
     block_e, block = triton.next_power_of_2(experts), triton.next_power_of_2(BLOCK_TOKENS * top_k)
     blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
     gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
@@ -292,7 +198,7 @@ def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1
         counts,
         tiles,
         pairs,
-        tiles.shape[1],
+        max_tiles,
         EXPERTS=experts,
         SHARED=shared,
         TOP_K=top_k,
@@ -317,7 +223,7 @@ def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1
         tiles,
         gathered,
         pairs,
-        tiles.shape[1],
+        max_tiles,
         EXPERTS=experts,
         SHARED=shared,
         TOP_K=top_k,
@@ -334,11 +240,3 @@ def plan_many(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int = 1
         launch_pdl=x.is_cuda,
     )
     return ExpertPlan(order, tiles, gathered, x, shared * triton.cdiv(tokens, rows), (counts, rows_of_pairs))
-
-
-def _tables(indices: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Room for the order and for the tiles of any routing."""
-    pairs, device = indices.numel(), indices.device
-    max_tiles = max(2, min(pairs, experts + pairs // rows))  # the row of numbers has two
-    order = torch.empty(pairs, dtype=torch.int32, device=device)
-    return order, torch.empty((5, max_tiles), dtype=torch.int32, device=device)

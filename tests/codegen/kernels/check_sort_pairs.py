@@ -8,7 +8,8 @@ from codegen.kernels.sort_pairs import sort_pairs
 
 @pytest.mark.parametrize("tokens, top_k, experts", [(1, 1, 1), (1, 3, 7), (13, 2, 5), (40, 6, 3)])
 def test_agrees(tokens, top_k, experts, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_M", 16)  # so that small inputs take several steps
+    monkeypatch.setattr(module, "BLOCK_M_FEW", 8)
+    monkeypatch.setattr(module, "BLOCK_M_MANY", 16)  # so that small inputs take several steps
     indices = torch.randint(experts, (tokens, top_k))
     expected = torch.ops.dsv3.sort_pairs(indices, experts)
     torch.testing.assert_close(sort_pairs(indices, experts), expected)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from codegen.kernels.sm_90.plan_experts import plan_few, plan_many
+from codegen.kernels.routed_swiglu import combine
+from codegen.kernels.sm_90.plan_experts import plan_experts
 from codegen.kernels.sm_90.route import route
-from codegen.kernels.sm_90.routed_swiglu import combine
 
 SIGMOID = ("sigmoid", "top2", -math.inf, True)
 SOFTMAX = ("softmax", "max", 0.0, False)
@@ -71,34 +71,31 @@ def draw_pairs(tokens, top_k, experts):
     return torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
 
 
-@pytest.mark.parametrize("plan_pairs", [plan_few, plan_many])
 @pytest.mark.parametrize(
     "tokens, top_k, experts, rows, width",
     [(1, 4, 9, 8, 40), (5, 3, 11, 2, 40), (64, 8, 30, 16, 40), (700, 8, 20, 64, 40), (1402, 3, 130, 64, 520)],
 )
-def test_a_plan_holds_every_pair_once_in_sorted_order(plan_pairs, tokens, top_k, experts, rows, width):
+def test_a_plan_holds_every_pair_once_in_sorted_order(tokens, top_k, experts, rows, width):
     x, indices = torch.randn(tokens, width), draw_pairs(tokens, top_k, experts)
-    plan = plan_pairs(x, indices, experts, rows)
+    plan = plan_experts(x, indices, experts, rows)
     order = indices.flatten().argsort(stable=True)
     assert torch.equal(plan.order.long(), order)
     assert torch.equal(plan.gathered, x[order // top_k])
 
 
 @pytest.mark.parametrize(
-    "plan_pairs, tokens, top_k, experts, rows, unit",
+    "tokens, top_k, experts, rows, unit",
     [
-        (plan_few, 5, 3, 11, 2, 1),
-        (plan_few, 64, 8, 30, 16, 1),
-        (plan_few, 700, 8, 30, 64, 1),
-        (plan_many, 40, 2, 3, 20, 1),
-        (plan_many, 90, 3, 4, 12, 4),
-        (plan_many, 700, 8, 20, 192, 64),
-        (plan_many, 1201, 4, 70, 36, 12),
+        (5, 3, 11, 2, 1),
+        (40, 2, 3, 20, 1),
+        (90, 3, 4, 12, 4),
+        (700, 8, 20, 192, 64),
+        (1201, 4, 70, 36, 12),
     ],
 )
-def test_tiles_cover_every_run_with_the_fewest_equal_parts(plan_pairs, tokens, top_k, experts, rows, unit):
+def test_tiles_cover_every_run_with_the_fewest_equal_parts(tokens, top_k, experts, rows, unit):
     indices = draw_pairs(tokens, top_k, experts)
-    plan = plan_pairs(torch.randn(tokens, 8), indices, experts, rows, *([unit] if unit > 1 else []))
+    plan = plan_experts(torch.randn(tokens, 8), indices, experts, rows, unit)
     expected, begin = [], 0
     for expert, count in enumerate(torch.bincount(indices.flatten(), minlength=experts).tolist()):
         units = math.ceil(count / unit)
@@ -107,7 +104,7 @@ def test_tiles_cover_every_run_with_the_fewest_equal_parts(plan_pairs, tokens, t
         begin += count
     used = int(plan.tiles[3, 0])
     assert [tuple(tile) for tile in plan.tiles[:3, :used].T.tolist()] == expected
-    assert plan_pairs is plan_few or (plan.tiles[3, 1] == 0 and plan.tiles[4, :used].eq(0).all())
+    assert plan.tiles[3, 1] == 0 and plan.tiles[4, :used].eq(0).all()
 
 
 def tiles_of(plan):
@@ -122,8 +119,8 @@ def tiles_of(plan):
 def test_tokens_of_shared_experts_are_not_copied(tokens, top_k, routed, shared, width):
     last = torch.arange(routed, routed + shared).expand(tokens, shared)
     indices, x = torch.cat([draw_pairs(tokens, top_k, routed), last], 1), torch.randn(tokens, width)
-    plan = plan_many(x, indices, routed + shared, 64, 16, shared)
-    every = plan_many(x, indices, routed + shared, 64, 16)
+    plan = plan_experts(x, indices, routed + shared, 64, 16, shared)
+    every = plan_experts(x, indices, routed + shared, 64, 16)
     used = int(plan.tiles[3, 0])
     assert tiles_of(plan) == tiles_of(every)
     assert all(expert >= routed for expert, *_ in plan.tiles[:3, : plan.early].T.tolist())
@@ -144,6 +141,8 @@ def test_shared_experts_are_listed_last_with_weight_one():
 
 
 def test_combine_sums_the_pairs_of_a_token():
-    y, residual = torch.randn(5 * 3, 1030), torch.randn(5, 1030)
-    torch.testing.assert_close(combine(y, 3), y.view(5, 3, -1).sum(1))
-    torch.testing.assert_close(combine(y, 3, residual), y.view(5, 3, -1).sum(1) + residual)
+    y, weights, residual = torch.randn(5 * 3, 1030), torch.rand(5, 3), torch.randn(5, 1030)
+    pairs = y.view(5, 3, -1)
+    torch.testing.assert_close(combine(y, weights), (pairs * weights[..., None]).sum(1))
+    torch.testing.assert_close(combine(y, weights, weighted=True), pairs.sum(1))
+    torch.testing.assert_close(combine(y, weights, residual, weighted=True), pairs.sum(1) + residual)

@@ -12,6 +12,7 @@ import torch
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.build import build
 from codegen.emit import write_kernel
+from codegen.kernels.grouped_linear import TILINGS
 from codegen.kernels.sm_90 import routed_swiglu, skinny_linear
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.prefill_products import TILE_ROWS, prefill_products
@@ -126,18 +127,12 @@ def test_stacks_that_are_no_matrix_of_rows_get_the_plain_form():
     assert form((192 * 256 + 8, 256, 1)) == "kernels"
 
 
-def test_each_number_of_pairs_has_a_tiling_that_holds_a_typical_expert():
-    means = [mean for mean, _, _ in routed_swiglu.TILINGS]
-    assert means == sorted(means)
-    for mean, wide, narrow in routed_swiglu.TILINGS:
-        assert mean < wide.rows == narrow.rows
-
-
 @pytest.mark.parametrize("experts, top_k", [(64, 6), (66, 8), (257, 9), (385, 9)])
 def test_the_sizes_that_are_tried_take_every_path(experts, top_k):
-    limits = [mean * experts for mean, _, _ in routed_swiglu.TILINGS]
+    limits = [tiling.mean * experts for tiling in TILINGS if tiling.mean < routed_swiglu.FEW_PAIRS]
+    limits.append(routed_swiglu.FEW_PAIRS * experts)
     pairs = [size * top_k for size in routed_swiglu.TRIED_SIZES]
-    assert min(routed_swiglu.TRIED_SIZES) == 1
+    assert min(routed_swiglu.TRIED_SIZES) == 1 < routed_swiglu.FEW_TOKENS in routed_swiglu.TRIED_SIZES
     for low, high in zip([top_k, *limits], [*limits, math.inf], strict=True):
         assert any(low < number <= high for number in pairs)
 

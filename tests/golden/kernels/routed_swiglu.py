@@ -5,6 +5,8 @@ Inputs: bfloat16, int64, float32, bfloat16, bfloat16.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,30 @@ def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate_up, up
     gate, up = gate_up.chunk(2, 1)
     return gate, up
+
+
+def started_early(overlapped: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the one in front of it has ended; not every target knows of them."""
+    return {"launch_pdl": True} if overlapped else {}
+
+
+class Tiling(NamedTuple):
+    """For up to `mean` rows per expert: tiles of `rows` times `columns`, of which steps read so many bytes of a row."""
+
+    mean: int
+    rows: int
+    columns: int
+    step_bytes: int
+    warps: int
+    stages: int
+
+
+# Few rows per expert are limited by reading weights (decode), many reuse them (prefill). Measured on one H200.
+TILINGS = (Tiling(8, 16, 64, 256, 4, 5), Tiling(48, 64, 128, 128, 4, 3), Tiling(1 << 30, 128, 128, 128, 8, 3))
+
+
+def tiling(rows: int, experts: int) -> Tiling:
+    return next(one for one in TILINGS if rows <= one.mean * experts)
 
 
 @triton.jit
@@ -74,6 +100,7 @@ def grouped_linear_kernel(
     ROW_STRIDE: tl.constexpr = 24
     COLUMN_STRIDE: tl.constexpr = 1
     BLOCK_E: tl.constexpr = 8
+    # Whoever lets this kernel start early has waited for the pairs to be sorted.
     expert, first, end = find_run(offsets, tl.program_id(1), E, BLOCK_E, BLOCK_M)
     if expert == E:
         return
@@ -99,7 +126,8 @@ def row_tiles(rows: int, experts: int, block: int) -> int:
     return min(rows, experts + rows // block)
 
 
-BLOCK_M = 1024
+BLOCK_M_FEW = 128
+BLOCK_M_MANY = 1024
 
 
 @triton.jit
@@ -127,33 +155,28 @@ def sort_pairs_kernel(
     tl.store(offsets + expert, start)
 
 
-def sort_pairs(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """indices [N, K] int64 → (order [M] int64, offsets [E] int32)."""
+def sort_pairs(indices: Tensor, experts: int, overlapped: bool = False) -> tuple[Tensor, Tensor]:
+    """indices [N, K] int64 → (order [M] int64, offsets [E] int32).
+
+    overlapped: with programmatic dependent launch, which is Hopper's and later ones'.
+    """
     pairs = indices.shape[0] * indices.shape[1]
     order = torch.empty((pairs,), dtype=torch.int64, device=indices.device)
     offsets = torch.empty((experts,), dtype=torch.int32, device=indices.device)
+    expect(OVERLAPPED=(overlapped, False))
     sort_pairs_kernel[(experts,)](
         indices.contiguous(),
         order,
         offsets,
         pairs,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=BLOCK_M_FEW if pairs <= BLOCK_M_FEW else BLOCK_M_MANY,
         num_warps=4,
+        **started_early(overlapped),
     )
     return order, offsets
 
 
-# Tiles where the average expert gets few rows (decode, limited by reading weights), and where it gets many (prefill).
-BLOCK_M_FEW = 16
-BLOCK_M_MANY = 128
-BLOCK_I = 64
-BLOCK_D_FEW = 64
-BLOCK_D_MANY = 128
-STEP_BYTES_FEW = 256  # of a row, per step
-STEP_BYTES_MANY = 128
-WARPS_FEW = 4
-WARPS_MANY = 8
-NUM_STAGES = 3
+MAX_STAGES = 5
 BLOCK_COMBINE = 1024
 
 
@@ -216,9 +239,113 @@ def combine_kernel(
     inside = column < D
     total = tl.zeros((BLOCK_COMBINE,), tl.float32)
     for k in tl.static_range(K):
-        weight = tl.load(weights + token * K + k).to(tl.float32)
-        total += weight * tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(y + (token * K + k) * D + column, mask=inside, other=0.0).to(tl.float32)
+        value *= tl.load(weights + token * K + k).to(tl.float32)
+        total += value
     tl.store(out + token * D + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+def combine(
+    y: Tensor, weights: Tensor, residual: Tensor | None = None, weighted: bool = False, overlapped: bool = False
+) -> Tensor:
+    """y [N·K, D] in pair order, weights [N, K] unless it is `weighted` → the sum over K, plus residual [N, D], [N, D].
+
+    overlapped: with programmatic dependent launch.
+    """
+    tokens, top_k = weights.shape
+    width = y.shape[1]
+    residual = None if residual is None else as_rows(residual)
+    out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
+    expect(
+        residual=(residual, None),
+        K=(top_k, 2),
+        D=(width, 72),
+        WEIGHTED=(not weighted, True),
+        ADD=(residual is not None, False),
+        OVERLAPPED=(overlapped, False),
+    )
+    combine_kernel[(tokens, triton.cdiv(width, BLOCK_COMBINE))](
+        y,
+        weights.contiguous(),
+        out,
+        BLOCK_COMBINE=BLOCK_COMBINE,
+        num_warps=4,
+        **started_early(overlapped),
+    )
+    return out
+
+
+def swiglu_in_tiles(
+    x: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, overlapped: bool = False
+) -> Tensor:
+    """x [N, D], indices [N, K], gate and up [E, I, D], down [E, D, I], of any strides → each pair's result [N·K, D].
+
+    overlapped: with programmatic dependent launch.
+    """
+    x = as_rows(x)
+    if gate.stride() != up.stride():
+        gate, up = gate.contiguous(), up.contiguous()
+    tokens, top_k = indices.shape
+    experts, hidden_width, width = down.shape
+    pairs = tokens * top_k
+    order, offsets = sort_pairs(indices, experts, overlapped)
+    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
+    tile = tiling(pairs, experts)
+    block_k, stages = tile.step_bytes // x.element_size(), min(tile.stages, MAX_STAGES)
+    tiles = row_tiles(pairs, experts, tile.rows)
+    # Half of a tile's columns are gates, half ups; where neighbours in memory are columns, 64 are a line of it.
+    block_i = tile.columns // 2 if gate.stride(2) == 1 else max(64, tile.columns // 2)
+    expect(
+        E=(experts, 6),
+        K=(top_k, 2),
+        D=(hidden_width, 72),
+        WIDTH=(width, 24),
+        EXPERT_STRIDE=(gate.stride(0), 3456),
+        ROW_STRIDE=(gate.stride(1), 72),
+        COLUMN_STRIDE=(gate.stride(2), 1),
+        OVERLAPPED=(overlapped, False),
+    )
+    gate_up_kernel[(triton.cdiv(width, block_i), tiles)](
+        x,
+        gate,
+        up,
+        offsets,
+        order,
+        hidden,
+        x.stride(0),
+        BLOCK_M=tile.rows,
+        BLOCK_I=block_i,
+        BLOCK_K=block_k,
+        num_warps=tile.warps,
+        num_stages=stages,
+        **started_early(overlapped),
+    )
+    # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
+    expect(
+        E=(experts, 6),
+        OUT=(hidden_width, 72),
+        D=(width, 24),
+        EXPERT_STRIDE=(down.stride(0), 1728),
+        ROW_STRIDE=(down.stride(1), 24),
+        COLUMN_STRIDE=(down.stride(2), 1),
+        OVERLAPPED=(overlapped, False),
+    )
+    grouped_linear_kernel[(triton.cdiv(hidden_width, tile.columns), tiles)](
+        hidden,
+        down,
+        offsets,
+        order,
+        y,
+        width,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=block_k,
+        num_warps=tile.warps,
+        num_stages=stages,
+        **started_early(overlapped),
+    )
+    return y
 
 
 def routed_swiglu(
@@ -236,74 +363,4 @@ def routed_swiglu(
     With up [E, I, D], gate_up [E, I, D] is the gates alone. Stacks may have any strides. `always` experts that every
     token gets are treated like the others.
     """
-    x = as_rows(x)
-    gate, up = halves(gate_up, up)
-    if gate.stride() != up.stride():
-        gate, up = gate.contiguous(), up.contiguous()
-    residual = None if residual is None else as_rows(residual)
-    tokens, top_k = indices.shape
-    experts, hidden_width, width = down.shape
-    pairs = tokens * top_k
-    order, offsets = sort_pairs(indices, experts)
-    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    y = torch.empty((pairs, hidden_width), dtype=x.dtype, device=x.device)
-    out = torch.empty((tokens, hidden_width), dtype=x.dtype, device=x.device)
-    few = pairs <= BLOCK_M_FEW * experts
-    block, columns = (BLOCK_M_FEW, BLOCK_D_FEW) if few else (BLOCK_M_MANY, BLOCK_D_MANY)
-    block_k = (STEP_BYTES_FEW if few else STEP_BYTES_MANY) // x.element_size()
-    warps = WARPS_FEW if few else WARPS_MANY
-    tiles = row_tiles(pairs, experts, block)
-    expect(
-        E=(experts, 6),
-        K=(top_k, 2),
-        D=(hidden_width, 72),
-        WIDTH=(width, 24),
-        EXPERT_STRIDE=(gate.stride(0), 3456),
-        ROW_STRIDE=(gate.stride(1), 72),
-        COLUMN_STRIDE=(gate.stride(2), 1),
-    )
-    gate_up_kernel[(triton.cdiv(width, BLOCK_I), tiles)](
-        x,
-        gate,
-        up,
-        offsets,
-        order,
-        hidden,
-        x.stride(0),
-        BLOCK_M=block,
-        BLOCK_I=BLOCK_I,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=NUM_STAGES,
-    )
-    # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
-    expect(
-        E=(experts, 6),
-        OUT=(hidden_width, 72),
-        D=(width, 24),
-        EXPERT_STRIDE=(down.stride(0), 1728),
-        ROW_STRIDE=(down.stride(1), 24),
-        COLUMN_STRIDE=(down.stride(2), 1),
-    )
-    grouped_linear_kernel[(triton.cdiv(hidden_width, columns), tiles)](
-        hidden,
-        down,
-        offsets,
-        order,
-        y,
-        width,
-        BLOCK_M=block,
-        BLOCK_N=columns,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=NUM_STAGES,
-    )
-    expect(residual=(residual, None), K=(top_k, 2), D=(hidden_width, 72), ADD=(residual is not None, False))
-    combine_kernel[(tokens, triton.cdiv(hidden_width, BLOCK_COMBINE))](
-        y,
-        weights.contiguous(),
-        out,
-        BLOCK_COMBINE=BLOCK_COMBINE,
-        num_warps=4,
-    )
-    return out
+    return combine(swiglu_in_tiles(x, indices, *halves(gate_up, up), down), weights, residual)

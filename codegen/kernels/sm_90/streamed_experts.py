@@ -1,7 +1,8 @@
-"""Experts of a single token on Hopper: matrices times a vector, every chosen weight streamed once through a TMA ring.
+"""Experts of one token or a few on Hopper: matrices times vectors, chosen weights streamed through a TMA ring.
 
 One warp fills the ring, four multiply. Experts that every token gets need no routing: they come first, so that the
-rings fill with them while the kernels before still run.
+rings fill with them while the kernels before still run. What several tokens chose is read for each of them, side by
+side, so from the second-level cache but for the first time; tiles of tokens would wait for the pairs to be sorted.
 """
 
 from __future__ import annotations
@@ -25,9 +26,18 @@ PROGRAMS = 2  # per multiprocessor: while one adds up, the other reads
 
 
 @gluon.jit
-def _place(order, PAIRS: gl.constexpr, ALWAYS: gl.constexpr):
+def _choice(order, TOP_K: gl.constexpr, ALWAYS: gl.constexpr):
     """The column of a routing's indices that comes at this place of the order: the last ALWAYS ones come first."""
-    return gl.where(order < ALWAYS, PAIRS - ALWAYS + order, order - ALWAYS)
+    return gl.where(order < ALWAYS, TOP_K - ALWAYS + order, order - ALWAYS)
+
+
+@gluon.jit
+def _token_of(item, tokens, ONE: gl.constexpr):
+    """What an item is of, and for which token: items for all tokens follow each other."""
+    if ONE:
+        return item, 0
+    else:
+        return item // tokens, item % tokens
 
 
 @gluon.jit
@@ -61,10 +71,12 @@ def _load_gate_up(
     gate_desc,
     up_desc,
     indices_ptr,
+    tokens,
     smem,
     full,
     empty,
-    PAIRS: gl.constexpr,
+    ONE: gl.constexpr,
+    TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERT_ROWS: gl.constexpr,
@@ -78,14 +90,16 @@ def _load_gate_up(
     slot = 0
     phase = 1
     item = gl.program_id(0)
-    while item < ALWAYS * TILES:
-        row = (EXPERTS - ALWAYS + item // TILES) * EXPERT_ROWS + item % TILES * ROWS
+    while item < ALWAYS * TILES * tokens:
+        tile, _ = _token_of(item, tokens, ONE)
+        row = (EXPERTS - ALWAYS + tile // TILES) * EXPERT_ROWS + tile % TILES * ROWS
         slot, phase = _stream_row_tile((gate_desc, up_desc), row, smem, full, empty, slot, phase, STEPS, STAGES)
         item += programs
     gdc_wait()
-    while item < PAIRS * TILES:
-        expert = gl.load(indices_ptr + _place(item // TILES, PAIRS, ALWAYS)).to(gl.int32)
-        row = expert * EXPERT_ROWS + item % TILES * ROWS
+    while item < TOP_K * TILES * tokens:
+        tile, token = _token_of(item, tokens, ONE)
+        expert = gl.load(indices_ptr + token * TOP_K + _choice(tile // TILES, TOP_K, ALWAYS)).to(gl.int32)
+        row = expert * EXPERT_ROWS + tile % TILES * ROWS
         slot, phase = _stream_row_tile((gate_desc, up_desc), row, smem, full, empty, slot, phase, STEPS, STAGES)
         item += programs
 
@@ -94,10 +108,12 @@ def _load_gate_up(
 def _multiply_gate_up(
     x_ptr,
     hidden_ptr,
+    tokens,
     smem,
     full,
     empty,
-    PAIRS: gl.constexpr,
+    ONE: gl.constexpr,
+    TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
     DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -113,12 +129,13 @@ def _multiply_gate_up(
     slot = 0
     phase = 0
     gdc_wait()
-    for item in range(gl.program_id(0), PAIRS * TILES, gl.num_programs(0)):
+    for item in range(gl.program_id(0), TOP_K * TILES * tokens, gl.num_programs(0)):
+        tile, token = _token_of(item, tokens, ONE)
         gate = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
         up = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
         for step in range(STEPS):
             place = step * COLUMNS + column
-            x = gl.load(x_ptr + place, mask=place < DEPTH, other=0.0).to(gl.float32)
+            x = gl.load(x_ptr + token * DEPTH + place, mask=place < DEPTH, other=0.0).to(gl.float32)
             mbarrier.wait(full.index(slot), phase)
             one = smem.index(slot * 2).load(layout)
             other = smem.index(slot * 2 + 1).load(layout)
@@ -128,19 +145,21 @@ def _multiply_gate_up(
             slot, phase = advance(slot, phase, STAGES)
         gated = gl.sum(gate, 1)
         hidden = gated / (1.0 + gl.exp(-gated)) * gl.sum(up, 1)
-        output = item % TILES * ROWS + row
-        out_ptr = hidden_ptr + _place(item // TILES, PAIRS, ALWAYS) * WIDTH
+        output = tile % TILES * ROWS + row
+        out_ptr = hidden_ptr + (token * TOP_K + _choice(tile // TILES, TOP_K, ALWAYS)) * WIDTH
         gl.store(out_ptr + output, hidden.to(hidden_ptr.dtype.element_ty), mask=output < WIDTH)
 
 
 @gluon.jit
-def single_gate_up_kernel(
+def stream_gate_up_kernel(
     gate_desc,
     up_desc,
     x_ptr,
     indices_ptr,
     hidden_ptr,
-    PAIRS: gl.constexpr,
+    tokens,
+    ONE: gl.constexpr,
+    TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERT_ROWS: gl.constexpr,
@@ -148,7 +167,7 @@ def single_gate_up_kernel(
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Every program takes tiles of ROWS gate rows and their up rows, pair after pair."""
+    """Every program takes tiles of ROWS gate rows and their up rows, for one pair after the other."""
     ROWS: gl.constexpr = gate_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = gate_desc.block_type.shape[1]
     STEPS: gl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
@@ -158,11 +177,12 @@ def single_gate_up_kernel(
     gl.warp_specialize(
         [
             (_multiply_gate_up, (
-                x_ptr, hidden_ptr, smem, full, empty, PAIRS, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES,
+                x_ptr, hidden_ptr, tokens, smem, full, empty,
+                ONE, TOP_K, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES,
             )),
             (_load_gate_up, (
-                gate_desc, up_desc, indices_ptr, smem, full, empty,
-                PAIRS, ALWAYS, EXPERTS, EXPERT_ROWS, WIDTH, STEPS, STAGES,
+                gate_desc, up_desc, indices_ptr, tokens, smem, full, empty,
+                ONE, TOP_K, ALWAYS, EXPERTS, EXPERT_ROWS, WIDTH, STEPS, STAGES,
             )),
         ],
         [1],
@@ -174,10 +194,12 @@ def single_gate_up_kernel(
 def _load_down(
     weight_desc,
     indices_ptr,
+    tokens,
     smem,
     full,
     empty,
-    PAIRS: gl.constexpr,
+    ONE: gl.constexpr,
+    TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERT_ROWS: gl.constexpr,
@@ -189,14 +211,15 @@ def _load_down(
     TILES: gl.constexpr = (DEPTH + ROWS - 1) // ROWS
     slot = 0
     phase = 1
-    for item in range(gl.program_id(0), TILES, gl.num_programs(0)):
+    for item in range(gl.program_id(0), TILES * tokens, gl.num_programs(0)):
+        tile, token = _token_of(item, tokens, ONE)
         for order in range(ALWAYS):
-            row = (EXPERTS - ALWAYS + order) * EXPERT_ROWS + item * ROWS
+            row = (EXPERTS - ALWAYS + order) * EXPERT_ROWS + tile * ROWS
             slot, phase = _stream_row_tile((weight_desc,), row, smem, full, empty, slot, phase, STEPS, STAGES)
         gdc_wait()
-        for order in range(ALWAYS, PAIRS):
-            expert = gl.load(indices_ptr + _place(order, PAIRS, ALWAYS)).to(gl.int32)
-            row = expert * EXPERT_ROWS + item * ROWS
+        for order in range(ALWAYS, TOP_K):
+            expert = gl.load(indices_ptr + token * TOP_K + _choice(order, TOP_K, ALWAYS)).to(gl.int32)
+            row = expert * EXPERT_ROWS + tile * ROWS
             slot, phase = _stream_row_tile((weight_desc,), row, smem, full, empty, slot, phase, STEPS, STAGES)
 
 
@@ -206,10 +229,12 @@ def _multiply_down(
     weights_ptr,
     residual_ptr,
     out_ptr,
+    tokens,
     smem,
     full,
     empty,
-    PAIRS: gl.constexpr,
+    ONE: gl.constexpr,
+    TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
     DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
@@ -226,10 +251,11 @@ def _multiply_down(
     slot = 0
     phase = 0
     gdc_wait()
-    for item in range(gl.program_id(0), TILES, gl.num_programs(0)):
+    for item in range(gl.program_id(0), TILES * tokens, gl.num_programs(0)):
+        tile, token = _token_of(item, tokens, ONE)
         total = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
-        for order in range(PAIRS):
-            pair = _place(order, PAIRS, ALWAYS)
+        for order in range(TOP_K):
+            pair = token * TOP_K + _choice(order, TOP_K, ALWAYS)
             pair_weight = gl.load(weights_ptr + pair)
             for step in range(STEPS):
                 place = step * COLUMNS + column
@@ -240,21 +266,23 @@ def _multiply_down(
                 total += weight.to(gl.float32) * (hidden * pair_weight)[None, :]
                 slot, phase = advance(slot, phase, STAGES)
         out = gl.sum(total, 1)
-        output = item * ROWS + row
+        output = tile * ROWS + row
         if ADD:
-            out += gl.load(residual_ptr + output, mask=output < DEPTH, other=0.0).to(gl.float32)
-        gl.store(out_ptr + output, out.to(out_ptr.dtype.element_ty), mask=output < DEPTH)
+            out += gl.load(residual_ptr + token * DEPTH + output, mask=output < DEPTH, other=0.0).to(gl.float32)
+        gl.store(out_ptr + token * DEPTH + output, out.to(out_ptr.dtype.element_ty), mask=output < DEPTH)
 
 
 @gluon.jit
-def single_down_kernel(
+def stream_down_kernel(
     weight_desc,
     hidden_ptr,
     indices_ptr,
     weights_ptr,
     residual_ptr,
     out_ptr,
-    PAIRS: gl.constexpr,
+    tokens,
+    ONE: gl.constexpr,
+    TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERT_ROWS: gl.constexpr,
@@ -273,12 +301,12 @@ def single_down_kernel(
     gl.warp_specialize(
         [
             (_multiply_down, (
-                hidden_ptr, weights_ptr, residual_ptr, out_ptr, smem, full, empty,
-                PAIRS, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES, ADD,
+                hidden_ptr, weights_ptr, residual_ptr, out_ptr, tokens, smem, full, empty,
+                ONE, TOP_K, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES, ADD,
             )),
             (_load_down, (
-                weight_desc, indices_ptr, smem, full, empty,
-                PAIRS, ALWAYS, EXPERTS, EXPERT_ROWS, DEPTH, STEPS, STAGES,
+                weight_desc, indices_ptr, tokens, smem, full, empty,
+                ONE, TOP_K, ALWAYS, EXPERTS, EXPERT_ROWS, DEPTH, STEPS, STAGES,
             )),
         ],
         [1],
@@ -291,7 +319,7 @@ def _row_tiles(weight: Tensor) -> TensorDescriptor:
     return in_boxes(matrix_of(weight)[0], ROWS, COLUMNS)
 
 
-def single_token_swiglu(
+def streamed_swiglu(
     x: Tensor,
     indices: Tensor,
     weights: Tensor,
@@ -301,23 +329,25 @@ def single_token_swiglu(
     residual: Tensor | None = None,
     always: int = 0,
 ) -> Tensor:
-    """x [1, D], indices and weights [1, K], gate and up [E, I, D], down [E, D, I] → [1, D], plus residual [1, D].
+    """x [N, D], indices and weights [N, K], gate and up [E, I, D], down [E, D, I] → [N, D], plus residual [N, D].
 
     The last `always` indices are the last experts of the stacks.
     """
-    pairs, experts = indices.shape[1], gate.shape[0]
+    (tokens, top_k), experts = indices.shape, gate.shape[0]
     depth, width = down.shape[1:]
-    hidden = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    out = torch.empty((1, depth), dtype=x.dtype, device=x.device)
+    hidden = torch.empty((tokens * top_k, width), dtype=x.dtype, device=x.device)
+    out = torch.empty((tokens, depth), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     step_bytes = ROWS * COLUMNS * x.element_size()
-    single_gate_up_kernel[(min(PROGRAMS * processors, pairs * triton.cdiv(width, ROWS)),)](
+    stream_gate_up_kernel[(min(PROGRAMS * processors, tokens * top_k * triton.cdiv(width, ROWS)),)](
         _row_tiles(gate),
         _row_tiles(up),
         x,
         indices,
         hidden,
-        PAIRS=pairs,
+        tokens,
+        ONE=tokens == 1,
+        TOP_K=top_k,
         ALWAYS=always,
         EXPERTS=experts,
         EXPERT_ROWS=matrix_of(gate)[1],
@@ -328,14 +358,16 @@ def single_token_swiglu(
         maxnreg=96,
         launch_pdl=True,
     )
-    single_down_kernel[(min(PROGRAMS * processors, triton.cdiv(depth, ROWS)),)](
+    stream_down_kernel[(min(PROGRAMS * processors, tokens * triton.cdiv(depth, ROWS)),)](
         _row_tiles(down),
         hidden,
         indices,
         weights,
         out if residual is None else residual,
         out,
-        PAIRS=pairs,
+        tokens,
+        ONE=tokens == 1,
+        TOP_K=top_k,
         ALWAYS=always,
         EXPERTS=experts,
         EXPERT_ROWS=matrix_of(down)[1],
