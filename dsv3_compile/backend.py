@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 
 from codegen import dispatch
 from codegen.targets import TARGETS, Target
+from dsv3_compile.autocast import surrounding, switched_off
 from dsv3_compile.free_floats import fix_floats_of_modules, free_floats
 from dsv3_compile.functional import Functional, NotFunctional, callable_again, functional, why_unreadable
 from dsv3_compile.held import hold_shared
@@ -97,7 +98,21 @@ def dsv3(
         _leave(examples, settings, reason)
         return inductor(traced, examples, mode, others)
     changed, _ = improve(found, examples, settings, lambda: given_integers(found.module, examples))
-    return inductor(callable_again(found) if changed else traced, examples, mode, others)
+    if not changed:
+        return inductor(traced, examples, mode, others)
+    with switched_off():
+        compiled = inductor(callable_again(found), examples, mode, others)
+    return without_autocast(compiled) if surrounding() else compiled
+
+
+def without_autocast(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where autocast is on: the graph casts itself."""
+
+    def call(*arguments: Any) -> Any:
+        with switched_off():
+            return compiled(*arguments)
+
+    return call
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
@@ -210,8 +225,6 @@ def _next_number() -> int:
 def _why_not(examples: Sequence[Any]) -> str:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in examples):
         return "the graph trains: the passes are for inference (call the model under torch.no_grad)"
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        return "autocast is on, whose casts are not in the graph"
     return ""
 
 

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
+from dsv3_compile.autocast import Unspoken, spell_out_casts, surrounding, switching
 from dsv3_compile.owners import owner_of, owners, views_between
 from dsv3_compile.tracing import tidy
 from passes.base import Role, call, is_call, module_of, placeholders
@@ -65,7 +66,7 @@ def functional(traced: fx.GraphModule) -> Functional:
     try:
         with torch.no_grad(), disable_fake_tensor_cache(mode) if mode else contextlib.nullcontext():
             exported, signature = aot_export_module(
-                traced, values, trace_joint=False, pre_dispatch=True, decompositions={}
+                switching(traced), values, trace_joint=False, pre_dispatch=True, decompositions={}
             )
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise NotFunctional(f"torch cannot make it functional: {str(error).strip().splitlines()[0]}") from error
@@ -82,12 +83,13 @@ def functional(traced: fx.GraphModule) -> Functional:
 def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.GraphModule:
     """The same graph with readable input names, roles, and of every stack trace the frames of the model.
 
-    Without switches that change nothing where nobody trains and no autocast is on.
+    Without switches: nobody trains, and what autocast casts is cast by the graph.
     """
     graph = fx.Graph()
-    for node in exported.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
-        if node.args[2]:
-            raise NotFunctional("the graph turns autocast on, whose casts are not in it")
+    try:
+        spell_out_casts(exported.graph, surrounding())
+    except Unspoken as problem:
+        raise NotFunctional(str(problem)) from problem
     copies: dict[fx.Node, fx.Node] = {}
     remaining = iter(originals)
     for node in exported.graph.nodes:

@@ -1,0 +1,198 @@
+"""Autocast spelled out: the casts that dispatch would make unseen as calls of the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.amp import autocast_mode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+DEVICES = ("cpu", "cuda")
+VIEWS_THEN_MULTIPLIES = aten.einsum.default, aten.tensordot.default  # whose products cast what they were given
+
+Setting = torch.autocast
+"""A context, entered or not, with what it sets for one kind of device."""
+
+
+class Unspoken(ValueError):
+    """A call that casts where no graph can say so."""
+
+
+def surrounding() -> dict[str, Setting]:
+    """What autocast does here, by kind of device; only where it is on."""
+    return {
+        device: torch.autocast(device, torch.get_autocast_dtype(device))
+        for device in DEVICES
+        if torch.is_autocast_enabled(device)
+    }
+
+
+@contextlib.contextmanager
+def switched_off() -> Iterator[None]:
+    """Without autocast, whatever is on outside."""
+    with contextlib.ExitStack() as stack:
+        for device in DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def switching(traced: fx.GraphModule) -> fx.GraphModule:
+    """The same, with autocast switched where the graph says so while it is traced: torch would note the switches, and
+    leave out casts of results that it takes to be of the dtype already.
+    """
+    switches = autocast_mode._enter_autocast, autocast_mode._exit_autocast
+    if not any(node.target in switches for node in traced.graph.nodes):
+        return traced
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    for node in graph.nodes:
+        if node.target in switches:
+            node.target = _entered if node.target is autocast_mode._enter_autocast else _left
+    return fx.GraphModule(traced, graph)
+
+
+def _entered(device: str, dtype: torch.dtype | None, enabled: bool, cached: bool | None) -> Setting:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.autocast(device, dtype, enabled, cached).__enter__()
+
+
+def _left(setting: Setting) -> None:
+    setting.__exit__(None, None, None)
+
+
+def spell_out_casts(graph: fx.Graph, around: Mapping[str, Setting]) -> None:
+    """Let every call under autocast take arguments that are cast already, so that the graph means the same without.
+
+    graph: traced before dispatch, its switches in it and acting. around: what is on where it begins. Raises Unspoken.
+    """
+    on: list[tuple[str, Setting | None]] = list(around.items())
+    casts = _Casts(graph)
+    with switched_off():
+        for node in list(graph.nodes):
+            if node.target is autocast_mode._enter_autocast:
+                on.append((str(node.args[0]), _setting(*node.args)))
+            elif node.target is autocast_mode._exit_autocast:
+                on.pop()
+            elif isinstance(node.target, torch._ops.OpOverload) and _may_cast(node.target):
+                device = next((value.device.type for value in _tensors(node)), "")
+                inner = [setting for kind, setting in on if kind == device]
+                if inner and inner[-1] is not None:
+                    casts.cast_arguments(node, inner[-1])
+
+
+class _Casts:
+    """Inserts what is cast, each once, into a graph whose calls are visited in order."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.policies: dict[Any, tuple[torch.dtype | None, ...]] = {}
+        self.made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def cast_arguments(self, node: fx.Node, setting: Setting) -> None:
+        kinds = ((value.dtype, value.ndim) for value in _tensors(node))
+        key = node.target, setting.device, setting.fast_dtype, *kinds
+        if key not in self.policies:
+            self.policies[key] = _policy(node, setting)
+        wanted = iter(self.policies[key])
+
+        def cast(source: fx.Node) -> fx.Node:
+            dtype = next(wanted) if isinstance(source.meta.get("val"), Tensor) else None
+            if dtype is None or dtype == source.meta["val"].dtype:
+                return source
+            if (source, dtype) not in self.made:
+                with self.graph.inserting_before(node):
+                    made = self.graph.call_function(aten._to_copy.default, (source,), {"dtype": dtype})
+                made.meta = {**source.meta, "val": source.meta["val"].to(dtype)}
+                self.made[source, dtype] = made
+            return self.made[source, dtype]
+
+        node.args, node.kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), cast)
+
+
+def _setting(device: Any, dtype: Any = None, enabled: Any = True, *_: Any) -> Setting | None:
+    """What entering it sets; None for off, which it is too for a type that the device does not cast to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        setting = torch.autocast(device, dtype, enabled)
+    return setting if setting._enabled else None
+
+
+def _may_cast(target: torch._ops.OpOverload) -> bool:
+    """Is it one that autocast knows, or made of others?"""
+    return any(map(partial(_has_kernel, target), ("AutocastCPU", "AutocastCUDA", "CompositeImplicitAutograd")))
+
+
+def _has_kernel(target: torch._ops.OpOverload, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key)
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    values = fx.node.map_arg((node.args, dict(node.kwargs)), lambda one: one.meta.get("val"))
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def _policy(node: fx.Node, setting: Setting) -> tuple[torch.dtype | None, ...]:
+    """To what the call casts each of its tensors, None for what it leaves: seen by making it, since it is written
+    nowhere but in torch's dispatcher. Raises Unspoken where that does not explain the dtype of its result.
+    """
+    tensors = _tensors(node)
+    with torch.no_grad(), setting, _Seen(tensors) as seen:
+        result = _made(node, tensors)
+
+    def all_to(dtype: torch.dtype) -> list[torch.dtype | None]:
+        return [dtype if value.is_floating_point() else None for value in tensors]
+
+    if _has_kernel(node.target, f"Autocast{setting.device.upper()}"):
+        ways = [seen.dtypes, all_to(torch.float32)]  # a softmax is told to give float32 instead of being given it
+    else:
+        ways = [all_to(setting.fast_dtype) if node.target in VIEWS_THEN_MULTIPLIES else [None] * len(tensors)]
+    for dtypes in ways:
+        cast = [value if dtype is None else value.to(dtype) for value, dtype in zip(tensors, dtypes, strict=True)]
+        if _dtypes(result) == _dtypes(_made(node, cast)):
+            return tuple(dtypes)
+    raise Unspoken(f"{node.name} casts inside under autocast, which the graph cannot say")
+
+
+def _dtypes(value: Any) -> list[torch.dtype | None]:
+    return [one.dtype if isinstance(one, Tensor) else None for one in tree_leaves(value)]
+
+
+def _made(node: fx.Node, tensors: list[Tensor]) -> Any:
+    """The call's fake result for these tensors in place of its own."""
+    left = iter(tensors)
+
+    def value(one: fx.Node) -> Any:
+        return next(left) if isinstance(one.meta.get("val"), Tensor) else one.meta.get("val")
+
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+    return node.target(*args, **kwargs)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the casts of given tensors."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.dtypes: list[torch.dtype | None] = [None] * len(tensors)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is aten._to_copy.default:
+            for place, value in enumerate(self.tensors):
+                if value is args[0]:
+                    self.dtypes[place] = result.dtype
+        return result
