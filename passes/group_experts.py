@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.added_rows import added_rows
 from passes.base import Context, Outcome, Pass, calls, is_call, same_size, shape_of, sweep
 from passes.chosen_pairs import ChosenPairs
 from passes.grouped_calls import grouped_call
@@ -136,17 +137,6 @@ def ways_to_sum(node: fx.Node, numbers: PairNumbers, computed: set[fx.Node]) -> 
                     named = dict(zip(tokens, names, strict=False)) | {c: CHOICE, BROADCAST: BROADCAST}
                     own, out = ("".join(named.get(x, FEATURE) for x in one) for one in (letters, product.out))
                     yield {node: out.replace(BROADCAST, FEATURE), operand: own}
-
-
-def added_rows(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(base, rows, values) of a node that adds values to rows of a base."""
-    if is_call(node, aten.index_add) and node.args[1] == 0 and node.kwargs.get("alpha", 1) == 1:
-        return node.args[0], node.args[2], node.args[3]
-    if is_call(node, aten.scatter_add) and node.args[1] == 0:
-        return node.args[0], node.args[2], node.args[3]
-    if is_call(node, aten.index_put) and node.args[3:] == (True,) and len(node.args[1]) == 1:
-        return node.args[0], node.args[1][0], node.args[2]
-    return None
 
 
 def rewritten(pairs: ChosenPairs) -> fx.Node:

@@ -22,6 +22,12 @@ E, K, D, I = 7, 2, 6, 5  # noqa: E741
 
 # Grouped products that nobody here has heard of: one that is what it looks like, and one that is not.
 LIBRARY = torch.library.Library("zoo", "DEF")
+LIBRARY.define("add_to_rows(Tensor out, Tensor index, Tensor src) -> Tensor")
+LIBRARY.define("put_into_rows(Tensor out, Tensor index, Tensor src) -> Tensor")
+for name in ("add_to_rows", "put_into_rows"):
+    torch.library.register_fake(f"zoo::{name}", lambda out, index, src: torch.empty_like(out), lib=LIBRARY)
+LIBRARY.impl("add_to_rows", lambda out, index, src: out.scatter_add(0, index, src), "CompositeExplicitAutograd")
+LIBRARY.impl("put_into_rows", lambda out, index, src: out.scatter(0, index, src), "CompositeExplicitAutograd")
 for name in ("multiply_groups", "multiply_groups_backwards"):
     LIBRARY.define(f"{name}(Tensor a, Tensor b, Tensor offs) -> Tensor")
     torch.library.register_fake(f"zoo::{name}", lambda a, b, offs: a.new_empty(a.shape[0], b.shape[2]), lib=LIBRARY)
@@ -160,10 +166,18 @@ def counted_by_a_mask(m, x, indices, weights):
     return torch.zeros_like(x).index_add(0, order // K, y * weights.flatten()[order][:, None])
 
 
+def added_by_a_library(m, x, indices, weights, add=torch.ops.zoo.add_to_rows):
+    order = indices.flatten().argsort(stable=True)
+    offsets = ends(indices.flatten())
+    y = multiply_groups(swiglu(multiply_groups(x[order // K], m.up_t, offsets)), m.down_t, offsets)
+    rows = (order // K).reshape(-1, 1).expand(-1, D)
+    return add(torch.zeros_like(x), rows, src=y * weights.flatten()[order][:, None])
+
+
 SWIGLU = [
     gathered_and_batched, gathered_with_einsum, gathered_with_matmul, gathered_transposed, added_to_the_tokens,
     scores_before_the_last_product, sorted_and_grouped, sorted_back_by_argsort, written_back_into_place,
-    sorted_and_added, counted_by_a_mask,
+    sorted_and_added, counted_by_a_mask, added_by_a_library,
 ]  # fmt: skip
 
 
@@ -394,6 +408,10 @@ def weights_multiplied_by_hand(m, x, indices, weights):
     return torch.einsum("nki,nkdi,nk->nd", h, m.down[indices], weights)
 
 
+def put_by_a_library(m, x, indices, weights):
+    return added_by_a_library(m, x, indices, weights, torch.ops.zoo.put_into_rows)
+
+
 def every_expert_in_turn(m, x, indices, weights):
     scores = torch.zeros(x.shape[0], E).scatter(-1, indices, weights)
     return sum(scores[:, e, None] * F.linear(swiglu(F.linear(x, m.gate_up[e])), m.down[e]) for e in range(E))
@@ -426,6 +444,7 @@ NEAR_MISSES = {
     "not-summed": (never_summed, "nothing sums index over its experts"),
     "clamped": (clamped_indices, "index picks by clamp: no number of a chosen expert, a token or a pair in this order"),
     "left-sorted": (rows_left_sorted, "the rows of multiply_groups are used without being sorted back"),
+    "put": (put_by_a_library, "nothing sums multiply_groups over its experts"),
     "by-hand": (weights_multiplied_by_hand, "gate_up is copied for every pair before it is multiplied"),
     "in-turn": (every_expert_in_turn, APART),
     "results": (results_picked, "gather picks from the results of all experts: pick weights, or sum with a gate"),
