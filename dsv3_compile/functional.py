@@ -120,8 +120,9 @@ def _fake(exported: fx.GraphModule, node: fx.Node) -> Any:
 def why_unreadable(found: Functional) -> str:
     """Why no pass may look at a graph, or ''."""
     for node in found.module.graph.nodes:
-        if node.op == "get_attr" and not isinstance(node.meta.get("val"), Tensor):
-            return f"the graph has another in it: {node.target}"
+        held = getattr(found.module, str(node.target)) if node.op == "get_attr" else None
+        if not isinstance(held, (Tensor, fx.GraphModule, type(None))):
+            return f"the graph holds what is no tensor: {node.target}"
         if is_call(node, aten.as_strided, aten.as_strided_scatter, aten.as_strided_copy):
             return f"{node.name} reads memory, in whatever order values lie there"
         if any(map(free_unbacked_symbols, tree_leaves(node.meta.get("val")))):

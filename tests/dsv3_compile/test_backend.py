@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import dsv3_compile
@@ -315,10 +316,6 @@ def strided(x: Tensor, weight: Tensor) -> Tensor:
     return latent_attention(x, weight) + x.mT.contiguous().as_strided((1, 1, 4), (4, 4, 1))
 
 
-def branching(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (latent_attention(x, weight),))
-
-
 def mapped(x: Tensor, weight: Tensor) -> Tensor:
     return latent_attention(x, weight) + torch.vmap(lambda row: row.softmax(-1) * row)(x).sum()
 
@@ -332,7 +329,6 @@ def choosing(x: Tensor, weight: Tensor) -> Tensor:
     [
         (choosing, "the size of index depends on data"),
         (strided, "as_strided reads memory"),
-        (branching, "the graph has another in it: true_graph_0"),
         (mapped, "the graph maps over an axis (vmap)"),
     ],
 )
@@ -344,6 +340,32 @@ def test_what_no_pass_may_read_goes_to_inductor_as_it_came(
         found = torch.compile(model, backend="dsv3")(*arguments)
     assert torch.allclose(found, model(*arguments), atol=1e-6)
     assert dsv3_compile.last_report()["fallback"].startswith(reason)
+
+
+def branching(x: Tensor) -> Tensor:
+    return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y - 1, (x,))
+
+
+CAUSAL = create_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8, device="cpu", BLOCK_SIZE=8)
+
+
+def masked(x: Tensor) -> Tensor:
+    heads = x[None, None]
+    return flex_attention(heads, heads, heads, block_mask=CAUSAL)[0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("step", [branching, masked])
+def test_a_graph_in_the_graph_is_left_and_read_around(step: Callable[[Tensor], Tensor], without_inductor: None) -> None:
+    def model(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weights, indices = torch.nn.functional.linear(step(x), weight).sigmoid().topk(2)
+        return weights / weights.sum(-1, keepdim=True), indices
+
+    x, weight = torch.randn(8, 16), torch.randn(16, 16)
+    found, expected = torch.compile(model, backend="dsv3")(x, weight), model(x, weight)
+    assert torch.allclose(found[0], expected[0], atol=1e-6) and torch.equal(found[1], expected[1])
+    report = dsv3_compile.last_report()
+    assert not report["fallback"] and matches(report)["fuse-routing"] == 1
 
 
 def test_a_report_is_printed_as_what_was_found_left_and_not_tried(without_inductor: None) -> None:
