@@ -94,6 +94,11 @@ def test_other_activations_keep_the_grouped_form():
     assert untouched(FuseExperts(), graph) == "the experts are no SwiGLU: mul stands between their products"
 
 
+def test_gates_of_other_rows_are_refused():
+    graph = graph_with(lambda gate, up: F.silu(gate.flip(0)) * up, apart=True)
+    assert untouched(FuseExperts(), graph) == "mul does not follow a grouped product of the sorted tokens"
+
+
 def test_a_product_used_elsewhere_is_refused():
     graph = graph_with(torch.ops.dsv3.swiglu, leak=True)
     assert untouched(FuseExperts(), graph) == "grouped_linear is used by sum as well"
