@@ -11,6 +11,8 @@ from passes.base import is_call
 
 aten = torch.ops.aten
 
+INDICES = ("index", "indices")  # what libraries call the second argument
+
 
 def added_rows(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(base, rows, values) of a node that adds values to rows of a base."""
@@ -33,7 +35,9 @@ def adds_to_rows(target: torch._ops.OpOverload) -> bool:
     """Is it another library's scatter_add along the first axis? Such ops are opaque, so it is asked for one."""
     schema = target._schema
     kinds = [str(one.type) for one in (*schema.arguments, *schema.returns)]
-    if target.namespace in ("aten", "prims", "dsv3") or schema.is_mutable or kinds != ["Tensor"] * 4:
+    if target.namespace == "aten" or schema.is_mutable or kinds != ["Tensor"] * 4:
+        return False
+    if schema.arguments[1].name not in INDICES:
         return False
     generator = torch.Generator().manual_seed(0)
     base, values = (torch.randn(rows, 3, generator=generator, dtype=torch.float64) for rows in (4, 5))

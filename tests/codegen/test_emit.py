@@ -115,6 +115,12 @@ def test_every_tiling_of_experts_is_written(op, experts):
     assert rows == {tiling.rows for tiling in TILINGS}
 
 
+def test_plain_kernels_are_launched_with_options_that_every_target_knows():
+    for op in OPS:
+        for launch in write_kernel(op, operands(op), target("gfx942")).launches:
+            assert set(launch.options) <= {"num_warps", "num_stages"}, launch
+
+
 def test_the_same_constants_share_a_name():
     dtypes = (torch.bfloat16, torch.bfloat16, torch.float16)
     assert len({write_kernel("swiglu", operands("swiglu", dtype), target("sm_80")).name for dtype in dtypes}) == 2
