@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.amp import autocast_mode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from passes.base import fake_mode_of
 
 aten = torch.ops.aten
 
@@ -77,8 +78,10 @@ def spell_out_casts(graph: fx.Graph, around: Mapping[str, Setting]) -> None:
     graph: traced before dispatch, its switches in it and acting. around: what is on where it begins. Raises Unspoken.
     """
     on: list[tuple[str, Setting | None]] = list(around.items())
+    if not on and not graph.find_nodes(op="call_function", target=autocast_mode._enter_autocast):
+        return
     casts = _Casts(graph)
-    with switched_off():
+    with switched_off(), fake_mode_of(graph):
         for node in list(graph.nodes):
             if node.target is autocast_mode._enter_autocast:
                 on.append((str(node.args[0]), _setting(*node.args)))
@@ -143,24 +146,25 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 
 
 def _policy(node: fx.Node, setting: Setting) -> tuple[torch.dtype | None, ...]:
-    """To what the call casts each of its tensors, None for what it leaves: seen by making it, since it is written
-    nowhere but in torch's dispatcher. Raises Unspoken where that does not explain the dtype of its result.
+    """To what the call casts each of its tensors, None for what it leaves. Raises Unspoken.
+
+    What autocast does for whom is written nowhere but in torch's dispatcher. It casts all floats alike, so the dtype of
+    the result tells.
     """
     tensors = _tensors(node)
-    with torch.no_grad(), setting, _Seen(tensors) as seen:
+    with torch.no_grad(), setting:
         result = _made(node, tensors)
-
-    def all_to(dtype: torch.dtype) -> list[torch.dtype | None]:
-        return [dtype if value.is_floating_point() else None for value in tensors]
-
+    floats = [value.is_floating_point() and value.dtype != torch.float64 for value in tensors]
+    alike = len({value.dtype for value, among in zip(tensors, floats, strict=True) if among}) < 2
     if _has_kernel(node.target, f"Autocast{setting.device.upper()}"):
-        ways = [seen.dtypes, all_to(torch.float32)]  # a softmax is told to give float32 instead of being given it
+        ways = [None] * alike + [setting.fast_dtype, torch.float32]
     else:
-        ways = [all_to(setting.fast_dtype) if node.target in VIEWS_THEN_MULTIPLIES else [None] * len(tensors)]
-    for dtypes in ways:
+        ways = [setting.fast_dtype if node.target in VIEWS_THEN_MULTIPLIES else None]
+    for way in ways:
+        dtypes = tuple(way if among else None for among in floats)
         cast = [value if dtype is None else value.to(dtype) for value, dtype in zip(tensors, dtypes, strict=True)]
         if _dtypes(result) == _dtypes(_made(node, cast)):
-            return tuple(dtypes)
+            return dtypes
     raise Unspoken(f"{node.name} casts inside under autocast, which the graph cannot say")
 
 
@@ -177,22 +181,3 @@ def _made(node: fx.Node, tensors: list[Tensor]) -> Any:
 
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
     return node.target(*args, **kwargs)
-
-
-class _Seen(TorchDispatchMode):
-    """Notes the casts of given tensors."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
-        self.dtypes: list[torch.dtype | None] = [None] * len(tensors)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is aten._to_copy.default:
-            for place, value in enumerate(self.tensors):
-                if value is args[0]:
-                    self.dtypes[place] = result.dtype
-        return result

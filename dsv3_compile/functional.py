@@ -86,6 +86,8 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
     Without switches: nobody trains, and what autocast casts is cast by the graph.
     """
     graph = fx.Graph()
+    for node in exported.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = _fake(exported, node)
     try:
         spell_out_casts(exported.graph, surrounding())
     except Unspoken as problem:
@@ -103,8 +105,6 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
         elif node.target not in SWITCHES:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             copies[node].meta = tidy(node.meta)
-            if node.op == "get_attr" and "val" not in copies[node].meta:
-                copies[node].meta["val"] = _fake(exported, node)
     return module_of(exported, graph)
 
 

@@ -33,7 +33,8 @@ def products(x: Tensor, w: Tensor) -> Any:
 
 def attention(x: Tensor, w: Tensor) -> Any:
     q, k = F.linear(x, w)[None, None], F.rms_norm(x, [6])[None, None]
-    return F.scaled_dot_product_attention(q, k, k), (q @ k.mT).softmax(-1) @ k
+    mixed = F.scaled_dot_product_attention(q, k, k), F.scaled_dot_product_attention(k, q, q, is_causal=True)
+    return *mixed, (q @ k.mT).softmax(-1) @ k
 
 
 def joined(x: Tensor, w: Tensor) -> Any:
