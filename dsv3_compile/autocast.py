@@ -24,8 +24,8 @@ Setting = torch.autocast
 """A context, entered or not, with what it sets for one kind of device."""
 
 
-class Unspoken(ValueError):
-    """A call that casts where no graph can say so."""
+class Unspoken(Exception):
+    """A call that casts where no graph can say so. One line: which."""
 
 
 def surrounding() -> dict[str, Setting]:
@@ -106,7 +106,10 @@ class _Casts:
         kinds = ((value.dtype, value.ndim) for value in _tensors(node))
         key = node.target, setting.device, setting.fast_dtype, *kinds
         if key not in self.policies:
-            self.policies[key] = _policy(node, setting)
+            try:
+                self.policies[key] = _policy(node, setting)
+            except (RuntimeError, TypeError, ValueError) as error:  # whatever the op makes of what it is tried with
+                raise Unspoken(f"{node.name} under autocast: {str(error).strip().splitlines()[0]}") from error
         wanted = iter(self.policies[key])
 
         def cast(source: fx.Node) -> fx.Node:
