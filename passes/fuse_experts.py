@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from torch import fx
 from passes.base import call, is_call, shape_of
 from passes.fuse_swiglu import gated
 from passes.nodes import dtype_of, keeps, settled, uncast
+from passes.products import Part, part_of
 from passes.rewrite import Cast, Found, Match, Number, Op, Pattern, Rewrite, Var
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -27,8 +29,27 @@ def grouped(inputs: Pattern, weight: str, name: str) -> Pattern:
     return Op((dsv3.grouped_linear,), (inputs, Var(weight), offsets), name=name)
 
 
-gate_up = grouped(x_of_pair, "gate_up", "first")
-hidden = Op((dsv3.swiglu,), (gate_up,)) | gated(gate_up, grouped(x_of_pair, "up", "other"))
+@dataclass(frozen=True)
+class Rows(Pattern):
+    """The sorted tokens times some rows of every expert's matrix: a whole grouped product, or a part of one."""
+
+    name: str
+
+    def search(self, value: Any, found: Found) -> Iterator[Found]:
+        node = settled(value)
+        part = part_of(node) if isinstance(node, fx.Node) else None
+        if part is not None:
+            if part.axis != len(shape_of(node)) - 1:
+                return
+            found = found.cover(node)
+            value = part.source
+            if is_call(node, operator.getitem):
+                found = found.cover(node.args[0])
+        for product in grouped(x_of_pair, f"{self.name} stack", f"{self.name} product").search(value, found):
+            yield product.bind(self.name, part)
+
+
+hidden = Op((dsv3.swiglu,), (grouped(x_of_pair, "gate stack", "gate product"),)) | gated(Rows("gate"), Rows("up"))
 results = grouped(Cast(hidden, lossy=True), "down", "second")
 experts = Op((dsv3.combine_pairs,), (Cast(results), order, Var("weights")))
 
@@ -39,8 +60,11 @@ class FuseExperts(Rewrite):
        h = swiglu(grouped_linear(x[order // K], gate_up, offsets))      →    routed_swiglu(x, indices, weights,
        combine_pairs(grouped_linear(h, down, offsets), order, weights)                     gate_up, down)
 
-    Gates and ups may also be products with stacks of their own. Experts that are no SwiGLU keep the grouped form.
+    Gates and ups may also be products with stacks of their own, or parts of one in another order. Experts that are no
+    SwiGLU keep the grouped form.
     """  # fmt: skip
+
+    joined: bool = True  # gates and ups that are apart become one stack, stored anew; else they stay where they are
 
     before: ClassVar[Pattern] = Op((dsv3.combine_pairs,), (Var("y"),))
 
@@ -50,21 +74,36 @@ class FuseExperts(Rewrite):
             return what_differs(match["y"])
         if found["top_k"] != shape_of(found["indices"])[1]:
             return f"pairs are divided by {found['top_k']}, a token has {shape_of(found['indices'])[1]}"
-        dtypes = {name: dtype_of(found[name]) for name in ("x", "gate_up", "up", "down") if name in found.bound}
+        named = ("x", "gate stack", "up stack", "down")
+        dtypes = {name: dtype_of(found[name]) for name in named if name in found.bound}
         if len(set(dtypes.values())) > 1:
             return "differ in dtype: " + ", ".join(f"{found[name].name} {dtype}" for name, dtype in dtypes.items())
         if keeps(match.root, dtypes["x"]):
             return f"{match.root.name} is not rounded to {dtypes['x']}, in which its experts are"
-        products = min(found[name] for name in ("first", "other") if name in found.bound)
+        products = min(found[name] for name in ("gate product", "up product") if name in found.bound)
         # The sorted pairs and their tokens may be read by others: both forms make them.
         return Match(found.root, found.bound, tuple(node for node in found.inner if not node < products)).leak()
 
     def after(self, graph: fx.Graph, match: Match) -> fx.Node:
         found = routed(match.root)
         assert found is not None
-        arguments = [found[name] for name in ("x", "indices", "weights", "gate_up", "down")]
-        apart = [None, 0, found["up"]] if "up" in found.bound else []
-        return call(graph, dsv3.routed_swiglu.default, *arguments, *apart, like=match.root)
+        x, indices, weights, gate, down = (found[name] for name in ("x", "indices", "weights", "gate stack", "down"))
+        apart: list[Any] = []
+        if "up" in found.bound:
+            gate, up = (rows_of(graph, found[f"{name} stack"], found[name]) for name in ("gate", "up"))
+            if self.joined:
+                gate = call(graph, aten.cat.default, [gate, up], 1, like=match.root)
+            else:
+                apart = [None, 0, up]
+        return call(graph, dsv3.routed_swiglu.default, x, indices, weights, gate, down, *apart, like=match.root)
+
+
+def rows_of(graph: fx.Graph, stack: fx.Node, part: Part | None) -> fx.Node:
+    """Of every expert's matrix the rows that a part of the product came from."""
+    if part is None:
+        return stack
+    stop = part.start + (part.length - 1) * part.step + 1
+    return call(graph, aten.slice.Tensor, stack, 1, part.start, stop, part.step, like=stack)
 
 
 def routed(root: fx.Node) -> Match | None:

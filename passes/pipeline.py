@@ -84,7 +84,7 @@ FOREIGN_PIPELINE: tuple[Pass, ...] = (
     FuseAttention(expanded=False),
     CloseAttention(),
     FuseSwiglu(),
-    FuseExperts(),
+    FuseExperts(joined=False),
     SliceEarly(),
 )
 """For graphs whose weights belong to somebody else: nothing that would store a new weight, or own a cache.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from passes.base import calls
+from passes.base import calls, is_call
 from passes.fuse_experts import FuseExperts
 from passes.fuse_swiglu import FuseSwiglu
 from passes.merge_projections import MergeProjections
@@ -76,11 +76,36 @@ GATED = {
 def test_gates_and_ups_may_be_stacks_of_their_own(activation):
     for dtype, wide in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         graph = graph_with(activation, apart=True, wide=wide, dtype=dtype)
-        assert len(certified(FuseExperts(), graph).matches) == 1
+        assert len(certified(FuseExperts(joined=False), graph).matches) == 1
         assert count(graph, dsv3.sort_pairs, dsv3.grouped_linear, dsv3.combine_pairs) == 0
         (node,) = calls(graph.graph, dsv3.routed_swiglu)
         stacks = {name: [n for n in graph.graph.nodes if n.target == name] for name in ("gate", "up", "down")}
         assert [node.args[3:]] == [(*stacks["gate"], *stacks["down"], None, 0, *stacks["up"])]
+
+
+PARTS = {
+    "up first": lambda h: h[:, :I] * F.silu(h[:, I:]),
+    "chunks": lambda h: h.chunk(2, -1)[0] * F.silu(h.chunk(2, -1)[1]),
+    "in turns": lambda h: F.silu(h[:, ::2]) * h[:, 1::2],
+    "of one split": lambda h: torch.mul(*(f(x) for f, x in zip((lambda up: up, F.silu), h.split(I, -1), strict=True))),
+}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("activation", PARTS.values(), ids=PARTS)
+def test_gates_and_ups_may_lie_in_any_order(activation, joined):
+    graph = graph_with(activation)
+    assert len(certified(FuseExperts(joined), graph).matches) == 1
+    assert count(graph, dsv3.grouped_linear) == 0
+    (node,) = calls(graph.graph, dsv3.routed_swiglu)
+    assert is_call(node.args[3], aten.cat if joined else aten.slice) and len(node.args) == (5 if joined else 8)
+
+
+def test_a_part_that_is_read_elsewhere_is_refused():
+    graph = graph_with(lambda h: h[:, :I] * F.silu(h[:, I:]) + h[:, I:].sum(1, keepdim=True) * 0)
+    assert untouched(FuseExperts(), graph) == "the experts are no SwiGLU: add stands between their products"
+    graph = graph_with(PARTS["up first"], leak=True)
+    assert untouched(FuseExperts(), graph) == "grouped_linear is used by sum as well"
 
 
 def test_a_sum_that_is_wanted_in_float_stays_one():
