@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from passes.base import call
+from passes.base import call, is_call
 from passes.nodes import dtype_of, keeps
 from passes.products import join, part_of
 from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var
@@ -35,6 +35,11 @@ class FuseSwiglu(Rewrite):
     before: ClassVar[Pattern] = gated(Var("gate"), Var("up"))
 
     def when(self, match: Match) -> str | None:
+        reason = self.why_not(match)
+        # Of experts whose gates and ups are no neighbours `fuse-experts` makes one op all the same, or says why not.
+        return "" if reason and any(is_of_experts(match[name]) for name in ("gate", "up")) else reason
+
+    def why_not(self, match: Match) -> str | None:
         first, second = (part_of(match[name]) for name in ("gate", "up"))
         if first is None or second is None or first.source is not second.source:
             return f"{match['gate'].name} and {match['up'].name} are not parts of one product"
@@ -53,3 +58,9 @@ class FuseSwiglu(Rewrite):
         assert first is not None and second is not None
         gate_up = join(graph, first, second)
         return call(graph, torch.ops.dsv3.swiglu.default, gate_up, like=match.root)
+
+
+def is_of_experts(node: fx.Node) -> bool:
+    """Is it a grouped product, or a part of one?"""
+    part = part_of(node)
+    return is_call(node if part is None else part.source, torch.ops.dsv3.grouped_linear)

@@ -76,6 +76,7 @@ GATED = {
 def test_gates_and_ups_may_be_stacks_of_their_own(activation):
     for dtype, wide in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         graph = graph_with(activation, apart=True, wide=wide, dtype=dtype)
+        assert untouched(FuseSwiglu(), graph) == ""
         assert len(certified(FuseExperts(joined=False), graph).matches) == 1
         assert count(graph, dsv3.sort_pairs, dsv3.grouped_linear, dsv3.combine_pairs) == 0
         (node,) = calls(graph.graph, dsv3.routed_swiglu)
@@ -95,6 +96,7 @@ PARTS = {
 @pytest.mark.parametrize("activation", PARTS.values(), ids=PARTS)
 def test_gates_and_ups_may_lie_in_any_order(activation, joined):
     graph = graph_with(activation)
+    assert untouched(FuseSwiglu(), graph) == ""
     assert len(certified(FuseExperts(joined), graph).matches) == 1
     assert count(graph, dsv3.grouped_linear) == 0
     (node,) = calls(graph.graph, dsv3.routed_swiglu)

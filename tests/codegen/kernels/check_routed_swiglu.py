@@ -46,6 +46,13 @@ def test_stacks_may_be_apart_and_transposed(transposed):
     torch.testing.assert_close(routed_swiglu(*arguments), expected)
 
 
+def test_gates_and_ups_may_take_turns():
+    x, indices, weights, gate_up, down = draw(7, 5, 2, 9, 20, torch.float32, 5)
+    turns = gate_up.unflatten(1, (2, 20)).transpose(1, 2).flatten(1, 2).contiguous()
+    found = routed_swiglu(x, indices, weights, turns[:, ::2], down, None, 0, turns[:, 1::2])
+    torch.testing.assert_close(found, torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down))
+
+
 def test_a_residual_is_added_before_rounding():
     arguments = draw(5, 6, 2, 9, 5, torch.float16, 6)
     residual = 100 * torch.randn(5, 20).half()[:, 3:12]

@@ -125,6 +125,7 @@ def test_stacks_that_are_no_matrix_of_rows_get_the_plain_form():
     assert form((2 * 192 * 256, 256, 1)) == "sm_90"  # a part of something higher
     assert form((192 * 256, 1, 192)) == "kernels"  # kept as inputs times outputs
     assert form((192 * 256 + 8, 256, 1)) == "kernels"
+    assert form((2 * 192 * 256, 2 * 256, 1)) == "kernels"  # gates and ups in turns
 
 
 @pytest.mark.parametrize("experts, top_k", [(64, 6), (66, 8), (257, 9), (385, 9)])
