@@ -12,7 +12,7 @@ from torch import fx
 
 from passes.base import call, is_call, shape_of
 from passes.fuse_swiglu import gated
-from passes.nodes import dtype_of, keeps, settled, uncast
+from passes.nodes import cast, dtype_of, keeps, settled, uncast
 from passes.products import Part, part_of
 from passes.rewrite import Cast, Found, Match, Number, Op, Pattern, Rewrite, Var
 
@@ -22,7 +22,7 @@ aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 pairs = Op((dsv3.sort_pairs,), (Var("indices"),))
 order, offsets = (Op((operator.getitem,), (pairs, Number(value=i))) for i in (0, 1))
 token_of_pair = Op((aten.floor_divide,), (order, Number("top_k")))
-x_of_pair = Op((aten.index,), (Var("x"), (token_of_pair,)))
+x_of_pair = Cast(Op((aten.index,), (Var("x"), (token_of_pair,))), lossy=True)
 
 
 def grouped(inputs: Pattern, weight: str, name: str) -> Pattern:
@@ -74,12 +74,13 @@ class FuseExperts(Rewrite):
             return what_differs(match["y"])
         if found["top_k"] != shape_of(found["indices"])[1]:
             return f"pairs are divided by {found['top_k']}, a token has {shape_of(found['indices'])[1]}"
-        named = ("x", "gate stack", "up stack", "down")
-        dtypes = {name: dtype_of(found[name]) for name in named if name in found.bound}
-        if len(set(dtypes.values())) > 1:
-            return "differ in dtype: " + ", ".join(f"{found[name].name} {dtype}" for name, dtype in dtypes.items())
-        if keeps(match.root, dtypes["x"]):
-            return f"{match.root.name} is not rounded to {dtypes['x']}, in which its experts are"
+        stacks = [found[name] for name in ("gate stack", "up stack", "down") if name in found.bound]
+        dtype, *others = dict.fromkeys(map(dtype_of, stacks))
+        if others:
+            listed = ", ".join(f"{stack.name} {dtype_of(stack)}" for stack in stacks)
+            return f"the experts' weights differ in dtype: {listed}"
+        if keeps(match.root, dtype):
+            return f"{match.root.name} is not rounded to {dtype}, in which its experts are"
         products = min(found[name] for name in ("gate product", "up product") if name in found.bound)
         # The sorted pairs and their tokens may be read by others: both forms make them.
         return Match(found.root, found.bound, tuple(node for node in found.inner if not node < products)).leak()
@@ -88,7 +89,7 @@ class FuseExperts(Rewrite):
         found = routed(match.root)
         assert found is not None
         x, indices, weights, gate, down = (found[name] for name in ("x", "indices", "weights", "gate stack", "down"))
-        apart: list[Any] = []
+        x, apart = cast(graph, x, dtype_of(gate)), list[Any]()
         if "up" in found.bound:
             gate, up = (rows_of(graph, found[f"{name} stack"], found[name]) for name in ("gate", "up"))
             if self.joined:

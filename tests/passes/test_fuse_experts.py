@@ -11,6 +11,7 @@ from passes.base import calls, is_call
 from passes.fuse_experts import FuseExperts
 from passes.fuse_swiglu import FuseSwiglu
 from passes.merge_projections import MergeProjections
+from passes.nodes import dtype_of
 from passes.sparsify_experts import SparsifyExperts
 from tests.passes.capture import (
     CONTEXT,
@@ -31,7 +32,7 @@ E, K, D, I = 5, 2, 6, 4  # noqa: E741
 
 
 class Experts(nn.Module):
-    def __init__(self, activation, leak: bool = False, apart: bool = False, wide: bool = False):
+    def __init__(self, activation, leak: bool = False, apart: bool = False, wide: bool | str = False):
         super().__init__()
         self.activation, self.leak, self.apart, self.wide = activation, leak, apart, wide
         self.router = nn.Parameter(torch.empty(E, D))
@@ -42,7 +43,8 @@ class Experts(nn.Module):
         weights, indices = F.linear(x, self.router).softmax(-1).topk(K, -1)
         order, offsets = dsv3.sort_pairs(indices, E)
         stacks = [self.gate, self.up] if self.apart else [self.gate_up]
-        first = [dsv3.grouped_linear(x[order // K], stack, offsets) for stack in stacks]
+        rows = x[order // K].to(self.down.dtype)
+        first = [dsv3.grouped_linear(rows, stack, offsets) for stack in stacks]
         second = dsv3.grouped_linear(self.activation(*first), self.down, offsets)
         y = dsv3.combine_pairs(second.float() if self.wide else second, order, weights)
         y = y if self.wide == "kept" else y.to(x.dtype)
@@ -108,6 +110,25 @@ def test_a_part_that_is_read_elsewhere_is_refused():
     assert untouched(FuseExperts(), graph) == "the experts are no SwiGLU: add stands between their products"
     graph = graph_with(PARTS["up first"], leak=True)
     assert untouched(FuseExperts(), graph) == "grouped_linear is used by sum as well"
+
+
+def test_tokens_may_be_rounded_once_they_are_picked():
+    module = Experts(GATED["silu"], apart=True, wide=True)
+    for stack in (module.gate, module.up, module.down):
+        stack.data = stack.data.bfloat16()
+
+    class Rounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = module
+
+        def forward(self, x):
+            return self.experts(x).bfloat16()
+
+    graph = graph_of(Rounded(), [tensor("x", "B", D)])
+    assert len(certified(FuseExperts(joined=False), graph).matches) == 1
+    (node,) = calls(graph.graph, dsv3.routed_swiglu)
+    assert dtype_of(node.args[0]) == torch.bfloat16
 
 
 def test_a_sum_that_is_wanted_in_float_stays_one():
