@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,78 +20,77 @@ aten = torch.ops.aten
 DEVICES = ("cpu", "cuda")
 VIEWS_THEN_MULTIPLIES = aten.einsum.default, aten.tensordot.default  # whose products cast what they were given
 
-Setting = torch.autocast
-"""A context, entered or not, with what it sets for one kind of device."""
-
 
 class Unspoken(Exception):
     """A call that casts where no graph can say so. One line: which."""
 
 
-def surrounding() -> dict[str, Setting]:
-    """What autocast does here, by kind of device; only where it is on."""
-    return {
-        device: torch.autocast(device, torch.get_autocast_dtype(device))
+def surrounding() -> list[torch.autocast]:
+    """What autocast does here, for each kind of device for which it is on."""
+    return [
+        torch.autocast(device, torch.get_autocast_dtype(device))
         for device in DEVICES
         if torch.is_autocast_enabled(device)
-    }
+    ]
 
 
 @contextlib.contextmanager
 def switched_off() -> Iterator[None]:
     """Without autocast, whatever is on outside."""
     with contextlib.ExitStack() as stack:
-        for device in DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for setting in surrounding():
+            stack.enter_context(torch.autocast(setting.device, enabled=False))
         yield
 
 
-def switching(traced: fx.GraphModule) -> fx.GraphModule:
-    """The same, with autocast switched where the graph says so while it is traced: torch would note the switches, and
-    leave out casts of results that it takes to be of the dtype already.
+@contextlib.contextmanager
+def switching(traced: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The same graph, to be traced in this context, with autocast switched where it says so: torch would note the
+    switches only, and leave out casts of results that it takes to be of the dtype already.
     """
-    switches = autocast_mode._enter_autocast, autocast_mode._exit_autocast
-    if not any(node.target in switches for node in traced.graph.nodes):
-        return traced
+    if not any(node.target is autocast_mode._enter_autocast for node in traced.graph.nodes):
+        yield traced
+        return
+    entered: list[torch.autocast] = []
+
+    def enter(*setting: Any) -> None:
+        entered.append(_setting(*setting))
+        entered[-1].__enter__()
+
+    def leave(_: None) -> None:
+        entered.pop().__exit__(None, None, None)
+
     graph = fx.Graph()
     graph.output(graph.graph_copy(traced.graph, {}))
+    acting = {autocast_mode._enter_autocast: enter, autocast_mode._exit_autocast: leave}
     for node in graph.nodes:
-        if node.target in switches:
-            node.target = _entered if node.target is autocast_mode._enter_autocast else _left
-    return fx.GraphModule(traced, graph)
+        node.target = acting.get(node.target, node.target)
+    try:
+        yield fx.GraphModule(traced, graph)
+    finally:
+        while entered:  # where tracing stopped half-way
+            leave(None)
 
 
-def _entered(device: str, dtype: torch.dtype | None, enabled: bool, cached: bool | None) -> Setting:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.autocast(device, dtype, enabled, cached).__enter__()
-
-
-def _left(setting: Setting) -> None:
-    setting.__exit__(None, None, None)
-
-
-def spell_out_casts(graph: fx.Graph, around: Mapping[str, Setting]) -> None:
+def spell_out_casts(graph: fx.Graph, around: Sequence[torch.autocast]) -> None:
     """Let every call under autocast take arguments that are cast already, so that the graph means the same without.
 
     graph: traced before dispatch, its switches in it and acting. around: what is on where it begins. Raises Unspoken.
     """
-    on: list[tuple[str, Setting | None]] = list(around.items())
-    if not on and not graph.find_nodes(op="call_function", target=autocast_mode._enter_autocast):
+    if not around and not graph.find_nodes(op="call_function", target=autocast_mode._enter_autocast):
         return
-    casts = _Casts(graph)
+    on, casts = [*around], _Casts(graph)
     with switched_off(), fake_mode_of(graph):
         for node in list(graph.nodes):
             if node.target is autocast_mode._enter_autocast:
-                on.append((str(node.args[0]), _setting(*node.args)))
+                on.append(_setting(*node.args))
             elif node.target is autocast_mode._exit_autocast:
                 on.pop()
             elif isinstance(node.target, torch._ops.OpOverload) and _may_cast(node.target):
                 device = next((value.device.type for value in _tensors(node)), "")
-                inner = [setting for kind, setting in on if kind == device]
-                if inner and inner[-1] is not None:
-                    casts.cast_arguments(node, inner[-1])
+                innermost = next((setting for setting in reversed(on) if setting.device == device), None)
+                if innermost is not None and innermost._enabled:
+                    casts.cast_arguments(node, innermost)
 
 
 class _Casts:
@@ -102,7 +101,7 @@ class _Casts:
         self.policies: dict[Any, tuple[torch.dtype | None, ...]] = {}
         self.made: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
-    def cast_arguments(self, node: fx.Node, setting: Setting) -> None:
+    def cast_arguments(self, node: fx.Node, setting: torch.autocast) -> None:
         kinds = ((value.dtype, value.ndim) for value in _tensors(node))
         key = node.target, setting.device, setting.fast_dtype, *kinds
         if key not in self.policies:
@@ -126,12 +125,11 @@ class _Casts:
         node.args, node.kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), cast)
 
 
-def _setting(device: Any, dtype: Any = None, enabled: Any = True, *_: Any) -> Setting | None:
-    """What entering it sets; None for off, which it is too for a type that the device does not cast to."""
+def _setting(device: str, dtype: torch.dtype | None, enabled: bool, cached: bool | None) -> torch.autocast:
+    """The context of these settings; off, in silence, for a type that the device does not cast to."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        setting = torch.autocast(device, dtype, enabled)
-    return setting if setting._enabled else None
+        return torch.autocast(device, dtype, enabled, cached)
 
 
 def _may_cast(target: torch._ops.OpOverload) -> bool:
@@ -148,7 +146,7 @@ def _tensors(node: fx.Node) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
-def _policy(node: fx.Node, setting: Setting) -> tuple[torch.dtype | None, ...]:
+def _policy(node: fx.Node, setting: torch.autocast) -> tuple[torch.dtype | None, ...]:
     """To what the call casts each of its tensors, None for what it leaves. Raises Unspoken.
 
     What autocast does for whom is written nowhere but in torch's dispatcher. It casts all floats alike, so the dtype of

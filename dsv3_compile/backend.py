@@ -102,17 +102,7 @@ def dsv3(
         return inductor(traced, examples, mode, others)
     with switched_off():
         compiled = inductor(callable_again(found), examples, mode, others)
-    return without_autocast(compiled) if surrounding() else compiled
-
-
-def without_autocast(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The same where autocast is on: the graph casts itself."""
-
-    def call(*arguments: Any) -> Any:
-        with switched_off():
-            return compiled(*arguments)
-
-    return call
+    return switched_off()(compiled) if surrounding() else compiled  # where autocast is on, the graph casts itself
 
 
 def split_options(options: Mapping[str, Any] | None) -> tuple[Settings, dict[str, Any]]:

@@ -64,9 +64,10 @@ def functional(traced: fx.GraphModule) -> Functional:
     values = [node.meta["example_value"] for node in inputs]
     mode = detect_fake_mode(values)
     try:
-        with torch.no_grad(), disable_fake_tensor_cache(mode) if mode else contextlib.nullcontext():
+        cache = disable_fake_tensor_cache(mode) if mode else contextlib.nullcontext()
+        with torch.no_grad(), cache, switching(traced) as acting:
             exported, signature = aot_export_module(
-                switching(traced), values, trace_joint=False, pre_dispatch=True, decompositions={}
+                acting, values, trace_joint=False, pre_dispatch=True, decompositions={}
             )
     except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
         raise NotFunctional(f"torch cannot make it functional: {str(error).strip().splitlines()[0]}") from error

@@ -247,9 +247,11 @@ class ChosenPairs(Pairs):
         return self.permuted(self.leading(stack, own, EXPERT), [0, *order]), EXPERT + FEATURE * len(order)
 
     def part_of_stack(self, stack: fx.Node, own: str, part: Part, labels: str) -> tuple[fx.Node, str]:
-        dim, stop = 1 + labels[: part.axis].count(FEATURE), part.start + part.length * part.step
+        dim = 1 + labels[: part.axis].count(FEATURE)
         stack = self.leading(stack, own, EXPERT)
-        return self.call(aten.slice.Tensor, stack, dim, part.start, stop, part.step), EXPERT + own.replace(EXPERT, "")
+        return self.call(aten.slice.Tensor, stack, dim, part.start, part.stop, part.step), EXPERT + own.replace(
+            EXPERT, ""
+        )
 
     def linear_operand(
         self, node: fx.Node, letters: str, labels: str

@@ -39,21 +39,29 @@ def _counted(counts: Any, experts: int) -> fx.Node | None:
         base, _, indices, ones = counts.args[:4]
         return indices if constant_of(base) == 0 and constant_of(ones) == 1 else None
     if is_call(counts, aten.sum) and len(counts.args) > 1:
-        hot = uncast_integers(counts.args[0])
+        hot = counts.args[0]
         rank = len(shape_of(hot))
         if {d % rank for d in counts.args[1]} == set(range(rank - 1)):
-            return _of_one_hot(hot)
+            indices = one_hot_indices(hot)
+            return _marked_indices(hot) if indices is None else indices
     return None
 
 
-def _of_one_hot(hot: Any) -> fx.Node | None:
-    """indices behind hot[.., e] = (indices[..] == e), or behind a mask of different ones: any(indices[.., k] == e)."""
+def one_hot_indices(hot: Any) -> fx.Node | None:
+    """indices behind hot[.., e] = (indices[..] == e): the op, or a comparison with 0, 1, …, in any type."""
+    hot = uncast_integers(hot)
     if is_call(hot, aten.one_hot):
         return hot.args[0]
     if is_call(hot, aten.eq):
         for column, row in (hot.args[:2], hot.args[1::-1]):
-            if counts_up(row, 0) and is_call(column, aten.unsqueeze) and shape_of(column)[-1] == 1:
-                return column.args[0]
+            if counts_up(row, 0) and is_call(column, aten.unsqueeze):
+                return column.args[0] if column.args[1] in (-1, len(shape_of(column)) - 1) else None
+    return None
+
+
+def _marked_indices(hot: Any) -> fx.Node | None:
+    """indices behind a mask of different ones: hot[.., e] = any(indices[.., k] == e)."""
+    hot = uncast_integers(hot)
     if is_call(hot, aten.scatter) and constant_of(hot.args[0]) == 0 and constant_of(hot.args[3]) == 1:
         axis, indices = hot.args[1:3]
         last = len(shape_of(hot)) - 1

@@ -103,8 +103,7 @@ def rows_of(graph: fx.Graph, stack: fx.Node, part: Part | None) -> fx.Node:
     """Of every expert's matrix the rows that a part of the product came from."""
     if part is None:
         return stack
-    stop = part.start + (part.length - 1) * part.step + 1
-    return call(graph, aten.slice.Tensor, stack, 1, part.start, stop, part.step, like=stack)
+    return call(graph, aten.slice.Tensor, stack, 1, part.start, part.stop, part.step, like=stack)
 
 
 def routed(root: fx.Node) -> Match | None:

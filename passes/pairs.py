@@ -107,8 +107,7 @@ class Pairs(Layouts):
         if is_call(node, operator.getitem):
             self.rebuilt.add(node.args[0])
         dim = 1 + labels[: part.axis].count(FEATURE)
-        stop = part.start + part.length * part.step
-        return self.call(aten.slice.Tensor, self.value(part.source, labels), dim, part.start, stop, part.step)
+        return self.call(aten.slice.Tensor, self.value(part.source, labels), dim, part.start, part.stop, part.step)
 
     def pointwise(self, node: fx.Node, labels: str, of: Callable[[fx.Node, str], fx.Node]) -> fx.Node:
         """The same op on the node's inputs at the pairs."""

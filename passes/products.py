@@ -147,6 +147,11 @@ class Part:
     length: int
     step: int = 1
 
+    @property
+    def stop(self) -> int:
+        """Where a slice of these indices may end."""
+        return self.start + self.length * self.step
+
 
 def part_of(node: fx.Node) -> Part | None:
     """Read a node as a slice or one piece of a split, with all sizes known, or None."""

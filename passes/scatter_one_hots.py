@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
-from passes.base import Context, Outcome, Pass, call, is_call, same_size, shape_of
+from passes.base import Context, Outcome, Pass, call, is_call, shape_of
+from passes.counts import one_hot_indices, uncast_integers
 from passes.distinct import distinct
-from passes.nodes import CASTS, counts_up, dtype_of, is_tensor, settled, uncast
+from passes.nodes import dtype_of, is_tensor, uncast
 from passes.pair_numbers import chosen_experts
 from passes.products import BROADCAST, Product, product_of
 from passes.rewrite import matched
@@ -83,12 +83,12 @@ def read_choice(node: fx.Node) -> Choice | None:
     (chosen,) = product.summed()
     if len(product.operands) == 1:
         ((hot, letters),) = product.operands
-        indices = one_hot_indices(hot)
+        indices = scattered_indices(hot)
         if indices is None or chosen == letters[-1] or not distinct(indices, letters.index(chosen)):
             return None
         return Choice(indices, letters, None, "", chosen, product.out)
     for (hot, letters), (weights, own) in (product.operands, product.operands[::-1]):
-        indices = one_hot_indices(hot)
+        indices = scattered_indices(hot)
         spelled = own.replace(BROADCAST, "")
         fits = (
             indices is not None
@@ -115,32 +115,15 @@ def summed_product(node: fx.Node) -> Product | None:
     return Product(tuple((x, "".join(names[c] for c in own)) for x, own in inner.operands), product.out)
 
 
-def one_hot_indices(hot: fx.Node) -> fx.Node | None:
-    """What a one-hot over its last axis is of. A cast of zeros and ones is exact.
+def scattered_indices(hot: fx.Node) -> fx.Node | None:
+    """What a one-hot over its last axis is of.
 
     A comparison is one of a top-k's choices only: another index may be none of the numbers, which no scatter takes.
     """
-    while is_call(hot := settled(hot), *CASTS):
-        hot = hot.args[0]
-    if is_call(hot, aten.one_hot):
-        return hot.args[0]
-    if not is_call(hot, aten.eq) or not all(isinstance(one, fx.Node) for one in hot.args):
-        return None
-    experts = shape_of(hot)[-1]
-    return next(
-        (
-            one
-            for one, numbers in _either_way(hot.args)
-            if counts_up(numbers, 0) and same_size(shape_of(numbers)[0], experts) and chosen_experts(one) == experts
-        ),
-        None,
-    )
-
-
-def _either_way(pair: Any) -> Iterator[tuple[fx.Node, fx.Node]]:
-    for one, other in (pair, pair[::-1]):
-        if is_call(one, aten.unsqueeze) and one.args[1] in (-1, len(shape_of(one)) - 1):
-            yield one.args[0], other
+    indices = one_hot_indices(hot)
+    if indices is None or is_call(uncast_integers(hot), aten.one_hot):
+        return indices
+    return indices if chosen_experts(indices) == shape_of(hot)[-1] else None
 
 
 def _arranged(graph: fx.Graph, node: fx.Node, letters: str, wanted: str) -> fx.Node:

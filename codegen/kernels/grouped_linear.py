@@ -34,6 +34,7 @@ TRIED_SIZES = (1, 131, 601, 4099, 20011)
 
 
 def tiling(rows: int, experts: int) -> Tiling:
+    """The first that serves so many rows."""
     return next(one for one in TILINGS if rows <= one.mean * experts)
 
 

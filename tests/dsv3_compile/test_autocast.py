@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import dsv3_compile
 from dsv3_compile import backend
+from dsv3_compile.functional import NotFunctional, functional
 
 BF16 = torch.bfloat16
 
@@ -82,6 +83,24 @@ def test_passes_read_what_autocast_casts() -> None:
     assert torch.allclose(weights, expected[0]) and torch.equal(indices, expected[1])
     (block,) = dsv3_compile.last_report()["blocks"]
     assert {one["name"]: len(one["matches"]) for one in block["passes"]}["fuse-routing"] == 1
+
+
+def test_a_trace_that_stops_under_autocast_leaves_none_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", BF16):
+            return F.linear(x, x).relu()
+
+    def stopping(*_: Any) -> Tensor:
+        raise RuntimeError("stop here")
+
+    traced: list[Any] = []
+    torch.compile(call, backend=lambda module, _: traced.append(module) or module.forward)(torch.randn(5, 6))
+    (module,) = traced
+    (relu,) = (node for node in module.graph.nodes if "relu" in str(node.target))
+    relu.op, relu.target = "call_function", stopping
+    with pytest.raises(NotFunctional, match="stop here"):
+        functional(module)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_what_no_cast_explains_goes_to_inductor_as_it_came() -> None:

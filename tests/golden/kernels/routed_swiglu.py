@@ -55,6 +55,7 @@ TILINGS = (Tiling(8, 16, 64, 256, 4, 5), Tiling(48, 64, 128, 128, 4, 3), Tiling(
 
 
 def tiling(rows: int, experts: int) -> Tiling:
+    """The first that serves so many rows."""
     return next(one for one in TILINGS if rows <= one.mean * experts)
 
 
