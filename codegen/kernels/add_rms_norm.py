@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, packed
 from codegen.kernels.rms_norm import rms_norm_kernel
 
 
@@ -19,7 +19,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     rms_norm_kernel[(x_rows.shape[0],)](
         x_rows,
         residual_rows,
-        weight,
+        packed(weight),
         normed,
         total,
         x_rows.stride(0),

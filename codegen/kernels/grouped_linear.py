@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, packed
 
 MAX_STAGES = 5
 
@@ -124,7 +124,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     grouped_linear_kernel[(triton.cdiv(width, tile.columns), row_tiles(rows, experts, tile.rows))](
         x,
         weight,
-        offsets,
+        packed(offsets),
         None,
         out,
         x.stride(0),

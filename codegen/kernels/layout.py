@@ -16,6 +16,12 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def check_written(op: str, latent: Tensor, rope_key: Tensor) -> None:
+    """Caches are written in place, so that a copy would not do: ValueError unless their last axes are packed."""
+    if latent.stride(2) != 1 or rope_key.stride(2) != 1:
+        raise ValueError(f"{op}: the last axis of latent and rope_key must be contiguous")
+
+
 def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gates and ups, [E, I, D] each, of one stack [E, 2I, D], or of two."""
     if up is not None:

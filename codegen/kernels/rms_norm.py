@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, packed
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rms_norm_kernel[(rows.shape[0],)](
         rows,
         None,
-        weight,
+        packed(weight),
         normed,
         None,
         rows.stride(0),

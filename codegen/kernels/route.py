@@ -107,7 +107,7 @@ def route(
     weights = torch.empty((tokens, top_k + always), dtype=torch.float32, device=logits.device)
     route_kernel[(tokens,)](
         logits,
-        bias,
+        None if bias is None else packed(bias),
         indices,
         weights,
         logits.stride(0),

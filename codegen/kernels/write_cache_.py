@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import check_written, packed
 
 
 @triton.jit
@@ -79,14 +79,13 @@ def write_cache_(
 
     The last axis of both caches must be contiguous (ValueError otherwise).
     """
-    if latent.stride(2) != 1 or rope_key.stride(2) != 1:
-        raise ValueError("write_cache_: the last axis of latent and rope_key must be contiguous")
+    check_written("write_cache_", latent, rope_key)
     kv = packed(kv)
     batch, queries, rank = kv.shape[0], kv.shape[1], weight.shape[0]
     half = rope_key.shape[2] // 2
     write_cache_kernel[(batch * queries,)](
         kv,
-        weight,
+        packed(weight),
         cos.contiguous(),
         sin.contiguous(),
         positions.contiguous(),

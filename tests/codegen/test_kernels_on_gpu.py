@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen.dispatch import launcher
+from codegen.targets import target
+from tests.codegen.strides import elsewhere, repeated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 BF16 = torch.bfloat16
@@ -242,3 +245,86 @@ def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared, apart):
     for _ in range(3):  # the next call's first kernels may start while the last ones of this run
         found = launcher(x, indices, weights, stacks[0], down, residual, shared, *stacks[1:])
     assert_near(found, expected)
+
+
+def latent_operands(batch=2, heads=16, rank=512, rope=64, context=100):
+    """(angle, positions, latent cache, cache of rotary keys)"""
+    angle = normal(batch, 1, rope // 2, dtype=torch.float32)
+    positions = torch.tensor([[context - 1], [7]], device="cuda")
+    return angle, positions, normal(batch, context, rank), normal(batch, context, rope)
+
+
+def operands_on_hopper(op, rows):
+    """Operands that the kernels of Hopper serve where they are aligned."""
+    x, norm = normal(rows, 256), normal(256)
+    pairs = torch.rand(rows, 8, device="cuda").topk(2, -1)
+    angle, positions, *caches = latent_operands()
+    turns = angle.cos(), angle.sin()
+    return {
+        "rms_norm": (x, norm, 1e-6),
+        "add_rms_norm": (x, normal(rows, 256), norm, 1e-6),
+        "swiglu": (normal(rows, 512),),
+        "linear": (x, normal(192, 256), 1e-6, normal(rows, 192)),
+        "linear_pair": (x, normal(128, 256), normal(64, 256)),
+        "head_linear": (normal(rows, 4, 128), normal(4, 64, 128)),
+        "norm_router": (x, norm, 1e-6, normal(64, 256)),
+        "route": (
+            *(normal(rows, 64, dtype=torch.float32), normal(64, dtype=torch.float32)),
+            *("sigmoid", 6, 8, 3, "top2", -math.inf, True, 1e-20, 2.5),
+        ),
+        "routed_swiglu": (
+            *(x, pairs.indices, pairs.values, normal(8, 256, 256) / 16, normal(8, 256, 128) / 11),
+            normal(rows, 256),
+        ),
+        "mla_attention": (normal(2, 1, 16, 512), normal(2, 1, 16, 64), *caches, positions, 0.04),
+        "attention": (
+            *(normal(2, 130, 4, 192), normal(2, 130, 4, 192), normal(2, 130, 4, 128)),
+            *(torch.arange(130, device="cuda").expand(2, -1), 0.07),
+        ),
+        "attention_inputs_": (
+            *(normal(2, 1, 16 * 192), normal(2, 1, 576), normal(16, 128, 512) / 11, normal(512)),
+            *(*turns, positions, *caches, 1e-6, True),
+        ),
+        "write_cache_": (normal(2, 1, 576), normal(512), *turns, positions, *caches, 1e-6, True),
+    }[op]
+
+
+ROWS = {"linear": (3, 100), "linear_pair": (3, 100), "head_linear": (3, 100), "norm_router": (3, 600)}
+ROWS["routed_swiglu"] = (1, 30, 300)
+CACHES = {"write_cache_": (5, 6), "attention_inputs_": (7, 8)}
+ON_HOPPER = ["rms_norm", "add_rms_norm", "swiglu", "route", "mla_attention", "attention", *CACHES, *ROWS]
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("op, rows", [(op, rows) for op in ON_HOPPER for rows in ROWS.get(op, (3,))])
+def test_operands_may_lie_anywhere_on_hopper(op, rows):
+    """Read where they lie, copied, or given to the plain form: as operands that are packed."""
+    given, run = operands_on_hopper(op, rows), launcher(op, target("sm_90"))
+
+    def results(place=None, moved=None):
+        operands = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        if place is not None:
+            operands[place] = moved
+        found = run(*operands)
+        written = [operands[cache].clone() for cache in CACHES.get(op, ())]
+        return written + ([] if found is None else [found] if isinstance(found, torch.Tensor) else list(found))
+
+    def assert_same(found, expected):
+        for one, other in zip(found, expected, strict=True):
+            if one.is_floating_point():
+                assert_near(one, other)
+            else:
+                assert torch.equal(one, other)
+
+    expected = results()
+    for place, operand in enumerate(given):
+        if not isinstance(operand, torch.Tensor):
+            continue
+        for _, moved in elsewhere(operand):
+            if place in CACHES.get(op, ()) and moved.stride(-1) != 1:
+                with pytest.raises(ValueError, match="must be contiguous"):
+                    results(place, moved)
+            else:
+                assert_same(results(place, moved), expected)
+        if place not in CACHES.get(op, ()):
+            assert_same(results(place, repeated(operand)), results(place, repeated(operand).contiguous()))

@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from codegen.kernels.attention import in_parts
-from codegen.kernels.sm_90.boxes import box_layout
+from codegen.kernels.sm_90.boxes import box_layout, starts_aligned
 from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, STAGES, TILE_ROWS, prefill_attention_kernel
 
 # Keys and values of the heads that run side by side should stay in the cache before memory. With all of 128 heads side
@@ -37,8 +37,8 @@ def boxes(x: Tensor, height: int) -> TensorDescriptor:
     unit = 16 // x.element_size()
     # The stride of a size of one may be any number, which the engine would not take.
     strides = [stride if size > 1 else unit for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    if x.stride(3) != 1 or x.storage_offset() % unit or any(one % unit or not one for one in strides):
-        x = x.contiguous()
+    if x.stride(3) != 1 or not starts_aligned(x) or any(one % unit or not one for one in strides):
+        x = x.clone(memory_format=torch.contiguous_format)
         strides = list(x.stride()[:3])
     box = (1, height, 1, x.shape[3])
     return TensorDescriptor(x, list(x.shape), [*strides, 1], list(box), box_layout(box, x.dtype))

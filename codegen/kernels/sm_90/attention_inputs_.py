@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, packed
+from codegen.kernels.layout import as_rows, check_written, packed
 
 BLOCK_N = 16
 NUM_WARPS = 4
@@ -140,8 +140,9 @@ def attention_inputs_(
     cos and sin [B, S, F], positions [B, S]; writes latent [B, T, C] and rope_key [B, T, R] at the positions.
 
     Returns q_latent [B, S, H, C] = q_nope · weight, and q_rope [B, S, H, R], rotated. q and kv may be column ranges of
-    one tensor.
+    one tensor. The last axis of both caches must be contiguous (ValueError otherwise).
     """
+    check_written("attention_inputs_", latent, rope_key)
     batch, queries = positions.shape
     heads, nope, rank = weight.shape
     half, tokens = cos.shape[-1], batch * queries
@@ -154,7 +155,7 @@ def attention_inputs_(
         q,
         kv,
         weight,
-        norm_weight,
+        packed(norm_weight),
         cos,
         sin,
         positions,

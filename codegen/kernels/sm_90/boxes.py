@@ -16,6 +16,19 @@ def box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for(list(box), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
+def starts_aligned(x: Tensor) -> bool:
+    """Does x start at a multiple of 16 bytes, like the storage that it lies in?"""
+    return x.storage_offset() % (16 // x.element_size()) == 0
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """rows [N, D] where copies can address them, from multiples of 16 bytes on; rows of one must be such a multiple."""
+    apart, together = rows.stride()
+    if together == 1 and apart % (16 // rows.element_size()) == 0 and starts_aligned(rows):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
 def matrix_of(stack: Tensor) -> tuple[Tensor, int]:
     """A stack [E, O, D] as one matrix, and how many of its rows lie from one expert's first to the next one's."""
     experts, rows, columns = stack.shape
@@ -24,8 +37,9 @@ def matrix_of(stack: Tensor) -> tuple[Tensor, int]:
 
 
 def is_matrix(stack: Tensor) -> bool:
-    """Are the rows of a stack [E, O, D] those of one matrix, some of which may be somebody else's?"""
-    return stack.stride()[1:] == (stack.shape[2], 1) and stack.stride(0) % stack.shape[2] == 0
+    """Are the rows of a stack [E, O, D] those of one aligned matrix, some of which may be somebody else's?"""
+    rows_follow = stack.stride()[1:] == (stack.shape[2], 1) and stack.stride(0) % stack.shape[2] == 0
+    return rows_follow and starts_aligned(stack)
 
 
 def in_boxes(x: Tensor, *box: int) -> TensorDescriptor:

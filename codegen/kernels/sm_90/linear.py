@@ -11,6 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.layout import as_rows
+from codegen.kernels.sm_90.boxes import aligned
 from codegen.kernels.sm_90.skinny_linear import skinny_linear, why_not_skinny
 
 # Up to here streaming was measured faster than the library's product on one H200; it works up to 64.
@@ -56,12 +57,6 @@ def unit_norm(rows: Tensor, eps: float) -> Tensor:
         launch_pdl=rows.is_cuda,
     )
     return normed
-
-
-def aligned(rows: Tensor) -> Tensor:
-    """rows [N, D] where tensor copies can address them: at multiples of 16 bytes."""
-    unit = 16 // rows.element_size()
-    return rows.contiguous() if rows.storage_offset() % unit or rows.stride(0) % unit else rows
 
 
 def exact_product(rows: Tensor, weight: Tensor) -> Tensor:

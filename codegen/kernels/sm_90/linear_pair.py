@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codegen.kernels.layout import as_rows
-from codegen.kernels.sm_90.linear import SKINNY_ROWS, aligned
+from codegen.kernels.sm_90.boxes import aligned
+from codegen.kernels.sm_90.linear import SKINNY_ROWS
 from codegen.kernels.sm_90.skinny_linear import balanced_slices, skinny_linear, why_not_skinny
 
 TRIED_SIZES = (1, 13, 4099)  # rows that take other paths or tiles

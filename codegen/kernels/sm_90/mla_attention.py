@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.kernels.sm_90.boxes import aligned, in_boxes, starts_aligned
 from codegen.kernels.sm_90.mla_decode import mla_decode_narrow
 from codegen.kernels.sm_90.mla_decode_wide import mla_decode_wide
 from codegen.kernels.sm_90.mla_merge import mla_merge
@@ -78,16 +78,10 @@ def serves(
     return None
 
 
-def row_view(x: Tensor) -> Tensor:
-    """x [.., D] as rows [N, D] at one distance, which the copy engine wants to be a multiple of 16 bytes."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 and rows.stride(0) % 8 == 0 else rows.contiguous()
-
-
 def cache_view(x: Tensor) -> tuple[Tensor, int]:
     """x [B, T, D] as rows [N, D] without a copy where its strides allow, and the rows from one request to the next."""
-    if x.stride(2) != 1 or x.stride(1) % 8 or x.stride(0) % x.stride(1):
-        x = x.contiguous()
+    if x.stride(2) != 1 or x.stride(1) % 8 or x.stride(0) % x.stride(1) or not starts_aligned(x):
+        x = x.clone(memory_format=torch.contiguous_format)
     step = x.stride(0) // x.stride(1)
     rows = (x.shape[0] - 1) * step + x.shape[1]
     return x.as_strided((rows, x.shape[2]), (x.stride(1), 1)), step
@@ -147,8 +141,8 @@ def decode(
     # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
     padded = 1 if requests == 1 else max(32, triton.next_power_of_2(requests))
     arguments = (
-        in_boxes(row_view(q_latent), form.rows, form.width),
-        in_boxes(row_view(q_rope), form.rows, rope),
+        in_boxes(aligned(q_latent.reshape(-1, rank)), form.rows, form.width),
+        in_boxes(aligned(q_rope.reshape(rows * requests, -1)), form.rows, rope),
         in_boxes(latent_rows, TILE, form.width),
         in_boxes(rope_rows, TILE, rope),
         positions,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, packed
 from codegen.kernels.rms_norm import rms_norm
 from codegen.kernels.sm_90.linear import exact_product
 
@@ -76,7 +76,7 @@ def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> t
         logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
         norm_router_kernel[(triton.cdiv(experts, BLOCK_E), tokens)](
             rows,
-            norm_weight,
+            packed(norm_weight),
             weight.contiguous(),
             normed,
             logits,

@@ -270,7 +270,7 @@ def _pairs_of(order_ptr, pair_weights_ptr, begin, end):
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
     pair = gl.load(order_ptr + row, mask=row < end, other=0)
-    return pair, gl.load(pair_weights_ptr + pair)
+    return pair, gl.load(pair_weights_ptr + pair).to(gl.float32)
 
 
 @gluon.jit
@@ -414,7 +414,7 @@ def prefill_products_kernel(
 def prefill_products(plan: ExpertPlan, gate: Tensor, up: Tensor, down: Tensor, pair_weights: Tensor) -> Tensor:
     """Both products over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
 
-    gate and up [E, I, D], down [E, O, I], pair_weights [M] fp32 in pair order → [M, O] in pair order, weighted.
+    gate and up [E, I, D], down [E, O, I], pair_weights [M] in pair order → [M, O] in pair order, weighted.
     """
     _, inner, depth = gate.shape
     width = down.shape[1]

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, packed
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rms_norm_kernel[(rows.shape[0],)](
         rows,
         None,
-        weight,
+        packed(weight),
         normed,
         None,
         rows.stride(0),

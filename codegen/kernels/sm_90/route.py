@@ -158,7 +158,7 @@ def route(
     block_n = 2 if tokens > 1 else 1
     route_kernel[(triton.cdiv(tokens, block_n),)](
         logits,
-        bias,
+        None if bias is None else packed(bias),
         indices,
         weights,
         tokens,

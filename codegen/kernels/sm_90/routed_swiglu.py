@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codegen.kernels.layout import halves
 from codegen.kernels.routed_swiglu import combine, swiglu_in_tiles
-from codegen.kernels.sm_90.boxes import is_matrix
+from codegen.kernels.sm_90.boxes import aligned, is_matrix
 from codegen.kernels.sm_90.plan_experts import plan_experts
 from codegen.kernels.sm_90.prefill_products import GROUP_ROWS, TILE_ROWS, prefill_products
 from codegen.kernels.sm_90.streamed_experts import streamed_swiglu
@@ -68,6 +68,7 @@ def routed_swiglu(
     """
     gate, up = halves(gate_up, up)
     tokens, top_k = indices.shape
+    indices, weights = indices.contiguous(), weights.contiguous()
     if tokens == 0:
         return torch.empty_like(x)
     if tokens <= FEW_TOKENS:
@@ -77,6 +78,6 @@ def routed_swiglu(
     if tokens * top_k <= FEW_PAIRS * experts:
         y = swiglu_in_tiles(x, indices, gate, up, down, overlapped=x.is_cuda)
         return combine(y, weights, residual, overlapped=x.is_cuda)
-    plan = plan_experts(x, indices, experts, TILE_ROWS, GROUP_ROWS, always)
+    plan = plan_experts(aligned(x.contiguous()), indices, experts, TILE_ROWS, GROUP_ROWS, always)
     y = prefill_products(plan, gate, up, down, weights)
     return combine(y, weights, residual, weighted=True, overlapped=x.is_cuda)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.boxes import box_layout
+from codegen.kernels.sm_90.boxes import box_layout, starts_aligned
 from codegen.kernels.sm_90.rings import advance, make_barriers
 
 BLOCK_D = 64
@@ -236,6 +236,8 @@ def why_not_skinny(x: Tensor, weight: Tensor) -> str | None:
         return f"{x.shape[0]} rows; reading weights is not what limits a product of more than {MOST_ROWS}"
     if weight.shape[1] % (8 * slices_for(weight.shape[0], x.shape[0])):
         return f"rows of {weight.shape[1]} elements cannot be cut into parts of a multiple of 16 bytes"
+    if not starts_aligned(weight):
+        return "the weight does not start at a multiple of 16 bytes"
     return None
 
 

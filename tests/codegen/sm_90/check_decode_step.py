@@ -6,8 +6,9 @@ import torch
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.kernels.sm_90.add_rms_norm import add_rms_norm
 from codegen.kernels.sm_90.attention_inputs_ import attention_inputs_
+from codegen.kernels.sm_90.boxes import aligned
 from codegen.kernels.sm_90.head_linear import head_linear
-from codegen.kernels.sm_90.linear import SKINNY_ROWS, aligned, linear
+from codegen.kernels.sm_90.linear import SKINNY_ROWS, linear
 from codegen.kernels.sm_90.norm_router import MOST_TOKENS, norm_router
 from codegen.kernels.sm_90.rms_norm import rms_norm
 from codegen.kernels.sm_90.swiglu import swiglu
@@ -53,8 +54,10 @@ def test_products_of_many_rows_agree(dtype, rows, eps, added):
 def test_rows_that_tensor_copies_cannot_address_are_copied():
     wide = torch.randn(3, 80).half()
     assert aligned(wide[:, 8:48]).data_ptr() == wide[:, 8:48].data_ptr()
-    for one in (wide[:, 9:49], torch.randn(3, 44).half()[:, :40]):
-        assert aligned(one).is_contiguous() and torch.equal(aligned(one), one)
+    whole = torch.randn(121).half()[1:].view(3, 40)  # copying what is contiguous must not be skipped
+    for one in (wide[:, 9:49], torch.randn(3, 44).half()[:, :40], wide[:, ::2], whole):
+        copy = aligned(one)
+        assert copy.is_contiguous() and copy.storage_offset() == 0 and torch.equal(copy, one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

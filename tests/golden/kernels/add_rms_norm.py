@@ -24,6 +24,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+def packed(x: Tensor) -> Tensor:
+    """x itself if neighbours on its last axis are neighbours in memory, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @triton.jit
 def rms_norm_kernel(
     x,
@@ -61,7 +66,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     rms_norm_kernel[(x_rows.shape[0],)](
         x_rows,
         residual_rows,
-        weight,
+        packed(weight),
         normed,
         total,
         x_rows.stride(0),

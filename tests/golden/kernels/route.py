@@ -119,7 +119,7 @@ def route(
     )
     route_kernel[(tokens,)](
         logits,
-        bias,
+        None if bias is None else packed(bias),
         indices,
         weights,
         logits.stride(0),

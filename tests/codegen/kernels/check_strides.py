@@ -1,0 +1,52 @@
+"""Every launcher reads its operands where they lie, or says that it cannot."""
+
+import importlib
+
+import pytest
+import torch
+
+from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from tests.codegen.calls import OPS, arguments
+from tests.codegen.strides import elsewhere, repeated
+
+SIZES = {"B": 2, "S": 3, "T": 7, "N": 5, "M": 11}
+CACHES = {"write_cache_": (5, 6)}  # operands that are written
+
+
+def results(op, operands):
+    launcher = getattr(importlib.import_module(f"codegen.kernels.{op}"), op)
+    found = launcher(*operands)
+    if op in CACHES:
+        return [operands[place].clone() for place in CACHES[op]]
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+def copies(operands):
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in operands]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operands_may_lie_anywhere(op):
+    given = arguments(op, SIZES)
+    expected = results(op, copies(given))
+    for place, operand in enumerate(given):
+        for how, moved in elsewhere(operand) if isinstance(operand, torch.Tensor) else ():
+            operands = copies(given)
+            operands[place] = moved
+            if place in CACHES.get(op, ()) and moved.stride(-1) != 1:
+                with pytest.raises(ValueError, match="must be contiguous"):
+                    results(op, operands)
+                continue
+            for one, other in zip(results(op, operands), expected, strict=True):
+                torch.testing.assert_close(one, other, msg=f"operand {place}, {how}")
+
+
+@pytest.mark.parametrize("op", sorted({*OPS} - {"grouped_linear"}))  # rows behind its last offset are nobody's
+def test_operands_may_repeat_what_is_stored_once(op):
+    given = arguments(op, SIZES)
+    for place, operand in enumerate(given):
+        if isinstance(operand, torch.Tensor) and place not in CACHES.get(op, ()):
+            once, many = copies(given), copies(given)
+            once[place], many[place] = repeated(operand), repeated(operand).contiguous()
+            for one, other in zip(results(op, once), results(op, many), strict=True):
+                torch.testing.assert_close(one, other, msg=f"operand {place}")
