@@ -7,6 +7,7 @@ Positions come from `ast`; what stays is the original text, comments included.
 from __future__ import annotations
 
 import ast
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,8 @@ def agreed(launches: Sequence[Launch]) -> dict[str, Any]:
 
 def literal(value: Any) -> str:
     """A constant as source text; infinities have no literal of their own."""
+    if isinstance(value, str):
+        return json.dumps(value)
     return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
 
 

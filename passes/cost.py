@@ -290,7 +290,7 @@ def _attention_inputs(node: fx.Node, size: SizeOf, moved: Any) -> Any:
 def _routed_swiglu(node: fx.Node, size: SizeOf, moved: Any) -> Any:
     (tokens, _), (_, selected) = (_shape(argument, size) for argument in node.args[:2])
     experts = _shape(node.args[3], size)[0]
-    weights = sum(_bytes(stack.meta["val"], size) for stack in (*node.args[3:5], *node.args[7:]))
+    weights = sum(_bytes(stack.meta["val"], size) for stack in (*node.args[3:5], *node.args[7:8]) if stack is not None)
     always = node.args[6] if len(node.args) > 6 else 0
     active = always + _active(experts - always, selected - always, tokens)
     return moved - weights + _share(weights, active / experts)

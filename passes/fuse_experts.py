@@ -49,7 +49,8 @@ class Rows(Pattern):
             yield product.bind(self.name, part)
 
 
-hidden = Op((dsv3.swiglu,), (grouped(x_of_pair, "gate stack", "gate product"),)) | gated(Rows("gate"), Rows("up"))
+by_op = Op((dsv3.swiglu,), (grouped(x_of_pair, "gate stack", "gate product"),), name="gated")
+hidden = by_op | gated(Rows("gate"), Rows("up"))
 results = grouped(Cast(hidden, lossy=True), "down", "second")
 experts = Op((dsv3.combine_pairs,), (Cast(results), order, Var("weights")))
 
@@ -89,14 +90,17 @@ class FuseExperts(Rewrite):
         found = routed(match.root)
         assert found is not None
         x, indices, weights, gate, down = (found[name] for name in ("x", "indices", "weights", "gate stack", "down"))
-        x, apart = cast(graph, x, dtype_of(gate)), list[Any]()
+        x, more = cast(graph, x, dtype_of(gate)), list[Any]()
         if "up" in found.bound:
             gate, up = (rows_of(graph, found[f"{name} stack"], found[name]) for name in ("gate", "up"))
             if self.joined:
                 gate = call(graph, aten.cat.default, [gate, up], 1, like=match.root)
             else:
-                apart = [None, 0, up]
-        return call(graph, dsv3.routed_swiglu.default, x, indices, weights, gate, down, *apart, like=match.root)
+                more = [None, 0, up]
+        limit = limit_of(found)
+        if limit is not None:
+            more = [*(more or (None, 0, None)), limit]
+        return call(graph, dsv3.routed_swiglu.default, x, indices, weights, gate, down, *more, like=match.root)
 
 
 def rows_of(graph: fx.Graph, stack: fx.Node, part: Part | None) -> fx.Node:
@@ -104,6 +108,12 @@ def rows_of(graph: fx.Graph, stack: fx.Node, part: Part | None) -> fx.Node:
     if part is None:
         return stack
     return call(graph, aten.slice.Tensor, stack, 1, part.start, part.stop, part.step, like=stack)
+
+
+def limit_of(found: Match) -> float | None:
+    """What gates and ups are kept within."""
+    gated_by_op = found.get("gated")
+    return found["limit"] if gated_by_op is None else next(iter(gated_by_op.args[1:]), None)
 
 
 def routed(root: fx.Node) -> Match | None:

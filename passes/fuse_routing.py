@@ -49,7 +49,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class FuseRouting(Pass):
-    """s = sigmoid(z) | softmax(z);  b = s [+ bias]
+    """s = sigmoid(z) | softmax(z) | sqrt(softplus(z));  b = s [+ bias]
        [b = −inf | 0 outside the best groups, by max or sum of the two best of b]
        indices = topk(b, K);  w = s[indices] [/ (Σ w + ε)] [· scale]               →    indices, w = route(z, bias, …)
 
@@ -91,14 +91,15 @@ def fuse(graph: fx.Graph, topk: fx.Node) -> fx.Node | None:
     weights = chosen_weights(topk, indices, scores, bias, limit)
     normalise, epsilon, scale, end = follow(weights)
 
-    logits = scores.args[0]
+    known = scoring_of(scores)
+    assert known is not None
+    scoring, logits = known
     lead = len(shape_of(logits)) - 1
     with graph.inserting_before(topk):
         flat = logits if lead == 1 else call(graph, aten.flatten.using_ints, logits, 0, lead - 1, like=topk)
         route = call(
-            graph, dsv3.route.default, flat, bias, "sigmoid" if is_call(scores, aten.sigmoid) else "softmax",
-            topk.args[1], limit.groups, limit.top_groups, limit.score, limit.masked, normalise, epsilon, scale,
-            like=end,
+            graph, dsv3.route.default, flat, bias, scoring, topk.args[1], limit.groups, limit.top_groups,
+            limit.score, limit.masked, normalise, epsilon, scale, like=end,
         )  # fmt: skip
         results = [call(graph, operator.getitem, route, number, like=end) for number in (0, 1)]
         if lead > 1:
@@ -175,8 +176,8 @@ def ungrouped(node: Any) -> Any:
 
 
 def scores_and_bias(choice: Any) -> tuple[fx.Node | None, fx.Node | None]:
-    """(sigmoid or softmax of the logits, selection bias or None), or (None, None) for anything else."""
-    if is_call(choice, aten.sigmoid) or (is_call(choice, aten.softmax, aten._softmax) and over_last_axis(choice, 1)):
+    """(scores of the logits, selection bias or None), or (None, None) for anything else."""
+    if scoring_of(choice) is not None:
         return choice, None
     if is_call(choice, aten.add) and all(isinstance(a, fx.Node) for a in choice.args[:2]) and not choice.kwargs:
         for scores, bias in (choice.args[:2], choice.args[1::-1]):
@@ -184,6 +185,18 @@ def scores_and_bias(choice: Any) -> tuple[fx.Node | None, fx.Node | None]:
             if found[0] is not None and found[1] is None and len(shape_of(bias)) == 1:
                 return found[0], bias
     return None, None
+
+
+def scoring_of(scores: Any) -> tuple[str, fx.Node] | None:
+    """(what `route` calls them, their logits) of scores."""
+    if is_call(scores, aten.sigmoid):
+        return "sigmoid", scores.args[0]
+    if is_call(scores, aten.softmax, aten._softmax) and over_last_axis(scores, 1):
+        return "softmax", scores.args[0]
+    if is_call(scores, aten.sqrt) and is_call(softplus := settled(scores.args[0]), aten.softplus):
+        plain = softplus.args[1:] in ((), (1,), (1, 20)) and not softplus.kwargs
+        return ("sqrtsoftplus", softplus.args[0]) if plain else None
+    return None
 
 
 # ---- the group limit --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call
+from passes.bounds import Limited
 from passes.nodes import dtype_of, keeps
 from passes.products import join, part_of
 from passes.rewrite import Cast, Match, Op, Pattern, Rewrite, Var
@@ -17,9 +18,10 @@ aten = torch.ops.aten
 
 
 def gated(gate: Pattern, up: Pattern) -> Pattern:
-    """silu(gate) * up, in any precision."""
-    silu = Op((aten.silu,), (Cast(gate),)) | Cast(gate) * Op((aten.sigmoid,), (Cast(gate),))
-    return Cast(silu, lossy=True) * Cast(up)
+    """silu(gate) * up, in any precision, gates up to a limit and ups within ± it if there is one."""
+    gate, up = Cast(Limited(Cast(gate))), Cast(Limited(Cast(up), both=True))
+    silu = Op((aten.silu,), (gate,)) | gate * Op((aten.sigmoid,), (gate,))
+    return Cast(silu, lossy=True) * up
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class FuseSwiglu(Rewrite):
     """gate, up = split(gate_up)
        silu(gate) * up                →    swiglu(gate_up)
 
-    `gate_up` is mostly what merge-projections made; gate and up may also be neighbours in something wider.
+    `gate_up` is mostly what merge-projections made; gate and up may also be neighbours in something wider. A limit of
+    both is the op's (`passes.bounds`).
     """  # fmt: skip
 
     prepares: ClassVar[bool] = True
@@ -57,7 +60,8 @@ class FuseSwiglu(Rewrite):
         first, second = (part_of(match[name]) for name in ("gate", "up"))
         assert first is not None and second is not None
         gate_up = join(graph, first, second)
-        return call(graph, torch.ops.dsv3.swiglu.default, gate_up, like=match.root)
+        limit = [] if match["limit"] is None else [match["limit"]]
+        return call(graph, torch.ops.dsv3.swiglu.default, gate_up, *limit, like=match.root)
 
 
 def is_of_experts(node: fx.Node) -> bool:

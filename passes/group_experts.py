@@ -55,6 +55,8 @@ class GroupExperts(Pass):
                 why = refusals[0] if refusals else Refused(seeds[0], f"nothing sums {seeds[0].name} over its experts")
                 outcome.refuse(why.node, why.reason)
             graph.eliminate_dead_code()
+        for offsets, node in grouped_by_others(graph).items():
+            outcome.refuse(node, f"what {offsets.name} counts was not chosen by a top-k")
         for node, count in unrolled_experts(graph):
             outcome.refuse(node, f"{count} experts are computed one by one: multiply all at once, by one stack")
         for node in picked_results(graph):
@@ -82,6 +84,16 @@ def expert_products(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         chosen = None if indices is None else chosen_behind(indices)
         if chosen is not None and (grouped is not None or shape_of(node.args[0])[0] == chosen_experts(chosen)):
             found.setdefault(chosen, []).append(node)
+    return found
+
+
+def grouped_by_others(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Offsets that come from no top-k, and the first grouped product with each."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        grouped = grouped_call(node)
+        if grouped is not None and chosen_behind(grouped.offsets) is None:
+            found.setdefault(grouped.offsets, node)
     return found
 
 

@@ -56,9 +56,8 @@ class MergeSharedExperts(FuseLaunches):
             chosen = [call(graph, operator.getitem, more, i, like=router) for i in (0, 1)]
         with graph.inserting_before(node):
             weights = stacked(graph, found, count, width)
-            new = call(
-                graph, dsv3.routed_swiglu.default, found["x"], *chosen, *weights, None, count, like=found["routed"]
-            )
+            rest = (None, count, *found["routed"].args[7:])
+            new = call(graph, dsv3.routed_swiglu.default, found["x"], *chosen, *weights, *rest, like=found["routed"])
         node.replace_all_uses_with(new)
         erase_dead(graph, node)
         return told(node.name, new)
@@ -73,8 +72,11 @@ def why_not(found: Mapping[str, Any], node: fx.Node) -> str | None:
     indices, weights = (chosen_by(found[name]) for name in ("indices", "weights"))
     if indices is None or weights is None or indices[0] is not weights[0] or (indices[1], weights[1]) != (0, 1):
         return f"{found['indices'].name} and {found['weights'].name} are not the answer of one router"
-    if len(found["routed"].args) > 5:
+    if tuple(found["routed"].args[5:8]) not in ((), (None, 0, None)):
         return f"{found['routed'].name} has more than stacks of gates and ups, and of downs"
+    limits = [tuple(found[name].args[first:]) for name, first in (("routed", 8), ("hidden", 1))]
+    if limits[0] != limits[1]:
+        return f"{found['routed'].name} and {found['hidden'].name} keep gates and ups within different limits"
     router = indices[0]
     if any(len(shape_of(found[name])) != 2 for name in ("shared_gate_up", "shared_down")):
         return f"the weights of {found['first'].name} and {found['second'].name} are no matrices"

@@ -88,9 +88,10 @@ def _labels_after(node: fx.Node, reached: dict[fx.Node, str]) -> str | None:
         after = "".join(FEATURE if s is None else before[s] for s in sources)
         return after if EXPERT in after else None
     cast = is_call(node, *CASTS) and dtype_of(node).is_floating_point
-    linear = cast or is_call(node, aten.mul, aten.neg) or is_division(node)
+    if not (cast or is_call(node, aten.mul, aten.neg) or is_division(node)):
+        return None  # which may have several results
     alone = len(shape_of(node)) == len(before) and not any(n in reached for n in node.all_input_nodes[1:])
-    return before if linear and alone else None
+    return before if alone else None
 
 
 def _has_features(total: fx.Node, labels: str) -> bool:

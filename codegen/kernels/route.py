@@ -11,13 +11,32 @@ from codegen.kernels.layout import packed
 
 
 @triton.jit
+def root_of_softplus(x):
+    """sqrt(log(1 + exp(x))): exact in its last digits too where exp(x) is small beside 1.
+
+    log(1 + e) = 2 artanh z = 2 (z + z³/3 + z⁵/5 + …) with z = e / (2 + e), at most 1/3.
+    """
+    e = tl.exp(-tl.abs(x))
+    z = e / (2.0 + e)
+    square = z * z
+    series = square / 15 + 1 / 13
+    series = series * square + 1 / 11
+    series = series * square + 1 / 9
+    series = series * square + 1 / 7
+    series = series * square + 1 / 5
+    series = series * square + 1 / 3
+    series = series * square + 1
+    return tl.sqrt(tl.maximum(x, 0.0) + 2 * z * series)
+
+
+@triton.jit
 def route_kernel(
     logits,
     bias,
     indices,
     weights,
     logits_stride,
-    SIGMOID: tl.constexpr,
+    SCORING: tl.constexpr,
     BIASED: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
@@ -41,8 +60,10 @@ def route_kernel(
     valid = (group < GROUPS)[:, None] & (member < SIZE)[None, :]
     expert = group[:, None] * SIZE + member[None, :]
     logit = tl.load(logits + token * logits_stride + expert, mask=valid, other=-float("inf")).to(tl.float32)
-    if SIGMOID:
+    if SCORING == "sigmoid":
         score = tl.sigmoid(logit)
+    elif SCORING == "sqrtsoftplus":
+        score = root_of_softplus(logit)
     else:
         raised = tl.exp(logit - tl.max(logit))
         score = raised / tl.sum(raised)
@@ -111,7 +132,7 @@ def route(
         indices,
         weights,
         logits.stride(0),
-        SIGMOID=scoring == "sigmoid",
+        SCORING=scoring,
         BIASED=bias is not None,
         GROUPS=groups,
         TOP_GROUPS=top_groups,

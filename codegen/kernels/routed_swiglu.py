@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_tiles, tiling
 from codegen.kernels.layout import as_rows, halves, started_early
 from codegen.kernels.sort_pairs import sort_pairs
+from codegen.kernels.swiglu import gated
 
 MAX_STAGES = 5
 BLOCK_COMBINE = 1024
@@ -28,6 +29,7 @@ def gate_up_kernel(
     order,
     hidden,
     x_stride,
+    LIMIT: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -53,19 +55,18 @@ def gate_up_kernel(
     depth = tl.arange(0, BLOCK_K)
     x_row = x + token[:, None] * x_stride
     rows = expert.to(tl.int64) * EXPERT_STRIDE + column[None, :] * ROW_STRIDE
-    gated = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    linear = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    gates = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    ups = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for start in range(0, D, BLOCK_K):
         inside = start + depth < D
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
         wanted = (column < WIDTH)[None, :] & inside[:, None]
         at = rows + (start + depth)[:, None] * COLUMN_STRIDE
-        gated = tl.dot(a, tl.load(gate + at, mask=wanted, other=0.0), gated, input_precision="ieee")
-        linear = tl.dot(a, tl.load(up + at, mask=wanted, other=0.0), linear, input_precision="ieee")
-    value = gated * tl.sigmoid(gated) * linear
+        gates = tl.dot(a, tl.load(gate + at, mask=wanted, other=0.0), gates, input_precision="ieee")
+        ups = tl.dot(a, tl.load(up + at, mask=wanted, other=0.0), ups, input_precision="ieee")
     written = (row < end)[:, None] & (column < WIDTH)[None, :]
     place = hidden + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(place, value.to(hidden.dtype.element_ty), mask=written)
+    tl.store(place, gated(gates, ups, LIMIT).to(hidden.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -129,7 +130,13 @@ def combine(
 
 
 def swiglu_in_tiles(
-    x: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, overlapped: bool = False
+    x: Tensor,
+    indices: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    limit: float | None = None,
+    overlapped: bool = False,
 ) -> Tensor:
     """x [N, D], indices [N, K], gate and up [E, I, D], down [E, D, I], of any strides → each pair's result [N·K, D].
 
@@ -157,6 +164,7 @@ def swiglu_in_tiles(
         order,
         hidden,
         x.stride(0),
+        LIMIT=limit,
         E=experts,
         K=top_k,
         D=hidden_width,
@@ -209,10 +217,11 @@ def routed_swiglu(
     residual: Tensor | None = None,
     always: int = 0,
     up: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D].
 
     With up [E, I, D], gate_up [E, I, D] is the gates alone. Stacks may have any strides. `always` experts that every
     token gets are treated like the others.
     """
-    return combine(swiglu_in_tiles(x, indices, *halves(gate_up, up), down), weights, residual)
+    return combine(swiglu_in_tiles(x, indices, *halves(gate_up, up), down, limit), weights, residual)

@@ -13,10 +13,27 @@ BLOCK_I = 1024
 
 
 @triton.jit
+def limited(gate, up, LIMIT: tl.constexpr):
+    """Gates up to LIMIT and ups within ± LIMIT, if there is one; what is no number stays none."""
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return gate, up
+
+
+@triton.jit
+def gated(gate, up, LIMIT: tl.constexpr):
+    gate, up = limited(gate, up, LIMIT)
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
 def swiglu_kernel(
     gate_up,
     out,
     stride,
+    LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -25,11 +42,10 @@ def swiglu_kernel(
     inside = column < WIDTH
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * WIDTH + column, gated(gate, up, LIMIT).to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """gate_up [.., 2I] → [.., I]."""
     rows = as_rows(gate_up)
     width = gate_up.shape[-1] // 2
@@ -38,6 +54,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         rows,
         out,
         rows.stride(0),
+        LIMIT=limit,
         WIDTH=width,
         BLOCK_I=BLOCK_I,
         num_warps=4,

@@ -21,6 +21,7 @@ import codegen.ops  # noqa: F401  registers the vocabulary
 from codegen.ops import cache
 from codegen.ops.norm import add_rms_norm, rms_norm, swiglu
 from codegen.ops.rotary import rotary
+from codegen.ops.routing import SCORES
 
 
 def write_cache(
@@ -88,7 +89,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """dsv3.route by repeated maxima."""
     wide = logits.float()
-    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
+    scores = SCORES[scoring](wide)
     choice = scores if bias is None else scores + bias.float()
     if top_groups < groups:
         tokens, members = choice.shape[0], choice.shape[1] // groups
@@ -120,12 +121,22 @@ def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.cat(found, -1), torch.cat(indices, -1)
 
 
-def routed_swiglu(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_swiglu(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    residual: None = None,
+    always: int = 0,
+    up: None = None,
+    limit: float | None = None,
+) -> Tensor:
     """dsv3.routed_swiglu by gathering the weights of every pair: N·K·3·D·I numbers."""
     tokens, top_k = indices.shape
     chosen = indices.reshape(tokens * top_k)
     rows = x.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, x.shape[1], 1)
-    inner = swiglu(torch.bmm(gate_up.index_select(0, chosen), rows).squeeze(-1)).unsqueeze(-1)
+    inner = swiglu(torch.bmm(gate_up.index_select(0, chosen), rows).squeeze(-1), limit).unsqueeze(-1)
     out = torch.bmm(down.index_select(0, chosen), inner).reshape(tokens, top_k, down.shape[1])
     return (out.float() * weights.float().unsqueeze(-1)).sum(1).to(x.dtype)
 

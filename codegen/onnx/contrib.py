@@ -49,7 +49,19 @@ def _is_group_router(node: fx.Node) -> bool:
     return form and bias is not None and all(user.target is dsv3.routed_swiglu.default for user in readers)
 
 
-def moe(b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gate_up: Value, down: Value) -> str:
+def moe(
+    b: Builder,
+    node: fx.Node,
+    x: Value,
+    indices: Value,
+    weights: Value,
+    gate_up: Value,
+    down: Value,
+    residual: None = None,
+    always: int = 0,
+    up: None = None,
+    limit: float | None = None,
+) -> str:
     """gate_up has its rows interleaved: gate 0, up 0, gate 1, …"""
     experts, (tokens, top_k) = int(down.shape[0]), indices.shape
     half: Any = node.args[1]
@@ -73,6 +85,7 @@ def moe(b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gat
         activation_beta=0.0,
         normalize_routing_weights=1,
         swiglu_fusion=1,
+        **({} if limit is None else {"swiglu_limit": limit}),
     )
     return b.op("Mul", out, _as(b, total, x.dtype))
 

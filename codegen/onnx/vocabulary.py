@@ -36,12 +36,15 @@ def add_rms_norm(b: Builder, node: fx.Node, x: Value, residual: Value, weight: V
 
 
 @translation(dsv3.swiglu)
-def swiglu(b: Builder, node: fx.Node, gate_up: Value) -> str:
-    return _swiglu(b, gate_up)
+def swiglu(b: Builder, node: fx.Node, gate_up: Value, limit: float | None = None) -> str:
+    return _swiglu(b, gate_up, gate_up.dtype, limit)
 
 
-def _swiglu(b: Builder, gate_up: Value | str) -> str:
+def _swiglu(b: Builder, gate_up: Value | str, dtype: torch.dtype, limit: float | None) -> str:
     gate, up = b.ops("Split", 2, gate_up, axis=-1, num_outputs=2)
+    if limit is not None:
+        low, high = (b.scalar(bound, dtype) for bound in (-limit, limit))
+        gate, up = b.op("Clip", gate, None, high), b.op("Clip", up, low, high)
     return b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
 
 
@@ -159,7 +162,10 @@ def route(
     """TopK gives the lowest index on ties, as the standard requires."""
     wide, experts = torch.float32, int(logits.shape[1])
     values = b.cast(logits, wide)
-    scores = b.op("Sigmoid", values) if scoring == "sigmoid" else b.op("Softmax", values, axis=-1)
+    if scoring == "sqrtsoftplus":
+        scores = b.op("Sqrt", b.op("Softplus", values))
+    else:
+        scores = b.op("Sigmoid", values) if scoring == "sigmoid" else b.op("Softmax", values, axis=-1)
     choice = scores if bias is None else b.op("Add", scores, b.cast(bias, wide))
     if top_groups < groups:
         members = experts // groups
@@ -181,12 +187,22 @@ def route(
 
 
 def one_token_experts(
-    b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gate_up: Value, down: Value
+    b: Builder,
+    node: fx.Node,
+    x: Value,
+    indices: Value,
+    weights: Value,
+    gate_up: Value,
+    down: Value,
+    residual: None = None,
+    always: int = 0,
+    up: None = None,
+    limit: float | None = None,
 ) -> str:
     """routed_swiglu for few rows: gathers the weights that each row chose, N·K·3·D·I numbers of them."""
     first, second = (w.transposed or b.swapped(w, 3) for w in (gate_up, down))
     rows = b.op("Unsqueeze", x, b.ints(1, 2))  # [N, 1, 1, D] times [N, K, D, 2I]
-    inner = _swiglu(b, b.op("MatMul", rows, b.op("Gather", first, indices, axis=0)))
+    inner = _swiglu(b, b.op("MatMul", rows, b.op("Gather", first, indices, axis=0)), x.dtype, limit)
     out = b.op("Squeeze", b.op("MatMul", inner, b.op("Gather", second, indices, axis=0)), b.ints(2))
     weighted = b.op("Mul", _widened(b, out, x.dtype), b.op("Unsqueeze", b.cast(weights, torch.float32), b.ints(-1)))
     return _rounded(b, b.op("ReduceSum", weighted, b.ints(1), keepdims=0), x.dtype)
@@ -194,7 +210,17 @@ def one_token_experts(
 
 @translation(dsv3.routed_swiglu)
 def many_token_experts(
-    b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gate_up: Value, down: Value
+    b: Builder,
+    node: fx.Node,
+    x: Value,
+    indices: Value,
+    weights: Value,
+    gate_up: Value,
+    down: Value,
+    residual: None = None,
+    always: int = 0,
+    up: None = None,
+    limit: float | None = None,
 ) -> str:
     """Loop over the experts that somebody chose: rows of their tokens, two products, weighted addition."""
     top_k = int(indices.shape[1])
@@ -209,7 +235,8 @@ def many_token_experts(
         expert = b.op("Gather", chosen, f"{prefix}.number", axis=0)
         pairs = b.op("Squeeze", b.op("NonZero", b.op("Equal", flat, expert)), b.ints(0))
         tokens = b.op("Div", pairs, b.constant(top_k))
-        inner = _swiglu(b, b.op("MatMul", b.op("Gather", x, tokens, axis=0), b.op("Gather", first, expert, axis=0)))
+        both = b.op("MatMul", b.op("Gather", x, tokens, axis=0), b.op("Gather", first, expert, axis=0))
+        inner = _swiglu(b, both, x.dtype, limit)
         out = _widened(b, b.op("MatMul", inner, b.op("Gather", second, expert, axis=0)), x.dtype)
         weighted = b.op("Mul", out, b.op("Gather", shares, pairs, axis=0))
         where = b.op("Unsqueeze", tokens, b.ints(1))

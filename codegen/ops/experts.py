@@ -68,6 +68,7 @@ def _like_tokens(
     residual: Tensor | None = None,
     always: int = 0,
     up: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], down.shape[1]))
 
@@ -81,7 +82,7 @@ def _pair_flops(
 
 @opaque(
     "routed_swiglu(Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? residual=None, "
-    "int always=0, Tensor? up=None) -> Tensor",
+    "int always=0, Tensor? up=None, float? limit=None) -> Tensor",
     fake=_like_tokens,
     flops=_pair_flops,
 )
@@ -94,6 +95,7 @@ def routed_swiglu(
     residual: Tensor | None = None,
     always: int = 0,
     up: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D].
 
@@ -101,7 +103,7 @@ def routed_swiglu(
     accumulate in at least fp32 and are rounded to the dtype of x; the sum is rounded once. Weights of experts
     that nobody chose are not read. The last `always` columns of indices are the last experts in every row, which lets
     a kernel read them before it is told: ValueError if they are not. With up [E, I, D], which somebody keeps in a stack
-    of its own, gate_up [E, I, D] is the gates alone.
+    of its own, gate_up [E, I, D] is the gates alone. With a limit, gates and ups are kept within it, as `swiglu` does.
     """
     experts = gate_up.shape[0]
     if always and (indices[:, -always:] != torch.arange(experts - always, experts, device=indices.device)).any():
@@ -111,7 +113,7 @@ def routed_swiglu(
     order, offsets = sort_pairs(indices, gate_up.shape[0])
     rows = x[order // indices.shape[1]]
     products = [grouped_linear(rows, stack, offsets) for stack in (gate_up, up) if stack is not None]
-    hidden = swiglu(torch.cat(products, -1))
+    hidden = swiglu(torch.cat(products, -1), limit)
     wide = compute_dtype(x)
     total = combine_pairs(grouped_linear(hidden, down, offsets).to(wide), order, weights)
     return (total if residual is None else total + residual.to(wide)).to(x.dtype)

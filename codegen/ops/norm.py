@@ -36,12 +36,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def _like_half(gate_up: Tensor) -> Tensor:
+def _like_half(gate_up: Tensor, limit: float | None = None) -> Tensor:
     return torch.empty_like(gate_up[..., : gate_up.shape[-1] // 2])
 
 
-@composite("swiglu(Tensor gate_up) -> Tensor", _like_half)
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [.., 2I] → [.., I]: silu(first half) · second half, rounded once."""
+@composite("swiglu(Tensor gate_up, float? limit=None) -> Tensor", _like_half)
+def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
+    """gate_up [.., 2I] → [.., I]: silu(first half) · second half, rounded once.
+
+    With a limit, gates are at most that, and ups are within ± it (DeepSeek-V4's `swiglu_limit`).
+    """
     gate, up = gate_up.to(compute_dtype(gate_up)).chunk(2, -1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (F.silu(gate) * up).to(gate_up.dtype)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from codegen.ops.registry import composite, compute_dtype
+
+SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(-1),
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
 
 
 def _first_k(values: Tensor, k: int) -> Tensor:
@@ -54,20 +63,21 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """logits [N, E], bias [E] or None → (indices [N, K] int64, weights [N, K] fp32, or fp64 of fp64 logits).
 
-    scores = sigmoid or softmax of the logits. Selection looks at scores + bias: the `top_groups` of `groups`
-    equal runs of experts with the largest group score ("max", or "top2": sum of the two largest) keep theirs,
-    the others are set to `masked`; the `top_k` largest are chosen, in falling order, the lowest index on
-    ties. Weights are the scores without bias, divided by (their sum + `epsilon`) if `normalise`, times
+    scores = sigmoid or softmax of the logits, or the root of their softplus. Selection looks at scores + bias: the
+    `top_groups` of `groups` equal runs of experts with the largest group score ("max", or "top2": sum of the two
+    largest) keep theirs, the others are set to `masked`; the `top_k` largest are chosen, in falling order, the lowest
+    index on ties. Weights are the scores without bias, divided by (their sum + `epsilon`) if `normalise`, times
     `scale`.
     The `always` experts behind the E, which no score chooses, follow with weight 1: K + always columns.
-    DeepSeek-V2 report (max, masked 0) and DeepSeek-V3 report (top2, masked -inf), section 2.1 of each.
+    DeepSeek-V2 report (max, masked 0) and DeepSeek-V3 report (top2, masked -inf), section 2.1 of each; DeepSeek-V4
+    scores by "sqrtsoftplus".
     """
-    if scoring not in ("sigmoid", "softmax"):
-        raise ValueError(f"route: scoring is {scoring!r}; accepted: 'sigmoid', 'softmax'")
+    if scoring not in SCORES:
+        raise ValueError(f"route: scoring is {scoring!r}; accepted: {', '.join(map(repr, SCORES))}")
     if group_score not in ("max", "top2"):
         raise ValueError(f"route: group_score is {group_score!r}; accepted: 'max', 'top2'")
     wide = logits.to(compute_dtype(logits))
-    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
+    scores = SCORES[scoring](wide)
     choice = scores if bias is None else scores + bias.to(wide.dtype)
     if top_groups < groups:
         grouped = choice.unflatten(-1, (groups, -1))

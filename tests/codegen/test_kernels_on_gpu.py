@@ -45,6 +45,7 @@ def test_norms(rows, width):
 
 def test_swiglu_and_rotary():
     assert_near(*both("swiglu", normal(33, 4096)))
+    assert_near(*both("swiglu", normal(33, 4096), 0.7))
     angle = normal(2, 9, 32, dtype=torch.float32)
     assert_near(*both("rotary", normal(2, 9, 128, 192)[..., 128:], angle.cos(), angle.sin(), True))
 
@@ -179,6 +180,7 @@ def test_attention_on_hopper(batch, queries, context, heads, groups, shuffled, w
     [
         (256, 8, 8, 4, "sigmoid", "top2", -math.inf),
         (160, 6, 8, 3, "softmax", "max", 0.0),
+        (256, 6, 1, 1, "sqrtsoftplus", "max", 0.0),
         (384, 8, 1, 1, "sigmoid", "top2", -math.inf),
     ],
 )
@@ -202,6 +204,7 @@ def test_experts(tokens):
     gate_up = normal(experts, 2 * width, hidden) / hidden**0.5
     down = normal(experts, hidden, width) / width**0.5
     assert_near(*both("routed_swiglu", x, indices, weights, gate_up, down))
+    assert_near(*both("routed_swiglu", x, indices, weights, gate_up, down, None, 0, None, 0.7))
     order, offsets = expected
     assert_near(*both("grouped_linear", x[order // top_k], gate_up, offsets))
     # Somebody else's stacks: gates and ups apart, and as inputs times outputs.
@@ -239,12 +242,15 @@ def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared, apart):
     gate_up = normal(experts, 2 * width, hidden) / hidden**0.5
     down = normal(experts, hidden, width) / width**0.5
     x, gate_up, down, residual = (one.to(dtype) for one in (x, gate_up, down, residual))
+    weights = weights.to(dtype) if apart else weights
     wide = [one.float() for one in (gate_up, down, residual)]
     expected = torch.ops.dsv3.routed_swiglu(x.float(), indices, weights, *wide)
-    stacks = [half.contiguous() for half in gate_up.chunk(2, 1)] if apart else [gate_up]
+    gate, up = [half.contiguous() for half in gate_up.chunk(2, 1)] if apart else [gate_up, None]
     for _ in range(3):  # the next call's first kernels may start while the last ones of this run
-        found = launcher(x, indices, weights, stacks[0], down, residual, shared, *stacks[1:])
+        found = launcher(x, indices, weights, gate, down, residual, shared, up)
     assert_near(found, expected)
+    limited = torch.ops.dsv3.routed_swiglu(x.float(), indices, weights, *wide, shared, None, 0.7)
+    assert_near(launcher(x, indices, weights, gate, down, residual, shared, up, 0.7), limited)
 
 
 def latent_operands(batch=2, heads=16, rank=512, rope=64, context=100):

@@ -14,7 +14,7 @@ from tests.foreign.models import SIZES, randomised
 COMMON = {
     **{name: size for name, size in SIZES.items() if name != "rope_parameters"},  # every config has its own default
     "qk_nope_head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "index_n_heads": 2,
-    "index_head_dim": 32, "index_topk": 6, "shared_experts_intermediate_size": 32,
+    "index_head_dim": 32, "index_topk": 6, "shared_experts_intermediate_size": 32, "swiglu_limit": 0.5,
 }  # fmt: skip
 
 
@@ -39,6 +39,12 @@ FAMILIES = {
     "bailing_hybrid": Family(
         "Bailing hybrid", "BailingHybridForCausalLM", 2, 2, sizes={**LINEAR_FIRST, "head_dim": 16}
     ),
+    "deepseek_v4": Family(
+        "DeepSeek-V4",
+        "DeepseekV4ForCausalLM",
+        *(0, 0),
+        sizes={"mlp_layer_types": ["hash_moe", "moe", "moe"], "num_local_experts": 16, "head_dim": 16},
+    ),
     "deepseek_v32": Family("DeepSeek-V3.2", "DeepseekV32ForCausalLM", streamed=0),
     "dots1": Family("dots.llm1", "Dots1ForCausalLM", 0, 0),
     "dots3_note": Family("dots3 note", "Dots3NoteForCausalLM", streamed=1),
@@ -47,7 +53,7 @@ FAMILIES = {
     "glm4_moe_lite": Family("GLM-4.7 Flash", "Glm4MoeLiteForCausalLM"),
     "glm_moe_dsa": Family("GLM-5", "GlmMoeDsaForCausalLM", streamed=0),
     "hy_v3": Family("HY V3", "HYV3ForCausalLM", 0, 0),
-    "hy_v4": Family("HY V4", "HYV4ForCausalLM", streamed=0, grouped=0),
+    "hy_v4": Family("HY V4", "HYV4ForCausalLM", streamed=0),
     "kimi_linear": Family(
         "Kimi Linear",
         "KimiLinearForCausalLM",

@@ -105,6 +105,24 @@ def test_gates_and_ups_may_lie_in_any_order(activation, joined):
     assert is_call(node.args[3], aten.cat if joined else aten.slice) and len(node.args) == (5 if joined else 8)
 
 
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("by_op", [True, False])
+def test_gates_and_ups_within_a_limit(by_op, apart, joined):
+    def limited(gate, up):
+        return F.silu(gate.clamp(max=0.5)) * up.clamp(-0.5, 0.5)
+
+    graph = graph_with(limited if apart else lambda h: limited(*h.chunk(2, -1)), apart=apart)
+    if by_op:
+        FuseSwiglu().run(graph, CONTEXT)
+    one_stack = count(graph, dsv3.swiglu) == 1
+    assert one_stack == (by_op and not apart)
+    assert len(certified(FuseExperts(joined), graph).matches) == 1
+    (node,) = calls(graph.graph, dsv3.routed_swiglu)
+    assert (*node.args[5:7], node.args[8]) == (None, 0, 0.5)
+    assert (node.args[7] is None) == (one_stack or joined)
+
+
 def test_a_part_that_is_read_elsewhere_is_refused():
     graph = graph_with(lambda h: h[:, :I] * F.silu(h[:, I:]) + h[:, I:].sum(1, keepdim=True) * 0)
     assert untouched(FuseExperts(), graph) == "the experts are no SwiGLU: add stands between their products"

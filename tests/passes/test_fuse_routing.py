@@ -156,6 +156,25 @@ def test_weights_may_be_the_values_of_the_top_k():
     assert len(certified(FuseRouting(), graph).matches) == 1
 
 
+def rooted(softplus):
+    def routing(logits, bias):
+        scores = softplus(logits).sqrt()
+        indices = (scores + bias).topk(3, -1, sorted=False).indices
+        weights = scores.gather(1, indices)
+        return indices, weights / (weights.sum(-1, keepdim=True) + 1e-20) * 1.5
+
+    return routing_graph(routing, 7)
+
+
+def test_scores_may_be_roots_of_softplus():
+    graph = rooted(torch.nn.functional.softplus)
+    assert len(certified(FuseRouting(), graph).matches) == 1
+    found = attributes(graph)
+    assert (found["scoring"], found["logits"].name) == ("sqrtsoftplus", "logits")
+    for other in (lambda z: torch.nn.functional.softplus(z, 2.0), lambda z: torch.nn.functional.softplus(z, 1.0, 3.0)):
+        assert untouched(FuseRouting(), rooted(other)) == ""
+
+
 def test_two_token_axes():
     graph = routing_graph(lambda z, b: route(V3_ROUTING, z, b), 12, "B", "S")
     assert len(certified(FuseRouting(), graph).matches) == 1

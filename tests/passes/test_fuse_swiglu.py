@@ -57,6 +57,43 @@ def test_every_way_to_write_it(function):
     assert count(graph, dsv3.swiglu) == 1 and count(graph, aten.silu, aten.sigmoid, aten.slice) == 0
 
 
+LIMITED = {
+    "clamp": lambda gate, up: F.silu(gate.clamp(max=0.5)) * up.clamp(-0.5, 0.5),
+    "clamp_max": lambda gate, up: F.silu(gate.clamp_max(0.5)) * up.clamp_min(-0.5).clamp_max(0.5),
+    "hardtanh": lambda gate, up: F.hardtanh(up, -0.5, 0.5) * F.silu(torch.clip(gate, None, 0.5)),
+    "sigmoid": lambda gate, up: gate.clamp(max=0.5) * gate.clamp(max=0.5).sigmoid() * up.clamp(max=0.5).clamp(min=-0.5),
+    "in float": lambda gate, up: (F.silu(gate.clamp(max=0.5).float()) * up.float().clamp(-0.5, 0.5)).to(up.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", LIMITED.values(), ids=LIMITED)
+def test_gates_and_ups_within_a_limit(function, dtype):
+    graph = graph_with(lambda x: function(x[..., :I], x[..., I:]), dtype=dtype)
+    assert len(certified(FuseSwiglu(), graph).matches) == 1
+    (node,) = calls(graph.graph, dsv3.swiglu)
+    assert node.args[1] == 0.5
+    assert count(graph, aten.silu, aten.clamp, aten.clamp_min, aten.clamp_max, aten.hardtanh, aten.clip) == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda gate, up: F.silu(gate.clamp(max=0.5)) * up.clamp(-0.25, 0.25),
+        lambda gate, up: F.silu(gate.clamp(max=0.5)) * up.clamp(max=0.5),
+        lambda gate, up: F.silu(gate.clamp(max=0.5)) * up,
+        lambda gate, up: F.silu(gate.clamp(-0.5, 0.5)) * up.clamp(-0.5, 0.5),
+        lambda gate, up: F.silu(gate.clamp(max=-0.5)) * up.clamp(0.5, -0.5),
+        lambda gate, up: F.silu(gate) * up.clamp(-0.5, 0.5),
+        lambda gate, up: F.silu(gate.clamp(max=up.max())) * up,
+    ],
+    ids=["two limits", "ups one-sided", "gates only", "gates two-sided", "a negative limit", "ups only", "a tensor"],
+)
+def test_other_bounds_are_refused(function):
+    graph = graph_with(lambda x: function(x[..., :I], x[..., I:]))
+    assert untouched(FuseSwiglu(), graph).endswith("are not parts of one product")
+
+
 def test_neighbours_inside_a_wider_product():
     graph = graph_with(lambda x: (x[..., :3].exp(), F.silu(x[..., 3 : 3 + I]) * x[..., 3 + I : 3 + 2 * I]), 16)
     assert len(certified(FuseSwiglu(), graph).matches) == 1

@@ -478,3 +478,5 @@ def test_indices_that_no_top_k_chose_may_point_outside_the_experts():
         return (scores[:, :K] * 1000).to(torch.int64) % E
 
     assert untouched(GroupExperts(), graph_with(gathered_and_batched, hashed)) == ""
+    refusal = untouched(GroupExperts(), graph_with(sorted_by(first), hashed))
+    assert refusal == "what _to_copy counts was not chosen by a top-k"

@@ -47,8 +47,10 @@ class Experts(nn.Module):
         if self.twist == "weights":
             weights = weights * 2
         more = {"residual": x} if self.twist == "residual" else {}
-        y = dsv3.routed_swiglu(x, indices, weights, self.gate_up, self.down, **more)
-        hidden = dsv3.swiglu(self.both(x.relu() if self.twist == "input" else x))
+        limit = 0.5 if self.twist in ("limit", "limits") else None
+        y = dsv3.routed_swiglu(x, indices, weights, self.gate_up, self.down, **more, limit=limit)
+        both = self.both(x.relu() if self.twist == "input" else x)
+        hidden = dsv3.swiglu(both, None if self.twist == "limits" else limit)
         out = y + self.out(hidden)
         return (out, indices) if self.twist == "indices" else (out, hidden) if self.twist == "hidden" else out
 
@@ -58,6 +60,13 @@ def test_a_shared_expert_of_twice_the_width():
     assert len(apply(MergeSharedExperts(), graph).matches) == 1
     (experts,) = calls(graph.graph, dsv3.routed_swiglu)
     assert experts.args[3].meta["val"].shape == (E + 2, 2 * I, D)
+
+
+def test_a_shared_expert_within_the_same_limit():
+    graph = module_graph(Experts("limit"), tensor("x", "B", D))
+    assert len(apply(MergeSharedExperts(), graph).matches) == 1
+    (experts,) = calls(graph.graph, dsv3.routed_swiglu)
+    assert experts.args[5:] == (None, 2, None, 0.5)
 
 
 def test_the_cpu_keeps_them_apart():
@@ -73,6 +82,7 @@ def test_the_cpu_keeps_them_apart():
         ("experts", "does not choose among 5 experts"),
         ("weights", "are not the answer of one router"),
         ("residual", "has more than stacks of gates and ups, and of downs"),
+        ("limits", "keep gates and ups within different limits"),
         ("input", "the shared expert reads relu, the others x"),
         ("indices", "are not the answer of one router"),
         ("hidden", "is used by output as well"),

@@ -293,6 +293,13 @@ def test_two_gates_of_different_tokens_are_no_gate():
     assert untouched(SparsifyExperts(), graph_with(total)) == ""
 
 
+def test_a_gate_may_be_read_by_what_has_two_results():
+    def total(m, x, g):
+        return one_product(m, x, g) * g.max(-1, keepdim=True).values
+
+    assert len(certified(SparsifyExperts(), graph_with(total)).matches) == 1
+
+
 def test_a_gate_behind_a_nonlinearity_is_no_gate():
     def total(m, x, g):
         return torch.einsum("ne,nei,eoi->no", g.exp(), hidden(m, x), m.w2)

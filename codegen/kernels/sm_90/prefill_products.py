@@ -44,6 +44,7 @@ from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.letters import hear, tell
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
 from codegen.kernels.sm_90.rings import advance, await_signals, make_barriers, order_for_copies
+from codegen.kernels.swiglu import limited
 
 GROUP_ROWS = 64  # of one wgmma
 TILE_ROWS = 3 * GROUP_ROWS
@@ -215,13 +216,17 @@ def _store(values, out_ptr, out_row, inside, column, width):
 
 
 @gluon.jit
-def _end_half(sums, half, out_ptr, part, begin, pair, weight, end, WIDE_ITEM: gl.constexpr, WIDTH: gl.constexpr):
+def _end_half(
+    sums, half, out_ptr, part, begin, pair, weight, end,
+    WIDE_ITEM: gl.constexpr, LIMIT: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
     """What follows the sums [64, 128] of a half: SwiGLU, in sorted order, or the pair's weight, scattered to pair
     order."""
     products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     row = begin + gl.arange(0, 64, gl.SliceLayout(1, products))
     if WIDE_ITEM:
         gate, up = gl.split(gl.permute(gl.reshape(sums, [64, 2, 64]), [0, 2, 1]))
+        gate, up = limited(gate, up, LIMIT)
         _store(_swiglu(gate, up), out_ptr, row, row < end, part * 128 + half * 64, WIDTH)
         tl.debug_barrier()  # the first thread's arrival stands for all
     else:
@@ -276,7 +281,8 @@ def _pairs_of(order_ptr, pair_weights_ptr, begin, end):
 @gluon.jit
 def _multiply_items(
     out_ptr, order_ptr, pair_weights_ptr, steps, ring, mail, slot, phase, letter, letter_phase, item,
-    WIDE_ITEM: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+    WIDE_ITEM: gl.constexpr, GROUP: gl.constexpr, LIMIT: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    MAIL: gl.constexpr,
 ):  # fmt: skip
     """A group's share of all items of a kind.
 
@@ -302,7 +308,7 @@ def _multiply_items(
             following = gl.to_tensor(True)
             while following:
                 first, second, slot, phase = _accumulate(ring, slot, phase, first, second, steps, GROUP, STAGES)
-                _end_half(first, 0, out_ptr, part, begin, pair, weight, end, WIDE_ITEM, WIDTH)
+                _end_half(first, 0, out_ptr, part, begin, pair, weight, end, WIDE_ITEM, LIMIT, WIDTH)
                 first, second = warpgroup_mma_wait(0, deps=(first, second))
                 mbarrier.arrive(empty.index(gl.where(slot == 0, STAGES - 1, slot - 1)))
                 old_part, old_begin, old_end, old_letter = part, begin, end, letter
@@ -317,7 +323,9 @@ def _multiply_items(
                 first = _multiply_half(ring, slot, first, False, GROUP, 0)
                 # Waits for nothing: without a loop in between, ptxas would put these products behind the SwiGLU.
                 mbarrier.wait(full.index(slot), phase, pred=following)
-                _end_half(second, 1, out_ptr, old_part, old_begin, old_pair, old_weight, old_end, WIDE_ITEM, WIDTH)
+                _end_half(
+                    second, 1, out_ptr, old_part, old_begin, old_pair, old_weight, old_end, WIDE_ITEM, LIMIT, WIDTH
+                )
                 mbarrier.arrive(stored.index(old_letter))
                 first = warpgroup_mma_wait(0, deps=(first,))
         else:
@@ -335,7 +343,8 @@ def _multiply_items(
 @gluon.jit
 def _multiply(
     hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
-    GROUP: gl.constexpr, INNER: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
+    GROUP: gl.constexpr, LIMIT: gl.constexpr, INNER: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    MAIL: gl.constexpr,
 ):  # fmt: skip
     """A multiplying group: the GROUP-th 64 tokens of every tile."""
     slot = gl.to_tensor(0)
@@ -344,11 +353,11 @@ def _multiply(
     letter, letter_phase, item = _next_item(mail, gl.to_tensor(MAIL - 1), gl.to_tensor(1), GROUP, MAIL)
     slot, phase, letter, letter_phase, item = _multiply_items(
         hidden_ptr, order_ptr, pair_weights_ptr, depth_steps, ring, mail, slot, phase, letter, letter_phase, item,
-        True, GROUP, INNER, STAGES, MAIL,
+        True, GROUP, LIMIT, INNER, STAGES, MAIL,
     )  # fmt: skip
     slot, phase, letter, letter_phase, item = _multiply_items(
         out_ptr, order_ptr, pair_weights_ptr, inner_steps, ring, mail, slot, phase, letter, letter_phase, item,
-        False, GROUP, WIDTH, STAGES, MAIL,
+        False, GROUP, LIMIT, WIDTH, STAGES, MAIL,
     )  # fmt: skip
     mbarrier.arrive(mail[3].index(letter))
 
@@ -375,7 +384,7 @@ def _signal(tiles_ptr, max_tiles, mail, MAIL: gl.constexpr):
 def prefill_products_kernel(
     gate_desc, up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, hidden_ptr, out_ptr, order_ptr,
     pair_weights_ptr, tiles_ptr, max_tiles, early, gathered, tokens, depth_steps, inner_steps,
-    EXPERT_ROWS: gl.constexpr, INNER: gl.constexpr, DOWN_ROWS: gl.constexpr, WIDTH: gl.constexpr,
+    LIMIT: gl.constexpr, EXPERT_ROWS: gl.constexpr, INNER: gl.constexpr, DOWN_ROWS: gl.constexpr, WIDTH: gl.constexpr,
     BLOCK_D: gl.constexpr, STAGES: gl.constexpr, MAIL: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = gate_desc.dtype
@@ -389,15 +398,15 @@ def prefill_products_kernel(
         [
             (_multiply, (
                 hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
-                0, INNER, WIDTH, STAGES, MAIL,
+                0, LIMIT, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
                 hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
-                1, INNER, WIDTH, STAGES, MAIL,
+                1, LIMIT, INNER, WIDTH, STAGES, MAIL,
             )),
             (_multiply, (
                 hidden_ptr, out_ptr, order_ptr, pair_weights_ptr, depth_steps, inner_steps, ring, mail,
-                2, INNER, WIDTH, STAGES, MAIL,
+                2, LIMIT, INNER, WIDTH, STAGES, MAIL,
             )),
             (_load, (
                 gate_desc, up_desc, gathered_desc, tokens_desc, down_desc, hidden_desc, tiles_ptr, max_tiles, early,
@@ -411,7 +420,9 @@ def prefill_products_kernel(
     )  # fmt: skip
 
 
-def prefill_products(plan: ExpertPlan, gate: Tensor, up: Tensor, down: Tensor, pair_weights: Tensor) -> Tensor:
+def prefill_products(
+    plan: ExpertPlan, gate: Tensor, up: Tensor, down: Tensor, pair_weights: Tensor, limit: float | None = None
+) -> Tensor:
     """Both products over the tiles of `plan`, made for TILE_ROWS in units of GROUP_ROWS, of M pairs.
 
     gate and up [E, I, D], down [E, O, I], pair_weights [M] in pair order → [M, O] in pair order, weighted.
@@ -441,6 +452,7 @@ def prefill_products(plan: ExpertPlan, gate: Tensor, up: Tensor, down: Tensor, p
         plan.tokens.shape[0],
         triton.cdiv(depth, BLOCK_D),
         triton.cdiv(inner, BLOCK_D),
+        LIMIT=limit,
         EXPERT_ROWS=expert_rows,
         INNER=inner,
         DOWN_ROWS=down_rows,

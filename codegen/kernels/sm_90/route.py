@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.layout import packed
+from codegen.kernels.route import root_of_softplus
 
 _LOWEST = tl.constexpr(-(2**31))
 _BEHIND = tl.constexpr(2**31 - 1)
@@ -42,7 +43,7 @@ def route_kernel(
     ALWAYS: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    SCORING: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TOP2: tl.constexpr,
     NORMALISE: tl.constexpr,
@@ -70,7 +71,9 @@ def route_kernel(
         gdc_launch_dependents()
     inside = (row < tokens)[:, None] & is_expert[None, :]
     logits = tl.load(logits_ptr + row[:, None] * STRIDE + expert[None, :], mask=inside, other=0.0).to(tl.float32)
-    if SIGMOID:
+    if SCORING == "sqrtsoftplus":
+        scores = root_of_softplus(logits)
+    elif SCORING == "sigmoid":
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
         largest = tl.max(tl.where(is_expert[None, :], logits, float("-inf")), 1)
@@ -113,7 +116,9 @@ def route_kernel(
     written = (row < tokens)[:, None] & (slot < TOP_K)
     chosen_ptr = logits_ptr + row[:, None] * STRIDE + chosen_experts
     chosen_logits = tl.load(chosen_ptr, mask=written, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
+    if SCORING == "sqrtsoftplus":
+        weights = root_of_softplus(chosen_logits)
+    elif SCORING == "sigmoid":
         weights = 1.0 / (1.0 + tl.exp(-chosen_logits))
     else:
         weights = tl.exp(chosen_logits - largest[:, None]) / total[:, None]
@@ -171,7 +176,7 @@ def route(
         ALWAYS=always,
         GROUPS=groups,
         TOP_GROUPS=top_groups,
-        SIGMOID=scoring == "sigmoid",
+        SCORING=scoring,
         HAS_BIAS=bias is not None,
         TOP2=group_score == "top2",
         NORMALISE=normalise,

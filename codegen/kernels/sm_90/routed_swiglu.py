@@ -37,6 +37,7 @@ def serves(
     residual: Tensor | None = None,
     always: int = 0,
     up: Tensor | None = None,
+    limit: float | None = None,
 ) -> str | None:
     """None, or the reason why the plain form must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16):
@@ -60,9 +61,11 @@ def routed_swiglu(
     residual: Tensor | None = None,
     always: int = 0,
     up: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """Kernel of the op `routed_swiglu`: x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I]
-    → [N, D], plus residual [N, D]. With up [E, I, D], gate_up [E, I, D] is the gates alone. Weights of experts that
+    → [N, D], plus residual [N, D]. With up [E, I, D], gate_up [E, I, D] is the gates alone; limit: of
+    gates and ups. Weights of experts that
     nobody chose are not read; pairs are summed in a fixed order. The last `always` indices of every token are the last
     experts.
     """
@@ -73,11 +76,11 @@ def routed_swiglu(
         return torch.empty_like(x)
     if tokens <= FEW_TOKENS:
         residual = None if residual is None else residual.contiguous()
-        return streamed_swiglu(x.contiguous(), indices, weights, gate, up, down, residual, always)
+        return streamed_swiglu(x.contiguous(), indices, weights, gate, up, down, residual, always, limit)
     experts = gate.shape[0]
     if tokens * top_k <= FEW_PAIRS * experts:
-        y = swiglu_in_tiles(x, indices, gate, up, down, overlapped=x.is_cuda)
+        y = swiglu_in_tiles(x, indices, gate, up, down, limit, overlapped=x.is_cuda)
         return combine(y, weights, residual, overlapped=x.is_cuda)
     plan = plan_experts(aligned(x.contiguous()), indices, experts, TILE_ROWS, GROUP_ROWS, always)
-    y = prefill_products(plan, gate, up, down, weights)
+    y = prefill_products(plan, gate, up, down, weights, limit)
     return combine(y, weights, residual, weighted=True, overlapped=x.is_cuda)

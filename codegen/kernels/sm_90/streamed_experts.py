@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.rings import advance, make_barriers
+from codegen.kernels.swiglu import limited
 
 ROWS = 8  # of a weight, in a tile: few, so that all multiprocessors get about as many
 COLUMNS = 512  # of a weight, in a step
@@ -115,6 +116,7 @@ def _multiply_gate_up(
     ONE: gl.constexpr,
     TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
+    LIMIT: gl.constexpr,
     DEPTH: gl.constexpr,
     WIDTH: gl.constexpr,
     ROWS: gl.constexpr,
@@ -143,8 +145,8 @@ def _multiply_gate_up(
             gate += one.to(gl.float32) * x[None, :]
             up += other.to(gl.float32) * x[None, :]
             slot, phase = advance(slot, phase, STAGES)
-        gated = gl.sum(gate, 1)
-        hidden = gated / (1.0 + gl.exp(-gated)) * gl.sum(up, 1)
+        gates, ups = limited(gl.sum(gate, 1), gl.sum(up, 1), LIMIT)
+        hidden = gates / (1.0 + gl.exp(-gates)) * ups
         output = tile % TILES * ROWS + row
         out_ptr = hidden_ptr + (token * TOP_K + _choice(tile // TILES, TOP_K, ALWAYS)) * WIDTH
         gl.store(out_ptr + output, hidden.to(hidden_ptr.dtype.element_ty), mask=output < WIDTH)
@@ -161,6 +163,7 @@ def stream_gate_up_kernel(
     ONE: gl.constexpr,
     TOP_K: gl.constexpr,
     ALWAYS: gl.constexpr,
+    LIMIT: gl.constexpr,
     EXPERTS: gl.constexpr,
     EXPERT_ROWS: gl.constexpr,
     DEPTH: gl.constexpr,
@@ -178,7 +181,7 @@ def stream_gate_up_kernel(
         [
             (_multiply_gate_up, (
                 x_ptr, hidden_ptr, tokens, smem, full, empty,
-                ONE, TOP_K, ALWAYS, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES,
+                ONE, TOP_K, ALWAYS, LIMIT, DEPTH, WIDTH, ROWS, COLUMNS, STEPS, STAGES,
             )),
             (_load_gate_up, (
                 gate_desc, up_desc, indices_ptr, tokens, smem, full, empty,
@@ -328,6 +331,7 @@ def streamed_swiglu(
     down: Tensor,
     residual: Tensor | None = None,
     always: int = 0,
+    limit: float | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate and up [E, I, D], down [E, D, I] → [N, D], plus residual [N, D].
 
@@ -349,6 +353,7 @@ def streamed_swiglu(
         ONE=tokens == 1,
         TOP_K=top_k,
         ALWAYS=always,
+        LIMIT=limit,
         EXPERTS=experts,
         EXPERT_ROWS=matrix_of(gate)[1],
         DEPTH=depth,

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.layout import as_rows
+from codegen.kernels.swiglu import gated
 
 BLOCK_I = 1024
 
@@ -18,6 +19,7 @@ def swiglu_kernel(
     gate_up,
     out,
     stride,
+    LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_I: tl.constexpr,
     OVERLAPPED: tl.constexpr,
@@ -30,11 +32,10 @@ def swiglu_kernel(
         gdc_wait()
     gate = tl.load(gate_up + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    value = gate * tl.sigmoid(gate) * up
-    tl.store(out + row * WIDTH + column, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * WIDTH + column, gated(gate, up, LIMIT).to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, limit: float | None = None) -> Tensor:
     """Kernel of the op `swiglu`: gate_up [.., 2I] → [.., I]."""
     rows = as_rows(gate_up)
     width = gate_up.shape[-1] // 2
@@ -43,6 +44,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         rows,
         out,
         rows.stride(0),
+        LIMIT=limit,
         WIDTH=width,
         BLOCK_I=BLOCK_I,
         OVERLAPPED=gate_up.is_cuda,

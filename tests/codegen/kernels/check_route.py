@@ -9,6 +9,8 @@ from codegen.kernels.route import route
 # scoring, groups, top_groups, group_score, masked, normalise
 SIGMOID = ("sigmoid", "top2", -math.inf, True)
 SOFTMAX = ("softmax", "max", 0.0, False)
+ROOT = ("sqrtsoftplus", "max", 0.0, True)
+SCORINGS = pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX, ROOT], ids=lambda settings: settings[0])
 
 
 def both(logits, bias, top_k, groups, top_groups, settings):
@@ -17,7 +19,7 @@ def both(logits, bias, top_k, groups, top_groups, settings):
     return route(*arguments), torch.ops.dsv3.route(*arguments)
 
 
-@pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
+@SCORINGS
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
     "tokens, experts, top_k, groups, top_groups",
@@ -29,7 +31,14 @@ def test_agrees(tokens, experts, top_k, groups, top_groups, biased, settings):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
+def test_the_root_of_softplus_is_exact_at_both_ends():
+    logits = torch.linspace(-80, 80, 321)[:, None]
+    expected = torch.nn.functional.softplus(logits.double()).sqrt()
+    found = route(logits, None, "sqrtsoftplus", 1, 1, 1, "max", 0.0, False, 0.0, 1.0)[1]
+    torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=0)
+
+
+@SCORINGS
 def test_lowest_index_wins_ties(settings):
     logits = torch.randint(-1, 2, (16, 12)).float()
     found, expected = both(logits, None, 5, 4, 2, settings)

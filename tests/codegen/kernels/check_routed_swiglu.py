@@ -53,6 +53,14 @@ def test_gates_and_ups_may_take_turns():
     torch.testing.assert_close(found, torch.ops.dsv3.routed_swiglu(x, indices, weights, gate_up, down))
 
 
+def test_gates_and_ups_stay_within_a_limit():
+    more = None, 0, None, 0.7
+    arguments = draw(7, 5, 2, 9, 20, torch.float32, 5)
+    expected = torch.ops.dsv3.routed_swiglu(*arguments, *more)
+    torch.testing.assert_close(routed_swiglu(*arguments, *more), expected)
+    assert not expected.isclose(torch.ops.dsv3.routed_swiglu(*arguments)).all()
+
+
 def test_a_residual_is_added_before_rounding():
     arguments = draw(5, 6, 2, 9, 5, torch.float16, 6)
     residual = 100 * torch.randn(5, 20).half()[:, 3:12]

@@ -16,6 +16,7 @@ ROUTING = {
     "v3": ("sigmoid", 3, 4, 2, "top2", -math.inf, True, 1e-20, 2.5),
     "v2": ("softmax", 4, 6, 3, "max", 0.0, False, 0.0, 16.0),
     "greedy": ("softmax", 5, 1, 1, "max", 0.0, False, 0.0, 1.0),
+    "v4": ("sqrtsoftplus", 5, 1, 1, "max", 0.0, True, 1e-20, 1.5),
     "single-expert groups": ("sigmoid", 2, 12, 5, "top2", -math.inf, True, 1e-20, 1.0),
     "as many as are left": ("sigmoid", 6, 4, 2, "top2", -math.inf, True, 1e-20, 1.0),
 }
@@ -60,7 +61,9 @@ def test_only_chosen_experts_are_computed(tokens):
     gate_up, down = torch.randn(5, 12, 10), torch.randn(5, 10, 6)
     gate_up[2], down[2] = math.nan, math.nan
     values = torch.randn(tokens, 10), indices, torch.rand(tokens, 3), gate_up, down
-    torch.testing.assert_close(portable.routed_swiglu(*values), ops.experts.routed_swiglu(*values), rtol=0, atol=1e-4)
+    for more in ((), (None, 0, None, 0.5)):
+        expected = ops.experts.routed_swiglu(*values, *more)
+        torch.testing.assert_close(portable.routed_swiglu(*values, *more), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -24,7 +24,7 @@ def seed():
 def test_norms_and_swiglu():
     def function(x, residual, weight):
         normed, total = dsv3.add_rms_norm(x, residual, weight, 1e-3)
-        return normed, total, dsv3.rms_norm(x, weight, 1e-6), dsv3.swiglu(x)
+        return normed, total, dsv3.rms_norm(x, weight, 1e-6), dsv3.swiglu(x), dsv3.swiglu(x, 0.5)
 
     shapes = [activation("x", "B", "S", 14), activation("residual", "B", "S", 14), activation("weight", 14)]
     check(function, shapes, torch.randn(B, S, 14), torch.randn(B, S, 14), torch.randn(14))
@@ -85,6 +85,7 @@ ROUTING = {
     "v3": ("sigmoid", 3, 4, 2, "top2", -math.inf, True, 1e-20, 2.5),
     "v2": ("softmax", 4, 6, 3, "max", 0.0, False, 0.0, 16.0),
     "greedy": ("softmax", 5, 1, 1, "max", 0.0, False, 0.0, 1.0),
+    "v4": ("sqrtsoftplus", 5, 1, 1, "max", 0.0, True, 1e-20, 1.5),
     "single-expert groups": ("sigmoid", 2, 12, 5, "top2", -math.inf, True, 1e-20, 1.0),
 }
 
@@ -126,6 +127,11 @@ def expert_values(tokens):
 @pytest.mark.parametrize("special", [{}, {dsv3.routed_swiglu.default: one_token_experts}], ids=["loop", "gather"])
 def test_only_chosen_experts_are_computed(tokens, special):
     check(dsv3.routed_swiglu, expert_inputs, *expert_values(tokens), special=special)
+    check(limited_experts, expert_inputs, *expert_values(tokens), special=special)
+
+
+def limited_experts(*arguments):
+    return dsv3.routed_swiglu(*arguments, None, 0, None, 0.5)
 
 
 def test_half_precision_routes_and_sums_in_float32():

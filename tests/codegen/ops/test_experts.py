@@ -22,11 +22,12 @@ def draw(tokens, experts, top_k, hidden=6, width=5, choose_from=None):
     )
 
 
-def token_by_token(x, indices, weights, gate_up, down):
+def token_by_token(x, indices, weights, gate_up, down, limit=torch.inf):
     out = torch.zeros_like(x)
     for n, chosen in enumerate(indices.tolist()):
         for k, e in enumerate(chosen):
             gate, up = (gate_up[e] @ x[n]).chunk(2)
+            gate, up = gate.minimum(torch.tensor(limit)), up.maximum(torch.tensor(-limit)).minimum(torch.tensor(limit))
             out[n] += weights[n, k] * (down[e] @ (F.silu(gate) * up))
     return out
 
@@ -43,6 +44,17 @@ def test_the_four_steps_make_the_routed_swiglu():
     hidden = dsv3.swiglu(dsv3.grouped_linear(x[order // 3], gate_up, offsets))
     found = dsv3.combine_pairs(dsv3.grouped_linear(hidden, down, offsets), order, weights)
     torch.testing.assert_close(found, dsv3.routed_swiglu(*arguments))
+
+
+def test_gates_and_ups_stay_within_a_limit():
+    arguments = draw(9, 7, 3)
+    found = dsv3.routed_swiglu(*arguments, limit=0.7)
+    torch.testing.assert_close(found, token_by_token(*arguments, 0.7))
+    assert not found.isclose(dsv3.routed_swiglu(*arguments)).any()
+    gate_up = torch.tensor([-9.0, 9.0, 9.0, 0.5, torch.nan, 1.0, -9.0, 9.0, torch.nan, 0.5])
+    silu = F.silu(torch.tensor([-9.0, 2.0, 2.0, 0.5, torch.nan]))
+    expected = silu * torch.tensor([1.0, -2.0, 2.0, torch.nan, 0.5])
+    torch.testing.assert_close(dsv3.swiglu(gate_up, 2.0), expected, equal_nan=True)
 
 
 def test_gates_and_ups_may_be_two_stacks():

@@ -25,6 +25,13 @@ def test_sigmoid_routing_without_bias():
     assert v3(LOGITS, None)[0].tolist() == [[2, 5, 3]]
 
 
+def test_routing_by_the_root_of_softplus():
+    indices, weights = torch.ops.dsv3.route(LOGITS, BIAS, "sqrtsoftplus", 3, 1, 1, "max", 0.0, False, 0.0, 1.0)
+    assert indices.tolist() == [[5, 6, 4]]
+    expected = [math.sqrt(math.log1p(math.exp(logit))) for logit in (1, 0.25, -0.5)]
+    torch.testing.assert_close(weights, torch.tensor([expected]))
+
+
 def test_softmax_routing_by_the_best_of_each_group():
     indices, weights = torch.ops.dsv3.route(LOGITS, None, "softmax", 3, 4, 2, "max", 0.0, False, 0.0, 16.0)
     assert indices.tolist() == [[2, 5, 3]]
@@ -52,5 +59,5 @@ def test_half_precision_logits_are_scored_in_float32():
 
 
 def test_unknown_scoring_is_named():
-    with pytest.raises(ValueError, match="scoring is 'tanh'; accepted: 'sigmoid', 'softmax'"):
+    with pytest.raises(ValueError, match="scoring is 'tanh'; accepted: 'sigmoid', 'softmax', 'sqrtsoftplus'"):
         torch.ops.dsv3.route(LOGITS, None, "tanh", 3, 4, 2, "max", 0.0, False, 0.0, 16.0)

@@ -12,6 +12,8 @@ from codegen.kernels.sm_90.route import route
 
 SIGMOID = ("sigmoid", "top2", -math.inf, True)
 SOFTMAX = ("softmax", "max", 0.0, False)
+ROOT = ("sqrtsoftplus", "max", 0.0, True)
+SCORINGS = pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX, ROOT], ids=lambda settings: settings[0])
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def both_routes(logits, bias, top_k, groups, top_groups, settings):
     return route(*arguments), torch.ops.dsv3.route(*arguments)
 
 
-@pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
+@SCORINGS
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
     "tokens, experts, top_k, groups, top_groups",
@@ -50,7 +52,7 @@ def test_logits_are_columns_of_a_wider_product():
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX], ids=["sigmoid", "softmax"])
+@SCORINGS
 def test_lowest_index_wins_ties(settings):
     logits = torch.randint(-1, 2, (16, 12)).float()
     found, expected = both_routes(logits, None, 5, 4, 2, settings)

@@ -286,7 +286,12 @@ gl = SimpleNamespace(
 )
 STAND_INS = {
     "gl": gl,
-    "tl": SimpleNamespace(debug_barrier=_anything),
+    "tl": SimpleNamespace(
+        debug_barrier=_anything,
+        minimum=lambda a, b, propagate_nan: gl.minimum(a, b),  # torch's propagate it
+        maximum=lambda a, b, propagate_nan: gl.maximum(a, b),
+        PropagateNan=tl.PropagateNan,
+    ),
     "mbarrier": SimpleNamespace(
         MBarrierLayout=BarrierLayout,
         init=lambda barrier, count: barrier.begin(count),

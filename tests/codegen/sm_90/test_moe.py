@@ -37,21 +37,22 @@ def test_plain_parts_agree_with_the_references():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def experts(dtype=torch.bfloat16, hidden=256, width=192, tokens="N", apart=False, strides=None):
+def experts(dtype=torch.bfloat16, hidden=256, width=192, tokens="N", apart=False, strides=None, weights=torch.float32):
     stack = TensorSpec((8, width if apart else 2 * width, hidden), dtype, strides)
     return (
         TensorSpec((tokens, hidden), dtype),
         TensorSpec((tokens, 2), torch.int64),
-        TensorSpec((tokens, 2), torch.float32),
+        TensorSpec((tokens, 2), weights),
         stack,
         TensorSpec((8, hidden, width), dtype),
         *((None, 0, stack) if apart else ()),
     )
 
 
-@pytest.mark.parametrize("tokens", ["N", 250])  # free sizes are tried at one row, few and many
-def test_kernels_fit_the_chip_without_spilling(tokens):
-    kernel = compiled("routed_swiglu", experts(tokens=tokens), SM_90)
+# Free sizes are tried at one row, few and many.
+@pytest.mark.parametrize("tokens, weights", [("N", torch.float32), (250, torch.bfloat16)])
+def test_kernels_fit_the_chip_without_spilling(tokens, weights):
+    kernel = compiled("routed_swiglu", experts(tokens=tokens, weights=weights), SM_90)
     for binary in kernel.metadata["binaries"]:
         assert binary["stack_bytes"] == 0, binary["kernel"]
         assert binary["shared_bytes"] <= SM_90.shared_memory, binary["kernel"]
@@ -60,15 +61,15 @@ def test_kernels_fit_the_chip_without_spilling(tokens):
 # A whole tile, two tiles of an expert, groups without tokens, a single row, experts that nobody chose; sizes that are
 # no multiple of a step or a tile; more multiprocessors than items, and fewer; the last experts shared.
 @pytest.mark.parametrize(
-    "counts, shared, hidden, width, processors, dtype, apart",
+    "counts, shared, hidden, width, processors, dtype, apart, limit",
     [
-        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16, False),
-        ([64, 129], 0, 72, 8, 7, torch.float16, True),
-        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16, False),
-        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16, True),
+        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16, False, None),
+        ([64, 129], 0, 72, 8, 7, torch.float16, True, 0.7),
+        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16, False, None),
+        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16, True, None),
     ],
 )
-def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, apart, monkeypatch):
+def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, apart, limit, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
     pairs, top_k = sum(counts), 2
@@ -93,8 +94,10 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
     weights = torch.rand(pairs // top_k + 1, top_k)
     plan = ExpertPlan(order, table, gathered, tokens, sum(tile[0] >= first for tile in tiles))
     with emulated(processors):
-        y = prefill_products(plan, gate, up, down, weights)
+        y = prefill_products(plan, gate, up, down, weights, limit)
     gated, linear = (by_expert(torch.cat([gathered, *[tokens] * shared]), stack, counts) for stack in (gate, up))
+    if limit is not None:
+        gated, linear = gated.clamp(max=limit), linear.clamp(-limit, limit)
     hidden = (torch.nn.functional.silu(gated) * linear).to(dtype)
     assert error(y[order.long()], by_expert(hidden, down, counts) * weights.flatten()[order.long(), None]) < 4e-3
 

@@ -9,10 +9,10 @@ from codegen.kernels.sm_90 import streamed_experts
 from .emulator import emulated
 
 
-@pytest.mark.parametrize("always, apart", [(0, False), (1, True), (2, False)])
+@pytest.mark.parametrize("always, apart, limit", [(0, False, None), (1, True, 0.7), (2, False, None)])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("processors", [3, 40])  # several tiles per program, and programs that have none
-def test_the_chosen_experts_are_summed(always, apart, tokens, processors, monkeypatch):
+def test_the_chosen_experts_are_summed(always, apart, limit, tokens, processors, monkeypatch):
     monkeypatch.setattr(streamed_experts, "COLUMNS", 64)
     monkeypatch.setattr(streamed_experts, "RING_BYTES", 3 * 2 * 8 * 64 * 2)
     experts, hidden, width, chosen = 7, 136, 72, 3  # no multiples of a step, and a tile that is not full
@@ -25,7 +25,8 @@ def test_the_chosen_experts_are_summed(always, apart, tokens, processors, monkey
     down = (torch.randn(experts, hidden, width) * width**-0.5).bfloat16()
     for added in (None, residual):
         with emulated(processors):
-            found = streamed_experts.streamed_swiglu(x, indices, weights, gate, up, down, added, always)
+            found = streamed_experts.streamed_swiglu(x, indices, weights, gate, up, down, added, always, limit)
         exact = [x.double(), indices, weights, gate_up.double(), down.double()]
-        expected = torch.ops.dsv3.routed_swiglu(*exact, None if added is None else added.double(), always)
+        more = None if added is None else added.double(), always, None, limit
+        expected = torch.ops.dsv3.routed_swiglu(*exact, *more)
         assert (found.double() - expected).norm() / expected.norm() < 6e-3

@@ -104,7 +104,7 @@ def route(
     indices = torch.empty((tokens, top_k + always), dtype=torch.int64, device=logits.device)
     weights = torch.empty((tokens, top_k + always), dtype=torch.float32, device=logits.device)
     expect(
-        SIGMOID=(scoring == "sigmoid", True),
+        SCORING=(scoring, "sigmoid"),
         BIASED=(bias is not None, True),
         GROUPS=(groups, 3),
         TOP_GROUPS=(top_groups, 2),

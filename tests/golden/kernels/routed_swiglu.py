@@ -177,6 +177,22 @@ def sort_pairs(indices: Tensor, experts: int, overlapped: bool = False) -> tuple
     return order, offsets
 
 
+@triton.jit
+def limited(gate, up, LIMIT: tl.constexpr):
+    """Gates up to LIMIT and ups within ± LIMIT, if there is one; what is no number stays none."""
+    if LIMIT is not None:
+        gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return gate, up
+
+
+@triton.jit
+def gated(gate, up, LIMIT: tl.constexpr):
+    gate, up = limited(gate, up, LIMIT)
+    return gate * tl.sigmoid(gate) * up
+
+
 MAX_STAGES = 5
 BLOCK_COMBINE = 1024
 
@@ -194,6 +210,7 @@ def gate_up_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    LIMIT: tl.constexpr = None
     E: tl.constexpr = 6
     K: tl.constexpr = 2
     D: tl.constexpr = 72
@@ -211,19 +228,18 @@ def gate_up_kernel(
     depth = tl.arange(0, BLOCK_K)
     x_row = x + token[:, None] * x_stride
     rows = expert.to(tl.int64) * EXPERT_STRIDE + column[None, :] * ROW_STRIDE
-    gated = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-    linear = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    gates = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
+    ups = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for start in range(0, D, BLOCK_K):
         inside = start + depth < D
         a = tl.load(x_row + (start + depth)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0)
         wanted = (column < WIDTH)[None, :] & inside[:, None]
         at = rows + (start + depth)[:, None] * COLUMN_STRIDE
-        gated = tl.dot(a, tl.load(gate + at, mask=wanted, other=0.0), gated, input_precision="ieee")
-        linear = tl.dot(a, tl.load(up + at, mask=wanted, other=0.0), linear, input_precision="ieee")
-    value = gated * tl.sigmoid(gated) * linear
+        gates = tl.dot(a, tl.load(gate + at, mask=wanted, other=0.0), gates, input_precision="ieee")
+        ups = tl.dot(a, tl.load(up + at, mask=wanted, other=0.0), ups, input_precision="ieee")
     written = (row < end)[:, None] & (column < WIDTH)[None, :]
     place = hidden + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
-    tl.store(place, value.to(hidden.dtype.element_ty), mask=written)
+    tl.store(place, gated(gates, ups, LIMIT).to(hidden.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -277,7 +293,13 @@ def combine(
 
 
 def swiglu_in_tiles(
-    x: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, overlapped: bool = False
+    x: Tensor,
+    indices: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    limit: float | None = None,
+    overlapped: bool = False,
 ) -> Tensor:
     """x [N, D], indices [N, K], gate and up [E, I, D], down [E, D, I], of any strides → each pair's result [N·K, D].
 
@@ -298,6 +320,7 @@ def swiglu_in_tiles(
     # Half of a tile's columns are gates, half ups; where neighbours in memory are columns, 64 are a line of it.
     block_i = tile.columns // 2 if gate.stride(2) == 1 else max(64, tile.columns // 2)
     expect(
+        LIMIT=(limit, None),
         E=(experts, 6),
         K=(top_k, 2),
         D=(hidden_width, 72),
@@ -358,10 +381,11 @@ def routed_swiglu(
     residual: Tensor | None = None,
     always: int = 0,
     up: Tensor | None = None,
+    limit: float | None = None,
 ) -> Tensor:
     """x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I] → [N, D], plus residual [N, D].
 
     With up [E, I, D], gate_up [E, I, D] is the gates alone. Stacks may have any strides. `always` experts that every
     token gets are treated like the others.
     """
-    return combine(swiglu_in_tiles(x, indices, *halves(gate_up, up), down), weights, residual)
+    return combine(swiglu_in_tiles(x, indices, *halves(gate_up, up), down, limit), weights, residual)
