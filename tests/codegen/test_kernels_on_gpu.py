@@ -215,24 +215,25 @@ def test_experts(tokens):
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(
-    "experts, tokens, dtype, shared, apart",
+    "experts, tokens, dtype, shared, stored",
     [
-        (64, 1, BF16, 1, True),
-        (64, 2, BF16, 2, False),
-        (64, 5, BF16, 1, False),
-        (64, 5, BF16, 0, True),
-        (64, 40, BF16, 2, False),
-        (64, 90, BF16, 2, False),
-        (64, 230, BF16, 1, True),
-        (3, 13, BF16, 1, True),
-        (64, 700, BF16, 2, False),
-        (64, 2100, BF16, 0, True),
-        (64, 2100, torch.float16, 0, False),
-        (64, 2100, BF16, 2, False),
-        (64, 4099, BF16, 1, False),
+        (64, 1, BF16, 1, "apart"),
+        (64, 2, BF16, 2, "in turns"),
+        (64, 5, BF16, 1, "together"),
+        (64, 5, BF16, 0, "apart"),
+        (64, 40, BF16, 2, "together"),
+        (64, 90, BF16, 2, "together"),
+        (64, 230, BF16, 1, "apart"),
+        (3, 13, BF16, 1, "apart"),
+        (64, 700, BF16, 2, "together"),
+        (64, 2100, BF16, 0, "apart"),
+        (64, 2100, torch.float16, 0, "together"),
+        (64, 2100, BF16, 2, "together"),
+        (64, 2100, BF16, 1, "in turns"),
+        (64, 4099, BF16, 1, "together"),
     ],
 )
-def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared, apart):
+def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared, stored):
     top_k, hidden, width = min(6, experts - shared), 2056, 1416  # multiples of 8, not of 16
     launcher = importlib.import_module("codegen.kernels.sm_90.routed_swiglu").routed_swiglu
     indices = torch.rand(tokens, experts - shared, device="cuda").topk(top_k, -1).indices
@@ -242,10 +243,15 @@ def test_experts_in_tiles_on_hopper(experts, tokens, dtype, shared, apart):
     gate_up = normal(experts, 2 * width, hidden) / hidden**0.5
     down = normal(experts, hidden, width) / width**0.5
     x, gate_up, down, residual = (one.to(dtype) for one in (x, gate_up, down, residual))
-    weights = weights.to(dtype) if apart else weights
+    weights = weights.to(dtype) if stored == "apart" else weights
     wide = [one.float() for one in (gate_up, down, residual)]
     expected = torch.ops.dsv3.routed_swiglu(x.float(), indices, weights, *wide)
-    gate, up = [half.contiguous() for half in gate_up.chunk(2, 1)] if apart else [gate_up, None]
+    gate, up = gate_up, None
+    if stored == "apart":
+        gate, up = (half.contiguous() for half in gate_up.chunk(2, 1))
+    elif stored == "in turns":
+        turns = gate_up.unflatten(1, (2, width)).transpose(1, 2).flatten(1, 2)
+        gate, up = turns[:, ::2], turns[:, 1::2]
     for _ in range(3):  # the next call's first kernels may start while the last ones of this run
         found = launcher(x, indices, weights, gate, down, residual, shared, up)
     assert_near(found, expected)

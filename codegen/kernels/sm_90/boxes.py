@@ -32,14 +32,16 @@ def aligned(rows: Tensor) -> Tensor:
 def matrix_of(stack: Tensor) -> tuple[Tensor, int]:
     """A stack [E, O, D] as one matrix, and how many of its rows lie from one expert's first to the next one's."""
     experts, rows, columns = stack.shape
-    apart = stack.stride(0) // columns
-    return stack.as_strided(((experts - 1) * apart + rows, columns), (columns, 1)), apart
+    apart = stack.stride(0) // stack.stride(1)
+    return stack.as_strided(((experts - 1) * apart + rows, columns), (stack.stride(1), 1)), apart
 
 
 def is_matrix(stack: Tensor) -> bool:
     """Are the rows of a stack [E, O, D] those of one aligned matrix, some of which may be somebody else's?"""
-    rows_follow = stack.stride()[1:] == (stack.shape[2], 1) and stack.stride(0) % stack.shape[2] == 0
-    return rows_follow and starts_aligned(stack)
+    expert, row, column = stack.stride()
+    if column != 1 or row == 0 or row % (16 // stack.element_size()):
+        return False
+    return expert % row == 0 and starts_aligned(stack)
 
 
 def in_boxes(x: Tensor, *box: int) -> TensorDescriptor:

@@ -61,15 +61,16 @@ def test_kernels_fit_the_chip_without_spilling(tokens, weights):
 # A whole tile, two tiles of an expert, groups without tokens, a single row, experts that nobody chose; sizes that are
 # no multiple of a step or a tile; more multiprocessors than items, and fewer; the last experts shared.
 @pytest.mark.parametrize(
-    "counts, shared, hidden, width, processors, dtype, apart, limit",
+    "counts, shared, hidden, width, processors, dtype, stored, limit",
     [
-        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16, False, None),
-        ([64, 129], 0, 72, 8, 7, torch.float16, True, 0.7),
-        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16, False, None),
-        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16, True, None),
+        ([0, 1, 192, 0, 65, 193], 0, 264, 136, 3, torch.bfloat16, "together", None),
+        ([64, 129], 0, 72, 8, 7, torch.float16, "apart", 0.7),
+        ([3, 400, 63], 0, 512, 200, 2, torch.bfloat16, "together", None),
+        ([130, 0, 20, 200, 200], 2, 72, 264, 3, torch.bfloat16, "apart", None),
+        ([200, 30], 0, 72, 72, 3, torch.bfloat16, "in turns", None),
     ],
 )
-def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, apart, limit, monkeypatch):
+def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors, dtype, stored, limit, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
     pairs, top_k = sum(counts), 2
@@ -87,9 +88,13 @@ def test_products_of_many_tokens_agree(counts, shared, hidden, width, processors
     table[4, : len(tiles)] = 0
     tokens = torch.randn(counts[-1], hidden).to(dtype)
     gathered = torch.randn(pairs - shared * counts[-1], hidden).to(dtype)
-    # Gates and ups in one stack or in two; either way kernels are told where each of them is.
-    stacks = torch.randn(2, len(counts), width, hidden) * hidden**-0.5
-    gate, up = stacks.to(dtype) if apart else stacks.transpose(0, 1).flatten(1, 2).to(dtype).chunk(2, 1)
+    # Kernels are told where gates and where ups are.
+    stacks = (torch.randn(2, len(counts), width, hidden) * hidden**-0.5).to(dtype)
+    if stored == "together":
+        stacks = stacks.transpose(0, 1).contiguous().transpose(0, 1)
+    elif stored == "in turns":
+        stacks = stacks.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    gate, up = stacks
     down = (torch.randn(len(counts), hidden, width) * width**-0.5).to(dtype)
     weights = torch.rand(pairs // top_k + 1, top_k)
     plan = ExpertPlan(order, table, gathered, tokens, sum(tile[0] >= first for tile in tiles))
@@ -128,7 +133,9 @@ def test_stacks_that_are_no_matrix_of_rows_get_the_plain_form():
     assert form((2 * 192 * 256, 256, 1)) == "sm_90"  # a part of something higher
     assert form((192 * 256, 1, 192)) == "kernels"  # kept as inputs times outputs
     assert form((192 * 256 + 8, 256, 1)) == "kernels"
-    assert form((2 * 192 * 256, 2 * 256, 1)) == "kernels"  # gates and ups in turns
+    assert form((192 * 264, 264, 1)) == "sm_90"  # a part of something wider
+    assert form((2 * 192 * 256, 2 * 256, 1)) == "sm_90"  # gates and ups in turns
+    assert form((192 * 260, 260, 1)) == form((256, 0, 1)) == form((192 * 512, 512, 2)) == "kernels"
 
 
 @pytest.mark.parametrize("experts, top_k", [(64, 6), (66, 8), (257, 9), (385, 9)])

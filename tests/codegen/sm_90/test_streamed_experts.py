@@ -9,10 +9,10 @@ from codegen.kernels.sm_90 import streamed_experts
 from .emulator import emulated
 
 
-@pytest.mark.parametrize("always, apart, limit", [(0, False, None), (1, True, 0.7), (2, False, None)])
+@pytest.mark.parametrize("always, stored, limit", [(0, "together", None), (1, "apart", 0.7), (2, "in turns", None)])
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("processors", [3, 40])  # several tiles per program, and programs that have none
-def test_the_chosen_experts_are_summed(always, apart, limit, tokens, processors, monkeypatch):
+def test_the_chosen_experts_are_summed(always, stored, limit, tokens, processors, monkeypatch):
     monkeypatch.setattr(streamed_experts, "COLUMNS", 64)
     monkeypatch.setattr(streamed_experts, "RING_BYTES", 3 * 2 * 8 * 64 * 2)
     experts, hidden, width, chosen = 7, 136, 72, 3  # no multiples of a step, and a tile that is not full
@@ -21,7 +21,10 @@ def test_the_chosen_experts_are_summed(always, apart, limit, tokens, processors,
     weights = torch.rand(tokens, chosen)
     x, residual = (torch.randn(tokens, hidden).bfloat16() for _ in range(2))
     gate_up = (torch.randn(experts, 2 * width, hidden) * hidden**-0.5).bfloat16()
-    gate, up = (half.clone() if apart else half for half in gate_up.chunk(2, 1))
+    gate, up = (half.clone() if stored == "apart" else half for half in gate_up.chunk(2, 1))
+    if stored == "in turns":
+        turns = torch.stack([gate, up], 2).flatten(1, 2)
+        gate, up = turns[:, ::2], turns[:, 1::2]
     down = (torch.randn(experts, hidden, width) * width**-0.5).bfloat16()
     for added in (None, residual):
         with emulated(processors):
