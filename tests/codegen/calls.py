@@ -122,6 +122,23 @@ OPS = (
 )
 
 
+# Operands, by place, that may have another dtype than the rest: what is added, multiplied or looked up in float32.
+LOOSE = {
+    "rms_norm": (1,),
+    "add_rms_norm": (2,),
+    "rotary": (1, 2),
+    "write_cache_": (1, 2, 3, 4),
+    "attention_inputs_": (3, 4, 5, 6),
+    "mla_attention": (4,),
+    "attention": (3,),
+    "route": (0, 1),
+    "norm_router": (1, 3),
+    "sort_pairs": (0,),
+    "grouped_linear": (2,),
+    "routed_swiglu": (1, 2),
+}
+
+
 def arguments(op, sizes, dtype=torch.float32):
     """Random arguments for the operands of `op` at these sizes; integers are valid positions, experts, offsets."""
     drawn = []

@@ -9,6 +9,7 @@ import torch
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.dispatch import launcher
 from codegen.targets import target
+from tests.codegen.calls import LOOSE
 from tests.codegen.strides import elsewhere, repeated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -307,26 +308,36 @@ CACHES = {"write_cache_": (5, 6), "attention_inputs_": (7, 8)}
 ON_HOPPER = ["rms_norm", "add_rms_norm", "swiglu", "route", "mla_attention", "attention", *CACHES, *ROWS]
 
 
+def results_on_hopper(op, operands):
+    """What the op gives and writes, on copies of the operands unless they are read where they lie."""
+    found = launcher(op, target("sm_90"))(*operands)
+    written = [operands[cache].clone() for cache in CACHES.get(op, ())]
+    return written + ([] if found is None else [found] if isinstance(found, torch.Tensor) else list(found))
+
+
+def copies(operands):
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in operands]
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        if one.is_floating_point():
+            assert_near(one, other)
+        else:
+            assert torch.equal(one, other)
+
+
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("op, rows", [(op, rows) for op in ON_HOPPER for rows in ROWS.get(op, (3,))])
 def test_operands_may_lie_anywhere_on_hopper(op, rows):
     """Read where they lie, copied, or given to the plain form: as operands that are packed."""
-    given, run = operands_on_hopper(op, rows), launcher(op, target("sm_90"))
+    given = operands_on_hopper(op, rows)
 
     def results(place=None, moved=None):
-        operands = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        operands = copies(given)
         if place is not None:
             operands[place] = moved
-        found = run(*operands)
-        written = [operands[cache].clone() for cache in CACHES.get(op, ())]
-        return written + ([] if found is None else [found] if isinstance(found, torch.Tensor) else list(found))
-
-    def assert_same(found, expected):
-        for one, other in zip(found, expected, strict=True):
-            if one.is_floating_point():
-                assert_near(one, other)
-            else:
-                assert torch.equal(one, other)
+        return results_on_hopper(op, operands)
 
     expected = results()
     for place, operand in enumerate(given):
@@ -340,3 +351,17 @@ def test_operands_may_lie_anywhere_on_hopper(op, rows):
                 assert_same(results(place, moved), expected)
         if place not in CACHES.get(op, ()):
             assert_same(results(place, repeated(operand)), results(place, repeated(operand).contiguous()))
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("op, rows", [(op, rows) for op in ON_HOPPER if op in LOOSE for rows in ROWS.get(op, (3,))])
+def test_operands_may_have_dtypes_of_their_own_on_hopper(op, rows):
+    given, of = operands_on_hopper(op, rows), {BF16: torch.float32, torch.float32: BF16, torch.int64: torch.int32}
+    for place in LOOSE[op]:
+        operands = copies(given)
+        operands[place] = operands[place].to(of[operands[place].dtype])
+        others = copies(operands)
+        expected = getattr(torch.ops.dsv3, op)(*others)
+        written = [others[cache] for cache in CACHES.get(op, ())]
+        expected = [] if expected is None else [expected] if isinstance(expected, torch.Tensor) else list(expected)
+        assert_same(results_on_hopper(op, operands), written + expected)

@@ -1,4 +1,4 @@
-"""Every launcher reads its operands where they lie, or says that it cannot."""
+"""Every launcher reads its operands where they lie, or says that it cannot, and in whatever dtype they may be."""
 
 import importlib
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from tests.codegen.calls import OPS, arguments
+from tests.codegen.calls import LOOSE, OPS, arguments
 from tests.codegen.strides import elsewhere, repeated
 
 SIZES = {"B": 2, "S": 3, "T": 7, "N": 5, "M": 11}
@@ -50,3 +50,20 @@ def test_operands_may_repeat_what_is_stored_once(op):
             once[place], many[place] = repeated(operand), repeated(operand).contiguous()
             for one, other in zip(results(op, once), results(op, many), strict=True):
                 torch.testing.assert_close(one, other, msg=f"operand {place}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("op, place", [(op, place) for op in OPS for place in LOOSE.get(op, ())])
+def test_operands_may_have_dtypes_of_their_own(op, place, dtype):
+    operands = arguments(op, SIZES, dtype)
+    pairs = ((torch.float32, torch.float16), (torch.int64, torch.int32))
+    other_dtype = {**dict(pairs), **{two: one for one, two in pairs}}
+    operands[place] = operands[place].to(other_dtype[operands[place].dtype])
+    others = copies(operands)
+    expected = getattr(torch.ops.dsv3, op)(*others)
+    if expected is None:
+        expected = [others[cache] for cache in CACHES[op]]
+    expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
+    for one, other in zip(results(op, operands), expected, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.double() - other.double()).norm() <= 3e-3 * other.double().norm()
