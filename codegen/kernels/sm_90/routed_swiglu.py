@@ -64,10 +64,9 @@ def routed_swiglu(
     limit: float | None = None,
 ) -> Tensor:
     """Kernel of the op `routed_swiglu`: x [N, D], indices and weights [N, K], gate_up [E, 2I, D], down [E, D, I]
-    → [N, D], plus residual [N, D]. With up [E, I, D], gate_up [E, I, D] is the gates alone; limit: of
-    gates and ups. Weights of experts that
-    nobody chose are not read; pairs are summed in a fixed order. The last `always` indices of every token are the last
-    experts.
+    → [N, D], plus residual [N, D]. With up [E, I, D], gate_up [E, I, D] is the gates alone. limit: of gates and ups.
+    Weights of experts that nobody chose are not read; pairs are summed in a fixed order. The last `always` indices of
+    every token are the last experts.
     """
     gate, up = halves(gate_up, up)
     tokens, top_k = indices.shape

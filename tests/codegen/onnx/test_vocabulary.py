@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from codegen.onnx.contrib import CONTRIB
 from codegen.onnx.vocabulary import one_token_experts
-from tests.codegen.onnx.run import activation, check, graph_of, model_of
+from tests.codegen.onnx.run import activation, check, graph_of, model_of, session
 
 dsv3 = torch.ops.dsv3
 B, S, T, H, C, R = 2, 3, 9, 3, 10, 6
@@ -132,6 +133,16 @@ def test_only_chosen_experts_are_computed(tokens, special):
 
 def limited_experts(*arguments):
     return dsv3.routed_swiglu(*arguments, None, 0, None, 0.5)
+
+
+@pytest.mark.parametrize("experts", [dsv3.routed_swiglu, limited_experts])
+def test_the_runtimes_own_experts(experts):
+    x, indices, weights, gate_up, down = values = expert_values(5)
+    running = session(model_of(graph_of(experts, *expert_inputs), special=CONTRIB))
+    turns = gate_up.unflatten(1, (2, WIDTH)).transpose(1, 2).flatten(1, 2)
+    given = (one.numpy() for one in (x, indices, weights, turns, down))
+    (found,) = running.run(None, {one.name: value for one, value in zip(running.get_inputs(), given, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(found), experts(*values), rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_routes_and_sums_in_float32():
