@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, packed
+from codegen.kernels.layout import as_rows, packed, started_early
 
 
 @triton.jit
@@ -23,10 +24,16 @@ def rms_norm_kernel(
     ADD: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
+    # The weight depends on no kernel: started early, this one reads it while the one before still drains.
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     if ADD:
         addend = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
@@ -35,27 +42,40 @@ def rms_norm_kernel(
         tl.store(total + row * D + column, value, mask=inside)
     wide = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide) / D + EPS)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * D + column, (wide * inverse * scale).to(value.dtype), mask=inside)
+
+
+def normed_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, overlapped: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """x, and residual if there is one, [.., D], weight [D] → (the RMSNorm of x or of their sum, the sum), [.., D].
+
+    overlapped: with programmatic dependent launch.
+    """
+    rows = as_rows(x)
+    added = None if residual is None else as_rows(residual)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    BLOCK_D = triton.next_power_of_2(x.shape[-1])
+    rms_norm_kernel[(rows.shape[0],)](
+        rows,
+        added,
+        packed(weight),
+        normed,
+        total,
+        rows.stride(0),
+        0 if added is None else added.stride(0),
+        EPS=eps,
+        ADD=added is not None,
+        D=x.shape[-1],
+        BLOCK_D=BLOCK_D,
+        OVERLAPPED=overlapped,
+        num_warps=max(1, min(8, BLOCK_D // 512)),
+        **started_early(overlapped),
+    )
+    return normed, total
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [.., D], weight [D] → [.., D]."""
-    rows = as_rows(x)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BLOCK_D = triton.next_power_of_2(x.shape[-1])
-    rms_norm_kernel[(rows.shape[0],)](
-        rows,
-        None,
-        packed(weight),
-        normed,
-        None,
-        rows.stride(0),
-        0,
-        EPS=eps,
-        ADD=False,
-        D=x.shape[-1],
-        BLOCK_D=BLOCK_D,
-        num_warps=max(1, min(8, BLOCK_D // 512)),
-    )
-    return normed
+    return normed_rows(x, None, weight, eps)[0]

@@ -22,6 +22,7 @@ def test_constants_types_and_options_of_a_launch():
         "ADD": False,
         "D": 72,
         "BLOCK_D": 128,
+        "OVERLAPPED": False,
     }
     assert launch.types == dict(x="*bf16", weight="*bf16", normed="*bf16", x_stride="i32", residual_stride="i32")
     assert launch.options == {"num_warps": 1}

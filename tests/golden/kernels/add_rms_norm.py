@@ -29,6 +29,11 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def started_early(overlapped: bool) -> dict[str, bool]:
+    """Options of a launch that may begin before the one in front of it has ended; not every target knows of them."""
+    return {"launch_pdl": True} if overlapped else {}
+
+
 @triton.jit
 def rms_norm_kernel(
     x,
@@ -45,6 +50,8 @@ def rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < D
+    # The weight depends on no kernel: started early, this one reads it while the one before still drains.
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     addend = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
     # Rounded before it is normalised: the sum is what the next residual addition reads.
@@ -52,26 +59,42 @@ def rms_norm_kernel(
     tl.store(total + row * D + column, value, mask=inside)
     wide = value.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide) / D + EPS)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + row * D + column, (wide * inverse * scale).to(value.dtype), mask=inside)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual [.., D], weight [D] → (rms_norm(sum), sum), both [.., D]."""
-    x_rows, residual_rows = as_rows(x), as_rows(residual)
+def normed_rows(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, overlapped: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """x, and residual if there is one, [.., D], weight [D] → (the RMSNorm of x or of their sum, the sum), [.., D].
+
+    overlapped: with programmatic dependent launch.
+    """
+    rows = as_rows(x)
+    added = None if residual is None else as_rows(residual)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     BLOCK_D = triton.next_power_of_2(x.shape[-1])
-    expect(EPS=(eps, 1e-06), D=(x.shape[-1], 72))
-    rms_norm_kernel[(x_rows.shape[0],)](
-        x_rows,
-        residual_rows,
+    expect(
+        EPS=(eps, 1e-06),
+        ADD=(added is not None, True),
+        D=(x.shape[-1], 72),
+        OVERLAPPED=(overlapped, False),
+    )
+    rms_norm_kernel[(rows.shape[0],)](
+        rows,
+        added,
         packed(weight),
         normed,
         total,
-        x_rows.stride(0),
-        residual_rows.stride(0),
+        rows.stride(0),
+        0 if added is None else added.stride(0),
         BLOCK_D=BLOCK_D,
         num_warps=1,
+        **started_early(overlapped),
     )
     return normed, total
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x, residual [.., D], weight [D] → (rms_norm(sum), sum), both [.., D]."""
+    return normed_rows(x, residual, weight, eps)
