@@ -24,12 +24,13 @@ from model_def.validate import DTYPES, ConfigError, allows_none, check_model, ch
 MLA_NORM_EPS = 1e-6
 
 # What the reference implementations do regardless of the file; "custom" is for architectures of one's own.
+UNLIMITED: dict[str, Any] = {"swiglu_limit": None}
 FORCED: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True},
-    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    "glm4_moe_lite": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    "youtu": {"n_routed_experts": None, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0},
+    "deepseek_v2": {"scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True, **UNLIMITED},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", **UNLIMITED},
+    "kimi_k2": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", **UNLIMITED},
+    "glm4_moe_lite": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", **UNLIMITED},
+    "youtu": {"n_routed_experts": None, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0, **UNLIMITED},
     "custom": {},
 }
 ARCHITECTURES = {
@@ -121,6 +122,7 @@ class ModelConfig:
     rope_interleave: bool = True
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
+    swiglu_limit: float | None = None  # of gates, and of ups in both directions; of every SwiGLU
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     bos_token_id: int | None = None
@@ -254,7 +256,7 @@ class ModelConfig:
         return self._spec(self.num_hidden_layers - 1, self.n_routed_experts is not None)
 
     def _spec(self, index: int, moe: bool) -> LayerSpec:
-        ffn = self._experts() if moe else DenseSpec(self.intermediate_size)
+        ffn = self._experts() if moe else DenseSpec(self.intermediate_size, self.swiglu_limit)
         return LayerSpec(self.hidden_size, self._attention(index), ffn, self.rms_norm_eps)
 
     def _attention(self, index: int) -> MlaSpec | GqaSpec:
@@ -295,7 +297,7 @@ class ModelConfig:
             scale=self.routed_scaling_factor,
         )
         width = _given(self.moe_intermediate_size)
-        return MoeSpec(routing, width, width * self.n_shared_experts)
+        return MoeSpec(routing, width, width * self.n_shared_experts, self.swiglu_limit)
 
 
 def _read(file: Path, parse: Callable[[Any], ModelConfig]) -> ModelConfig:

@@ -60,7 +60,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(hidden, spec.eps, dtype=dtype, device=device)
         self.mlp: nn.Module
         if isinstance(spec.ffn, DenseSpec):
-            self.mlp = SwiGlu(hidden, spec.ffn.width, dtype, device)
+            self.mlp = SwiGlu(hidden, spec.ffn.width, spec.ffn.limit, dtype, device)
         else:
             self.mlp = MixtureOfExperts(spec.ffn, hidden, dtype, device)
 

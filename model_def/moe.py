@@ -15,26 +15,40 @@ from model_def.specs import MoeSpec, RoutingSpec
 SUM_EPSILON = 1e-20  # keeps the renormalised weights finite when every chosen score underflows
 
 
+def gated(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+    """silu(gate) ⊙ up; with a limit the gate is at most that and the up within ± it, as in DeepSeek-V4."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.silu(gate) * up
+
+
 class SwiGlu(nn.Module):
     """(silu(x·W_gateᵀ) ⊙ x·W_upᵀ)·W_downᵀ (Shazeer 2020)."""
 
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype, device: torch.device | str | None):
+    def __init__(
+        self, hidden: int, width: int, limit: float | None, dtype: torch.dtype, device: torch.device | str | None
+    ):
         super().__init__()
+        self.limit = limit
         self.gate_proj = linear(hidden, width, dtype, device)
         self.up_proj = linear(hidden, width, dtype, device)
         self.down_proj = linear(width, hidden, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.limit))
 
 
 def route(spec: RoutingSpec, logits_NE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
     """The experts of every token and their weights: → indices int64 [N, K], weights [N, K].
 
     V2: softmax, groups ranked by their best expert. V3: sigmoid, a bias in the selection only, groups
-    ranked by the sum of their two best experts. Among equal scores the choice is torch.topk's.
+    ranked by the sum of their two best experts. V4 scores by the root of softplus. Among equal scores the choice is
+    torch.topk's.
     """
-    scores_NE = logits_NE.sigmoid() if spec.scoring == "sigmoid" else logits_NE.softmax(-1)
+    if spec.scoring == "sqrtsoftplus":
+        scores_NE = F.softplus(logits_NE).sqrt()
+    else:
+        scores_NE = logits_NE.sigmoid() if spec.scoring == "sigmoid" else logits_NE.softmax(-1)
     choice_NE = scores_NE if bias_E is None else scores_NE + bias_E
     if spec.groups > 1:
         choice_NGX = choice_NE.unflatten(-1, (spec.groups, -1))
@@ -77,8 +91,17 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """Σ_e g_e(x) · FFN_e(x), over all experts; most of the sum is zero."""
 
-    def __init__(self, experts: int, hidden: int, width: int, dtype: torch.dtype, device: torch.device | str | None):
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        width: int,
+        limit: float | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+    ):
         super().__init__()
+        self.limit = limit
 
         def stacked(outputs: int, inputs: int) -> nn.Parameter:
             weight = torch.randn(experts, outputs, inputs, dtype=dtype, device=device) * inputs**-0.5
@@ -91,7 +114,7 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, g_NE: Tensor) -> Tensor:
         gate_NEI = torch.einsum("nd,eid->nei", x_ND, self.gate_proj)
         up_NEI = torch.einsum("nd,eid->nei", x_ND, self.up_proj)
-        return torch.einsum("ne,nei,edi->nd", g_NE, F.silu(gate_NEI) * up_NEI, self.down_proj)
+        return torch.einsum("ne,nei,edi->nd", g_NE, gated(gate_NEI, up_NEI, self.limit), self.down_proj)
 
 
 class MixtureOfExperts(nn.Module):
@@ -100,8 +123,10 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, spec: MoeSpec, hidden: int, dtype: torch.dtype, device: torch.device | str | None):
         super().__init__()
         self.gate = Router(spec.routing, hidden, dtype, device)
-        self.experts = Experts(spec.routing.experts, hidden, spec.width, dtype, device)
-        self.shared_experts = SwiGlu(hidden, spec.shared_width, dtype, device) if spec.shared_width else None
+        self.experts = Experts(spec.routing.experts, hidden, spec.width, spec.limit, dtype, device)
+        self.shared_experts = None
+        if spec.shared_width:
+            self.shared_experts = SwiGlu(hidden, spec.shared_width, spec.limit, dtype, device)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_ND = x_BSD.flatten(0, 1)

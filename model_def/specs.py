@@ -45,9 +45,10 @@ class GqaSpec:
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """One SwiGLU MLP."""
+    """One SwiGLU MLP. limit: of its gates, and of its ups in both directions; None: none."""
 
     width: int
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class RoutingSpec:
 
     experts: int
     top_k: int
-    scoring: str  # "sigmoid" | "softmax"
+    scoring: str  # "sigmoid" | "softmax" | "sqrtsoftplus"
     bias: bool  # a bias that enters the selection and never the weights
     groups: int  # 1: no group limit
     top_groups: int
@@ -68,11 +69,13 @@ class RoutingSpec:
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """Routed experts plus the shared experts, which are one MLP of their joint width (0: none)."""
+    """Routed experts plus the shared experts, which are one MLP of their joint width (0: none); limit: as of a dense
+    one."""
 
     routing: RoutingSpec
     width: int
     shared_width: int
+    limit: float | None = None
 
 
 @dataclass(frozen=True)

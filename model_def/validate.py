@@ -19,7 +19,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat1
 CHOICES = {
     "attention": ("mla", "gqa"),
     "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
-    "scoring_func": ("softmax", "sigmoid"),
+    "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "torch_dtype": tuple(DTYPES),
@@ -46,6 +46,7 @@ SIZES = (
     "max_position_embeddings",
     "rope_theta",
     "rms_norm_eps",
+    "swiglu_limit",
 )
 
 

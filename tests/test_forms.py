@@ -55,6 +55,27 @@ def logits(checkpoint: Path, output: Path, form: str) -> torch.Tensor:
     return torch.stack(steps)
 
 
+def test_scores_and_limits_of_v4(tmp_path: Path) -> None:
+    config = tiny.EXPERTS_OF_V4
+    definition = tiny.trained_looking(config).requires_grad_(False)
+    write(tmp_path / "checkpoint", config, tiny.checkpoint_of(definition).items())
+    assert ModelConfig.from_file(tmp_path / "checkpoint") == config
+    ids = torch.arange(3 * 9).view(3, 9) % config.vocab_size
+    positions = torch.arange(9).expand(3, -1)
+    expected = definition(ids, positions, definition.empty_caches(3, 9))[0]
+    dsv3.compile(tmp_path / "checkpoint", target="cpu", output=tmp_path / "model", max_length=32, aot=False)
+    found, _ = dsv3.load(tmp_path / "model").prefill(ids)
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+    unlimited = tiny.trained_looking(replace(config, swiglu_limit=None)).requires_grad_(False)
+    unlimited.load_state_dict(definition.state_dict())
+    assert (unlimited(ids, positions, unlimited.empty_caches(3, 9))[0] - expected).abs().mean() > 1e-2
+    program = build(replace(config, torch_dtype="bfloat16"), replace(tiny.OPTIONS, target="sm_90"))
+    calls = [n for block in program.blocks.values() for n in block.module.graph.nodes if n.op == "call_function"]
+    experts = [n.args for n in calls if n.target is torch.ops.dsv3.routed_swiglu.default]
+    assert [args[6:] for args in experts] == 2 * [(1, None, 0.2)]  # prefill and decode
+    assert {n.args[2] for n in calls if n.target is torch.ops.dsv3.route.default} == {"sqrtsoftplus"}
+
+
 def test_every_form_gives_the_same_logits(checkpoint: Path, tmp_path: Path) -> None:
     chosen = logits(checkpoint, tmp_path / "auto", "auto")
     assert chosen.square().mean().sqrt() > 0.3

@@ -62,6 +62,7 @@ CASES = {
         num_experts_per_tok=4,
         qk_rope_head_dim=2,
     ),
+    "experts of V4": tiny.EXPERTS_OF_V4,
 }
 
 
@@ -200,7 +201,7 @@ def test_metadata_tells_the_cache_layout(case: Case) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["v3", "v2-group-limited"])
+@pytest.mark.parametrize("name", ["v3", "v2-group-limited", "experts of V4"])
 def test_the_runtimes_own_operators_compute_the_same(name: str, tmp_path: Path, case_of: Callable[[str], Case]) -> None:
     case = case_of(name)
     write_onnx(case.program, tmp_path / "own", checkpoint_of(case.definition).__getitem__, contrib=True)

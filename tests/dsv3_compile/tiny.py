@@ -50,6 +50,10 @@ TINY = replace(
     quantization=None,
     torch_dtype="float32",
 )
+EXPERTS_OF_V4 = replace(  # low enough a limit that every token meets it
+    TINY, model_type="custom", num_hidden_layers=2, n_group=1, topk_group=1, scoring_func="sqrtsoftplus",
+    swiglu_limit=0.2,
+)  # fmt: skip
 OPTIONS = Options(max_batch=3, max_length=32, no_weights=True)
 
 

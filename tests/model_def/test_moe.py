@@ -80,22 +80,37 @@ def test_no_more_groups_than_allowed(seed: int, spec: RoutingSpec) -> None:
     assert all(len({i // 2 for i in row}) <= 2 and len(set(row)) == 3 for row in indices.tolist())
 
 
-def layer(scale: float, width: int = 7, shared_width: int = 9) -> MixtureOfExperts:
-    spec = MoeSpec(replace(V3, scale=scale), width, shared_width)
+def test_v4_scores_by_the_root_of_softplus() -> None:
+    spec = replace(V3, scoring="sqrtsoftplus", groups=1, top_groups=1, normalise=False, scale=1.0)
+    expected = {4: 0.688532, 6: 0.908812, 5: 1.145976}
+    assert chosen(spec, LOGITS, BIAS) == pytest.approx(expected, abs=1e-6)
+
+
+def layer(scale: float, width: int = 7, shared_width: int = 9, limit: float | None = None) -> MixtureOfExperts:
+    spec = MoeSpec(replace(V3, scale=scale), width, shared_width, limit)
     module = randomise(MixtureOfExperts(spec, 20, torch.float64, None))
     assert isinstance(module, MixtureOfExperts)
     return module
 
 
-def test_expert_sum_is_the_loop_over_chosen_experts() -> None:
-    moe = layer(scale=2.5)
+def limited(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
+    if limit is None:
+        return F.silu(gate) * up
+    at_most = torch.full_like(gate, limit)
+    return F.silu(torch.minimum(gate, at_most)) * torch.maximum(torch.minimum(up, at_most), -at_most)
+
+
+@pytest.mark.parametrize("limit", [None, 0.3])
+def test_expert_sum_is_the_loop_over_chosen_experts(limit: float | None) -> None:
+    moe = layer(scale=2.5, limit=limit)
     x = torch.randn(2, 5, 20, dtype=torch.float64)
     logits = F.linear(x.flatten(0, 1), moe.gate.weight)
     indices, weights = route(moe.gate.spec, logits, moe.gate.e_score_correction_bias)
-    expected = moe.shared_experts(x.flatten(0, 1))
+    shared, flat = moe.shared_experts, x.flatten(0, 1)
+    expected = shared.down_proj(limited(shared.gate_proj(flat), shared.up_proj(flat), limit))
     for n, token in enumerate(x.flatten(0, 1)):
         for e, weight in zip(indices[n], weights[n], strict=True):
-            hidden = F.silu(moe.experts.gate_proj[e] @ token) * (moe.experts.up_proj[e] @ token)
+            hidden = limited(moe.experts.gate_proj[e] @ token, moe.experts.up_proj[e] @ token, limit)
             expected[n] += weight * (moe.experts.down_proj[e] @ hidden)
     torch.testing.assert_close(moe(x), expected.view_as(x))
 
