@@ -14,7 +14,11 @@ from passes.nodes import settled
 from passes.rewrite import Found, Pattern
 
 aten = torch.ops.aten
-BOTH = (aten.clamp, aten.clip, aten.hardtanh)
+DEFAULTS: dict[Any, tuple[float | None, float | None]] = {  # of ops with both bounds, where they are not given
+    aten.clamp: (None, None),
+    aten.clip: (None, None),
+    aten.hardtanh: (-1.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ def clamped(value: Any) -> tuple[Any, float | None, float | None, list[fx.Node]]
 
 def _bounds(node: Any) -> tuple[float | None, float | None] | None:
     """The bounds of a clamp by numbers."""
-    if is_call(node, *BOTH):
-        low, high = (*node.args[1:], None, None)[:2]
+    default = next((known for target, known in DEFAULTS.items() if is_call(node, target)), None)
+    if default is not None:
+        low, high = (node.args[at] if len(node.args) > at else default[at - 1] for at in (1, 2))
     elif is_call(node, aten.clamp_min):
         low, high = node.args[1], None
     elif is_call(node, aten.clamp_max):

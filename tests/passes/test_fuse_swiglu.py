@@ -85,9 +85,19 @@ def test_gates_and_ups_within_a_limit(function, dtype):
         lambda gate, up: F.silu(gate.clamp(-0.5, 0.5)) * up.clamp(-0.5, 0.5),
         lambda gate, up: F.silu(gate.clamp(max=-0.5)) * up.clamp(0.5, -0.5),
         lambda gate, up: F.silu(gate) * up.clamp(-0.5, 0.5),
+        lambda gate, up: F.silu(aten.hardtanh(gate).clamp(max=0.5)) * up.clamp(-0.5, 0.5),
         lambda gate, up: F.silu(gate.clamp(max=up.max())) * up,
     ],
-    ids=["two limits", "ups one-sided", "gates only", "gates two-sided", "a negative limit", "ups only", "a tensor"],
+    ids=[
+        "two limits",
+        "ups one-sided",
+        "gates only",
+        "gates two-sided",
+        "a negative limit",
+        "ups only",
+        "hardtanh",
+        "a tensor",
+    ],
 )
 def test_other_bounds_are_refused(function):
     graph = graph_with(lambda x: function(x[..., :I], x[..., I:]))
