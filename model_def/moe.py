@@ -45,10 +45,12 @@ def route(spec: RoutingSpec, logits_NE: Tensor, bias_E: Tensor | None) -> tuple[
     ranked by the sum of their two best experts. V4 scores by the root of softplus. Among equal scores the choice is
     torch.topk's.
     """
-    if spec.scoring == "sqrtsoftplus":
+    if spec.scoring == "sigmoid":
+        scores_NE = logits_NE.sigmoid()
+    elif spec.scoring == "sqrtsoftplus":
         scores_NE = F.softplus(logits_NE).sqrt()
     else:
-        scores_NE = logits_NE.sigmoid() if spec.scoring == "sigmoid" else logits_NE.softmax(-1)
+        scores_NE = logits_NE.softmax(-1)
     choice_NE = scores_NE if bias_E is None else scores_NE + bias_E
     if spec.groups > 1:
         choice_NGX = choice_NE.unflatten(-1, (spec.groups, -1))

@@ -49,7 +49,7 @@ class Rows(Pattern):
             yield product.bind(self.name, part)
 
 
-by_op = Op((dsv3.swiglu,), (grouped(x_of_pair, "gate stack", "gate product"),), name="gated")
+by_op = Op((dsv3.swiglu,), (grouped(x_of_pair, "gate stack", "gate product"),), name="swiglu")
 hidden = by_op | gated(Rows("gate"), Rows("up"))
 results = grouped(Cast(hidden, lossy=True), "down", "second")
 experts = Op((dsv3.combine_pairs,), (Cast(results), order, Var("weights")))
@@ -90,16 +90,15 @@ class FuseExperts(Rewrite):
         found = routed(match.root)
         assert found is not None
         x, indices, weights, gate, down = (found[name] for name in ("x", "indices", "weights", "gate stack", "down"))
-        x, more = cast(graph, x, dtype_of(gate)), list[Any]()
+        x, apart, limit = cast(graph, x, dtype_of(gate)), None, limit_of(found)
         if "up" in found.bound:
             gate, up = (rows_of(graph, found[f"{name} stack"], found[name]) for name in ("gate", "up"))
             if self.joined:
                 gate = call(graph, aten.cat.default, [gate, up], 1, like=match.root)
             else:
-                more = [None, 0, up]
-        limit = limit_of(found)
-        if limit is not None:
-            more = [*(more or (None, 0, None)), limit]
+                apart = up
+        # What stands in front of the last argument that is none of the defaults.
+        more = [None, 0, apart, limit] if limit is not None else [None, 0, apart] if apart is not None else []
         return call(graph, dsv3.routed_swiglu.default, x, indices, weights, gate, down, *more, like=match.root)
 
 
@@ -112,8 +111,10 @@ def rows_of(graph: fx.Graph, stack: fx.Node, part: Part | None) -> fx.Node:
 
 def limit_of(found: Match) -> float | None:
     """What gates and ups are kept within."""
-    gated_by_op = found.get("gated")
-    return found["limit"] if gated_by_op is None else next(iter(gated_by_op.args[1:]), None)
+    op = found.get("swiglu")
+    if op is None:
+        return found["limit"]
+    return op.args[1] if len(op.args) > 1 else None
 
 
 def routed(root: fx.Node) -> Match | None:

@@ -133,6 +133,7 @@ def routed_swiglu(
     limit: float | None = None,
 ) -> Tensor:
     """dsv3.routed_swiglu by gathering the weights of every pair: N·K·3·D·I numbers."""
+    assert residual is None and up is None  # GPUs' alone
     tokens, top_k = indices.shape
     chosen = indices.reshape(tokens * top_k)
     rows = x.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, x.shape[1], 1)

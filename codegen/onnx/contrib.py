@@ -15,7 +15,7 @@ from torch import fx
 
 from codegen.onnx.builder import Builder, Value
 from codegen.onnx.translate import Translation
-from codegen.onnx.vocabulary import route
+from codegen.onnx.vocabulary import limit_of, route
 
 DOMAIN = "com.microsoft"
 NOT_CHOSEN = -1e4  # below the logarithm of any weight
@@ -50,17 +50,7 @@ def _is_group_router(node: fx.Node) -> bool:
 
 
 def moe(
-    b: Builder,
-    node: fx.Node,
-    x: Value,
-    indices: Value,
-    weights: Value,
-    gate_up: Value,
-    down: Value,
-    residual: None = None,
-    always: int = 0,
-    up: None = None,
-    limit: float | None = None,
+    b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gate_up: Value, down: Value, *more: Any
 ) -> str:
     """gate_up has its rows interleaved: gate 0, up 0, gate 1, …"""
     experts, (tokens, top_k) = int(down.shape[0]), indices.shape
@@ -75,6 +65,7 @@ def moe(
         scores = b.op("ScatterElements", empty, indices, logarithms, axis=1)
         total = b.op("ReduceSum", wide, b.ints(1), keepdims=1)
     inputs = (x, _as(b, scores, x.dtype), gate_up, None, down)
+    limit = limit_of(*more)
     out = b.op(
         "MoE",
         *inputs,

@@ -162,10 +162,12 @@ def route(
     """TopK gives the lowest index on ties, as the standard requires."""
     wide, experts = torch.float32, int(logits.shape[1])
     values = b.cast(logits, wide)
-    if scoring == "sqrtsoftplus":
+    if scoring == "sigmoid":
+        scores = b.op("Sigmoid", values)
+    elif scoring == "sqrtsoftplus":
         scores = b.op("Sqrt", b.op("Softplus", values))
     else:
-        scores = b.op("Sigmoid", values) if scoring == "sigmoid" else b.op("Softmax", values, axis=-1)
+        scores = b.op("Softmax", values, axis=-1)
     choice = scores if bias is None else b.op("Add", scores, b.cast(bias, wide))
     if top_groups < groups:
         members = experts // groups
@@ -186,23 +188,19 @@ def route(
     return indices, b.op("Mul", weights, b.scalar(scale, wide))
 
 
+def limit_of(residual: None = None, always: int = 0, up: None = None, limit: float | None = None) -> float | None:
+    """Of what may follow the weights of a routed_swiglu, all that an export has: the rest is GPUs'."""
+    assert (residual, always, up) == (None, 0, None)
+    return limit
+
+
 def one_token_experts(
-    b: Builder,
-    node: fx.Node,
-    x: Value,
-    indices: Value,
-    weights: Value,
-    gate_up: Value,
-    down: Value,
-    residual: None = None,
-    always: int = 0,
-    up: None = None,
-    limit: float | None = None,
+    b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gate_up: Value, down: Value, *more: Any
 ) -> str:
     """routed_swiglu for few rows: gathers the weights that each row chose, N·K·3·D·I numbers of them."""
     first, second = (w.transposed or b.swapped(w, 3) for w in (gate_up, down))
     rows = b.op("Unsqueeze", x, b.ints(1, 2))  # [N, 1, 1, D] times [N, K, D, 2I]
-    inner = _swiglu(b, b.op("MatMul", rows, b.op("Gather", first, indices, axis=0)), x.dtype, limit)
+    inner = _swiglu(b, b.op("MatMul", rows, b.op("Gather", first, indices, axis=0)), x.dtype, limit_of(*more))
     out = b.op("Squeeze", b.op("MatMul", inner, b.op("Gather", second, indices, axis=0)), b.ints(2))
     weighted = b.op("Mul", _widened(b, out, x.dtype), b.op("Unsqueeze", b.cast(weights, torch.float32), b.ints(-1)))
     return _rounded(b, b.op("ReduceSum", weighted, b.ints(1), keepdims=0), x.dtype)
@@ -210,17 +208,7 @@ def one_token_experts(
 
 @translation(dsv3.routed_swiglu)
 def many_token_experts(
-    b: Builder,
-    node: fx.Node,
-    x: Value,
-    indices: Value,
-    weights: Value,
-    gate_up: Value,
-    down: Value,
-    residual: None = None,
-    always: int = 0,
-    up: None = None,
-    limit: float | None = None,
+    b: Builder, node: fx.Node, x: Value, indices: Value, weights: Value, gate_up: Value, down: Value, *more: Any
 ) -> str:
     """Loop over the experts that somebody chose: rows of their tokens, two products, weighted addition."""
     top_k = int(indices.shape[1])
@@ -236,7 +224,7 @@ def many_token_experts(
         pairs = b.op("Squeeze", b.op("NonZero", b.op("Equal", flat, expert)), b.ints(0))
         tokens = b.op("Div", pairs, b.constant(top_k))
         both = b.op("MatMul", b.op("Gather", x, tokens, axis=0), b.op("Gather", first, expert, axis=0))
-        inner = _swiglu(b, both, x.dtype, limit)
+        inner = _swiglu(b, both, x.dtype, limit_of(*more))
         out = _widened(b, b.op("MatMul", inner, b.op("Gather", second, expert, axis=0)), x.dtype)
         weighted = b.op("Mul", out, b.op("Gather", shares, pairs, axis=0))
         where = b.op("Unsqueeze", tokens, b.ints(1))

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from codegen.emit import compile_kernels, write_kernel
@@ -137,6 +138,27 @@ LOOSE = {
     "grouped_linear": (2,),
     "routed_swiglu": (1, 2),
 }
+
+
+WRITTEN = {"write_cache_": (5, 6), "attention_inputs_": (7, 8)}  # operands, by place
+
+
+def outcomes(op, run, operands):
+    """All that `run`, which may be the op, its reference or a kernel, writes into the operands and gives."""
+    found = run(*operands)
+    given = [] if found is None else [found] if isinstance(found, torch.Tensor) else list(found)
+    return [operands[place].clone() for place in WRITTEN.get(op, ())] + given
+
+
+def copies(operands):
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in operands]
+
+
+# Of a routing: scoring, group_score, masked, normalise.
+SIGMOID = ("sigmoid", "top2", -math.inf, True)
+SOFTMAX = ("softmax", "max", 0.0, False)
+ROOT = ("sqrtsoftplus", "max", 0.0, True)
+SCORINGS = pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX, ROOT], ids=lambda settings: settings[0])
 
 
 def arguments(op, sizes, dtype=torch.float32):

@@ -9,7 +9,7 @@ import torch
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.dispatch import launcher
 from codegen.targets import target
-from tests.codegen.calls import LOOSE
+from tests.codegen.calls import LOOSE, WRITTEN, copies, outcomes
 from tests.codegen.strides import elsewhere, repeated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -23,10 +23,10 @@ def normal(*shape, dtype=BF16):
 def both(op, *arguments, kernels="codegen.kernels"):
     """(kernel's result, reference's result in float32), on copies of the arguments."""
     launcher = getattr(importlib.import_module(f"{kernels}.{op}"), op)
-    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-    wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == BF16 else x for x in copies]
-    found, expected = launcher(*copies), getattr(torch.ops.dsv3, op)(*wide)
-    return (copies[5:7], wide[5:7]) if found is None else (found, expected)
+    own = copies(arguments)
+    wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == BF16 else x for x in own]
+    found, expected = launcher(*own), getattr(torch.ops.dsv3, op)(*wide)
+    return (own[5:7], wide[5:7]) if found is None else (found, expected)
 
 
 def assert_near(found, expected, tolerance=1e-2):
@@ -304,19 +304,11 @@ def operands_on_hopper(op, rows):
 
 ROWS = {"linear": (3, 100), "linear_pair": (3, 100), "head_linear": (3, 100), "norm_router": (3, 600)}
 ROWS["routed_swiglu"] = (1, 30, 300)
-CACHES = {"write_cache_": (5, 6), "attention_inputs_": (7, 8)}
-ON_HOPPER = ["rms_norm", "add_rms_norm", "swiglu", "route", "mla_attention", "attention", *CACHES, *ROWS]
+ON_HOPPER = ["rms_norm", "add_rms_norm", "swiglu", "route", "mla_attention", "attention", *WRITTEN, *ROWS]
 
 
 def results_on_hopper(op, operands):
-    """What the op gives and writes, on copies of the operands unless they are read where they lie."""
-    found = launcher(op, target("sm_90"))(*operands)
-    written = [operands[cache].clone() for cache in CACHES.get(op, ())]
-    return written + ([] if found is None else [found] if isinstance(found, torch.Tensor) else list(found))
-
-
-def copies(operands):
-    return [x.clone() if isinstance(x, torch.Tensor) else x for x in operands]
+    return outcomes(op, launcher(op, target("sm_90")), operands)
 
 
 def assert_same(found, expected):
@@ -344,12 +336,12 @@ def test_operands_may_lie_anywhere_on_hopper(op, rows):
         if not isinstance(operand, torch.Tensor):
             continue
         for _, moved in elsewhere(operand):
-            if place in CACHES.get(op, ()) and moved.stride(-1) != 1:
+            if place in WRITTEN.get(op, ()) and moved.stride(-1) != 1:
                 with pytest.raises(ValueError, match="must be contiguous"):
                     results(place, moved)
             else:
                 assert_same(results(place, moved), expected)
-        if place not in CACHES.get(op, ()):
+        if place not in WRITTEN.get(op, ()):
             assert_same(results(place, repeated(operand)), results(place, repeated(operand).contiguous()))
 
 
@@ -360,8 +352,5 @@ def test_operands_may_have_dtypes_of_their_own_on_hopper(op, rows):
     for place in LOOSE[op]:
         operands = copies(given)
         operands[place] = operands[place].to(of[operands[place].dtype])
-        others = copies(operands)
-        expected = getattr(torch.ops.dsv3, op)(*others)
-        written = [others[cache] for cache in CACHES.get(op, ())]
-        expected = [] if expected is None else [expected] if isinstance(expected, torch.Tensor) else list(expected)
-        assert_same(results_on_hopper(op, operands), written + expected)
+        expected = outcomes(op, getattr(torch.ops.dsv3, op), copies(operands))
+        assert_same(results_on_hopper(op, operands), expected)

@@ -6,23 +6,14 @@ import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
-from tests.codegen.calls import LOOSE, OPS, arguments
+from tests.codegen.calls import LOOSE, OPS, WRITTEN, arguments, copies, outcomes
 from tests.codegen.strides import elsewhere, repeated
 
 SIZES = {"B": 2, "S": 3, "T": 7, "N": 5, "M": 11}
-CACHES = {"write_cache_": (5, 6)}  # operands that are written
 
 
 def results(op, operands):
-    launcher = getattr(importlib.import_module(f"codegen.kernels.{op}"), op)
-    found = launcher(*operands)
-    if op in CACHES:
-        return [operands[place].clone() for place in CACHES[op]]
-    return [found] if isinstance(found, torch.Tensor) else list(found)
-
-
-def copies(operands):
-    return [x.clone() if isinstance(x, torch.Tensor) else x for x in operands]
+    return outcomes(op, getattr(importlib.import_module(f"codegen.kernels.{op}"), op), operands)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -33,7 +24,7 @@ def test_operands_may_lie_anywhere(op):
         for how, moved in elsewhere(operand) if isinstance(operand, torch.Tensor) else ():
             operands = copies(given)
             operands[place] = moved
-            if place in CACHES.get(op, ()) and moved.stride(-1) != 1:
+            if place in WRITTEN.get(op, ()) and moved.stride(-1) != 1:
                 with pytest.raises(ValueError, match="must be contiguous"):
                     results(op, operands)
                 continue
@@ -45,7 +36,7 @@ def test_operands_may_lie_anywhere(op):
 def test_operands_may_repeat_what_is_stored_once(op):
     given = arguments(op, SIZES)
     for place, operand in enumerate(given):
-        if isinstance(operand, torch.Tensor) and place not in CACHES.get(op, ()):
+        if isinstance(operand, torch.Tensor) and place not in WRITTEN.get(op, ()):
             once, many = copies(given), copies(given)
             once[place], many[place] = repeated(operand), repeated(operand).contiguous()
             for one, other in zip(results(op, once), results(op, many), strict=True):
@@ -59,11 +50,7 @@ def test_operands_may_have_dtypes_of_their_own(op, place, dtype):
     pairs = ((torch.float32, torch.float16), (torch.int64, torch.int32))
     other_dtype = {**dict(pairs), **{two: one for one, two in pairs}}
     operands[place] = operands[place].to(other_dtype[operands[place].dtype])
-    others = copies(operands)
-    expected = getattr(torch.ops.dsv3, op)(*others)
-    if expected is None:
-        expected = [others[cache] for cache in CACHES[op]]
-    expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
+    expected = outcomes(op, getattr(torch.ops.dsv3, op), copies(operands))
     for one, other in zip(results(op, operands), expected, strict=True):
         assert one.dtype == other.dtype
         assert (one.double() - other.double()).norm() <= 3e-3 * other.double().norm()

@@ -1,16 +1,9 @@
-import math
-
 import pytest
 import torch
 
 from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.kernels.route import route
-
-# scoring, groups, top_groups, group_score, masked, normalise
-SIGMOID = ("sigmoid", "top2", -math.inf, True)
-SOFTMAX = ("softmax", "max", 0.0, False)
-ROOT = ("sqrtsoftplus", "max", 0.0, True)
-SCORINGS = pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX, ROOT], ids=lambda settings: settings[0])
+from tests.codegen.calls import SCORINGS, SIGMOID
 
 
 def both(logits, bias, top_k, groups, top_groups, settings):

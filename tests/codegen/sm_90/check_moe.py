@@ -9,11 +9,7 @@ from codegen import ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.kernels.routed_swiglu import combine
 from codegen.kernels.sm_90.plan_experts import plan_experts
 from codegen.kernels.sm_90.route import route
-
-SIGMOID = ("sigmoid", "top2", -math.inf, True)
-SOFTMAX = ("softmax", "max", 0.0, False)
-ROOT = ("sqrtsoftplus", "max", 0.0, True)
-SCORINGS = pytest.mark.parametrize("settings", [SIGMOID, SOFTMAX, ROOT], ids=lambda settings: settings[0])
+from tests.codegen.calls import SCORINGS, SIGMOID
 
 
 @pytest.fixture(autouse=True)
