@@ -18,48 +18,59 @@ from triton.runtime.jit import JITFunction
 class DirectLaunches:
     """What runs in a kernel's place: the first launch of a kind goes through triton, later ones do not.
 
-    Two launches are of a kind if triton would run the same code for them, on an NVIDIA GPU.
+    Two launches are of a kind if triton would run the same code for them, on an NVIDIA GPU. Constants are given by
+    name: launches that do otherwise go through triton.
     """
 
     def __init__(self, kernel: JITFunction) -> None:
         self.through_triton = kernel.run
-        self.parameters = [(parameter.name, parameter.is_constexpr) for parameter in kernel.params]
-        self.known: dict[Any, CompiledKernel] = {}
+        self.variable = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+        self.constant = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+        self.known: dict[Any, tuple[Any, ...]] = {}  # code, and what it is launched with
         self.layouts: list[Any] = []  # of known kinds, so that no other gets the identity of one of them
 
     def __call__(self, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel:
-        device = driver.active.get_current_device()
-        kinds = [
-            value if constant else kind_of(value)
-            for value, (_, constant) in zip(arguments, self.parameters, strict=False)
-        ]
-        key = (device, *kinds, *options.items())
-        code = self.known.get(key)
-        if code is None or warmup or watched():
+        active = driver.active
+        device = active.get_current_device()
+        kinds, given = zip(*map(kind_of, arguments), strict=True)
+        key = (device, kinds, *options, *options.values())
+        known = self.known.get(key)
+        if known is None or warmup or watched():
             code = self.through_triton(*arguments, grid=grid, warmup=warmup, **options)
-            if not any(name in options for name, constant in self.parameters if not constant):
-                self.known[key] = code
+            by_name = any(name in options for name in self.variable)
+            if not warmup and not by_name and len(arguments) == len(self.variable):
+                constants = [options[name] for name in self.constant]
+                self.known[key] = code, code.run, code.function, code.packed_metadata, constants
                 self.layouts += [value.layout for value in arguments if hasattr(value, "block_shape")]
             return code
-        constants = [options[name] for name, _ in self.parameters[len(arguments) :]]
+        code, run, function, metadata, constants = known
         blocks = (*grid, 1, 1)[:3]
-        stream = driver.active.get_current_stream(device)
-        code.run(*blocks, stream, code.function, code.packed_metadata, None, None, None, *arguments, *constants)
+        stream = active.get_current_stream(device)
+        run(*blocks, stream, function, metadata, None, None, None, *given, *constants)
         return code
 
 
 def watched() -> bool:
     """Does a profiler want to hear of launches?"""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
-def kind_of(value: Any) -> Any:
-    """What triton makes other code for: it builds in a size of 1, and that 16 divides a number or an address."""
+def kind_of(value: Any) -> tuple[Any, Any]:
+    """What triton makes other code for, and what it launches it with.
+
+    It builds in a size of 1, and that 16 divides a number or an address. Where it is given an address in place of a
+    tensor, it need not ask the driver whether the GPU can read there, which it can if the tensor lies on one.
+    """
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        address = value.data_ptr()
+        kind = value.dtype if address % 16 == 0 else (value.dtype, "anywhere")
+        return (kind, address) if value.is_cuda else ((kind, value.device), value)
     if type(value) is int:
-        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
+        if value == 1:
+            return 1, value
+        by_16 = 16 if value % 16 == 0 else 0
+        return by_16 if -(1 << 31) <= value < 1 << 31 else (by_16, "large"), value
     if hasattr(value, "block_shape"):
-        return value.base.dtype, *value.block_shape, id(value.layout)
-    return type(value)
+        return (value.base.dtype, *value.block_shape, id(value.layout)), value
+    return type(value), value

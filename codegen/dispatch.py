@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
+from triton.runtime.jit import JITFunction
 
+from codegen.direct import DirectLaunches
 from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
 from codegen.targets import Target
 from codegen.tuning import KERNELS, available, own_form
@@ -23,6 +26,18 @@ def register(target: Target) -> None:
         if own_form(op, target):
             one_call(op)
             serve(f"{op}_call", "CUDA", launcher(op, target))
+    if target.backend == "cuda":
+        for kernel in _kernels():
+            kernel.run = DirectLaunches(kernel)
+
+
+def _kernels() -> Iterator[JITFunction]:
+    """What launchers launch, as far as it is not launched directly yet."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("codegen.kernels."):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction) and not isinstance(kernel.run, DirectLaunches):
+                    yield kernel
 
 
 def call_kernels(graph: fx.Graph, target: Target) -> None:

@@ -134,15 +134,15 @@ def _watched(target: Target) -> Iterator[list[Launch]]:
     """Launches are noted instead of run, and the target answers for the device that is not there."""
     seen: list[Launch] = []
 
-    def note(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        seen.append(_launch(kernel, args, kwargs))
+    def noted(kernel: JITFunction, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: seen.append(_launch(kernel, args, kwargs))
 
     device = SimpleNamespace(multi_processor_count=target.processors)
     if torch.cuda.is_available():
         torch.cuda.init()  # asks the device that is there, and must not be told of another
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(JITFunction, "__getitem__", noted),
         mock.patch.object(torch.cuda, "get_device_properties", lambda _: device),
         warnings.catch_warnings(),
     ):

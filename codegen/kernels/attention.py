@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import cdiv, next_power_of_2, packed
 
 BLOCK_S = 64
 BLOCK_T = 64
@@ -138,7 +138,7 @@ def attention(
     q_rope = q if q_rope is None else packed(q_rope)
     k_rope = k if k_rope is None else packed(k_rope)
     out = torch.empty((batch, queries, heads, value_width), dtype=q.dtype, device=q.device)
-    attention_kernel[(triton.cdiv(queries, BLOCK_S), heads, batch)](
+    attention_kernel[(cdiv(queries, BLOCK_S), heads, batch)](
         q,
         q_rope,
         k,
@@ -159,11 +159,11 @@ def attention(
         A=width,
         R=rope,
         V=value_width,
-        BLOCK_A=max(16, triton.next_power_of_2(width)),
-        BLOCK_R=max(16, triton.next_power_of_2(rope)) if rope else 0,
+        BLOCK_A=max(16, next_power_of_2(width)),
+        BLOCK_R=max(16, next_power_of_2(rope)) if rope else 0,
         BLOCK_S=BLOCK_S,
         BLOCK_T=BLOCK_T,
-        BLOCK_V=max(16, triton.next_power_of_2(value_width)),
+        BLOCK_V=max(16, next_power_of_2(value_width)),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )

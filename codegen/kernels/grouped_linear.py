@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, packed
+from codegen.kernels.layout import as_rows, cdiv, next_power_of_2, packed
 
 MAX_STAGES = 5
 
@@ -121,7 +121,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     rows, (experts, width, depth) = x.shape[0], weight.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     tile = tiling(rows, experts)
-    grouped_linear_kernel[(triton.cdiv(width, tile.columns), row_tiles(rows, experts, tile.rows))](
+    grouped_linear_kernel[(cdiv(width, tile.columns), row_tiles(rows, experts, tile.rows))](
         x,
         weight,
         packed(offsets),
@@ -135,7 +135,7 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         EXPERT_STRIDE=weight.stride(0),
         ROW_STRIDE=weight.stride(1),
         COLUMN_STRIDE=weight.stride(2),
-        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_E=next_power_of_2(experts),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.step_bytes // x.element_size(),

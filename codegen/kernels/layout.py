@@ -1,4 +1,5 @@
-"""What launchers share: views that kernels can address with one stride per row, and launch options."""
+"""What launchers share: views that kernels can address with one stride per row, sizes of grids and tiles, and launch
+options."""
 
 from __future__ import annotations
 
@@ -28,6 +29,16 @@ def halves(gate_up: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
         return gate_up, up
     gate, up = gate_up.chunk(2, 1)
     return gate, up
+
+
+def cdiv(size: int, part: int) -> int:
+    """How many parts a size is cut into. triton's own, for kernels as well, takes the host longer."""
+    return -(-size // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not less than a size of at least 1."""
+    return 1 << (size - 1).bit_length()
 
 
 def started_early(overlapped: bool) -> dict[str, bool]:

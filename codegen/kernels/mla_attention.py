@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import cdiv, next_power_of_2, packed
 
 BLOCK_M_FEW = 16  # rows (query position, head) per tile, where there are no more
 BLOCK_M_MANY = 32
@@ -174,8 +174,8 @@ def mla_attention(
     batch, queries, heads, rank = q_latent.shape
     rows, rope, device = queries * heads, q_rope.shape[3], q_latent.device
     block = BLOCK_M_FEW if rows <= BLOCK_M_FEW else BLOCK_M_MANY
-    tiles = triton.cdiv(rows, block)
-    splits = max(1, min(PROGRAMS // (tiles * batch), triton.cdiv(latent.shape[1], MIN_SPLIT)))
+    tiles = cdiv(rows, block)
+    splits = max(1, min(PROGRAMS // (tiles * batch), cdiv(latent.shape[1], MIN_SPLIT)))
     out = torch.empty((batch, queries, heads, rank), dtype=q_latent.dtype, device=device)
     parts, maxima, sums = out, None, None
     if splits > 1:
@@ -203,15 +203,15 @@ def mla_attention(
         R=rope,
         BLOCK_M=block,
         BLOCK_T=BLOCK_T,
-        BLOCK_C=max(16, triton.next_power_of_2(rank)),
-        BLOCK_R=max(16, triton.next_power_of_2(rope)),
+        BLOCK_C=max(16, next_power_of_2(rank)),
+        BLOCK_R=max(16, next_power_of_2(rope)),
         MIN_SPLIT=MIN_SPLIT,
         SPLIT=splits > 1,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
     if splits > 1:
-        merge_splits_kernel[(rows, triton.cdiv(rank, MERGE_C), batch)](
+        merge_splits_kernel[(rows, cdiv(rank, MERGE_C), batch)](
             parts,
             maxima,
             sums,

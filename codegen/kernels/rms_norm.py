@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, packed, started_early
+from codegen.kernels.layout import as_rows, next_power_of_2, packed, started_early
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def normed_rows(
     added = None if residual is None else as_rows(residual)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BLOCK_D = triton.next_power_of_2(x.shape[-1])
+    BLOCK_D = next_power_of_2(x.shape[-1])
     rms_norm_kernel[(rows.shape[0],)](
         rows,
         added,

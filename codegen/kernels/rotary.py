@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import next_power_of_2, packed
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         INTERLEAVED=interleaved,
         H=heads,
         F=width // 2,
-        BLOCK_H=triton.next_power_of_2(heads),
-        BLOCK_F=triton.next_power_of_2(width // 2),
+        BLOCK_H=next_power_of_2(heads),
+        BLOCK_F=next_power_of_2(width // 2),
         num_warps=4,
     )
     return out

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import next_power_of_2, packed
 
 
 @triton.jit
@@ -144,9 +144,9 @@ def route(
         E=experts,
         K=top_k,
         ALWAYS=always,
-        BLOCK_G=triton.next_power_of_2(groups),
-        BLOCK_SIZE=triton.next_power_of_2(experts // groups),
-        BLOCK_K=triton.next_power_of_2(top_k + always),
+        BLOCK_G=next_power_of_2(groups),
+        BLOCK_SIZE=next_power_of_2(experts // groups),
+        BLOCK_K=next_power_of_2(top_k + always),
         num_warps=1,
     )
     return indices, weights

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from codegen.kernels.grouped_linear import find_run, grouped_linear_kernel, row_tiles, tiling
-from codegen.kernels.layout import as_rows, halves, started_early
+from codegen.kernels.layout import as_rows, cdiv, halves, next_power_of_2, started_early
 from codegen.kernels.sort_pairs import sort_pairs
 from codegen.kernels.swiglu import gated
 
@@ -111,7 +111,7 @@ def combine(
     width = y.shape[1]
     residual = None if residual is None else as_rows(residual)
     out = torch.empty((tokens, width), dtype=y.dtype, device=y.device)
-    combine_kernel[(tokens, triton.cdiv(width, BLOCK_COMBINE))](
+    combine_kernel[(tokens, cdiv(width, BLOCK_COMBINE))](
         y,
         weights.contiguous(),
         residual,
@@ -156,7 +156,7 @@ def swiglu_in_tiles(
     tiles = row_tiles(pairs, experts, tile.rows)
     # Half of a tile's columns are gates, half ups; where neighbours in memory are columns, 64 are a line of it.
     block_i = tile.columns // 2 if gate.stride(2) == 1 else max(64, tile.columns // 2)
-    gate_up_kernel[(triton.cdiv(width, block_i), tiles)](
+    gate_up_kernel[(cdiv(width, block_i), tiles)](
         x,
         gate,
         up,
@@ -172,7 +172,7 @@ def swiglu_in_tiles(
         EXPERT_STRIDE=gate.stride(0),
         ROW_STRIDE=gate.stride(1),
         COLUMN_STRIDE=gate.stride(2),
-        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_E=next_power_of_2(experts),
         BLOCK_M=tile.rows,
         BLOCK_I=block_i,
         BLOCK_K=block_k,
@@ -182,7 +182,7 @@ def swiglu_in_tiles(
         **started_early(overlapped),
     )
     # Scattered back to pair order, so that a token's rows lie together and are summed in a fixed order.
-    grouped_linear_kernel[(triton.cdiv(hidden_width, tile.columns), tiles)](
+    grouped_linear_kernel[(cdiv(hidden_width, tile.columns), tiles)](
         hidden,
         down,
         offsets,
@@ -196,7 +196,7 @@ def swiglu_in_tiles(
         EXPERT_STRIDE=down.stride(0),
         ROW_STRIDE=down.stride(1),
         COLUMN_STRIDE=down.stride(2),
-        BLOCK_E=triton.next_power_of_2(experts),
+        BLOCK_E=next_power_of_2(experts),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=block_k,

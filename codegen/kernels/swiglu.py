@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, started_early
+from codegen.kernels.layout import as_rows, cdiv, started_early
 
 BLOCK_I = 1024
 
@@ -55,7 +55,7 @@ def gated_rows(gate_up: Tensor, limit: float | None, overlapped: bool = False) -
     rows = as_rows(gate_up)
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
-    swiglu_kernel[(rows.shape[0], triton.cdiv(width, BLOCK_I))](
+    swiglu_kernel[(rows.shape[0], cdiv(width, BLOCK_I))](
         rows,
         out,
         rows.stride(0),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codegen.kernels.layout import check_written, packed
+from codegen.kernels.layout import check_written, next_power_of_2, packed
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def write_cache_(
         INTERLEAVED=interleaved,
         C=rank,
         F=half,
-        BLOCK_C=triton.next_power_of_2(rank),
-        BLOCK_F=triton.next_power_of_2(half),
+        BLOCK_C=next_power_of_2(rank),
+        BLOCK_F=next_power_of_2(half),
         num_warps=2,
     )

@@ -1,16 +1,20 @@
 """A launch of a kind that has been launched before goes straight to the code, any other through triton."""
 
+import ast
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses import FakeTensorMode
 from triton import knobs
 
 from codegen import direct
-from codegen.direct import DirectLaunches
+from codegen.direct import DirectLaunches, kind_of
 from codegen.kernels.sm_90.boxes import in_boxes
+from codegen.tuning import KERNELS
 
 
 @triton.jit
@@ -107,3 +111,31 @@ def test_a_number_given_by_name_is_not_taken_for_a_constant(launches):
     for rows in (2, 3):
         launches(torch.randn(64), 48, grid=(1,), warmup=False, rows=rows, BLOCK=64, SCALE=0.5)
     assert len(launches.through_triton.asked) == 2 and not launches.known
+
+
+def test_constants_given_by_position_are_left_to_triton(launches):
+    for block in (32, 64, 32):
+        launches(torch.randn(64), 48, None, block, grid=(1,), warmup=False, SCALE=0.5)
+    assert len(launches.through_triton.asked) == 3 and not launches.known
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_tensor_on_a_gpu_is_launched_with_its_address():
+    with FakeTensorMode():
+        x = torch.empty(64, device="cuda")
+        assert kind_of(x) == (torch.float32, x.data_ptr())
+
+
+def test_every_launch_in_a_kernel_file_can_be_direct():
+    found = 0
+    for path in KERNELS.rglob("*.py"):
+        module = import_module(".".join(path.relative_to(KERNELS.parents[1]).with_suffix("").parts))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                kernel = getattr(module, node.func.value.id)
+                variable = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
+                unpacked = any(isinstance(argument, ast.Starred) for argument in node.args)
+                assert unpacked or len(node.args) == len(variable), f"{path.name}: {node.lineno}"
+                assert not {keyword.arg for keyword in node.keywords} & set(variable), f"{path.name}: {node.lineno}"
+                found += 1
+    assert found > 20

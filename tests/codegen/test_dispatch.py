@@ -8,10 +8,13 @@ from torch import fx
 from torch.library import opcheck
 
 from codegen import dispatch
+from codegen.direct import DirectLaunches
 from codegen.dispatch import launcher
 from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
+from codegen.record import record_launches
 from codegen.targets import target
 from codegen.tuning import available, own_form
+from tests.codegen.calls import operands
 
 dsv3 = torch.ops.dsv3
 
@@ -42,6 +45,16 @@ def test_every_op_that_stays_one_call_is_offered_once(name, monkeypatch):
     assert ("linear_call" in twins) == (name == "sm_90")
     served = [op for op in OPAQUE if available(op, target(name))]
     assert sorted(offered) == sorted((op, "CUDA") for op in (*served, *twins))
+
+
+def test_kernels_behind_ops_are_launched_directly_and_still_recorded(monkeypatch):
+    monkeypatch.setattr(dispatch, "serve", lambda *_: None)
+    dispatch.register(target("sm_90"))
+    dispatch.register(target("sm_90"))
+    kernel = importlib.import_module("codegen.kernels.rms_norm").rms_norm_kernel
+    assert isinstance(kernel.run, DirectLaunches) and not isinstance(kernel.run.through_triton, DirectLaunches)
+    (launch,) = record_launches(launcher("rms_norm", target("sm_80")), operands("rms_norm"), target("sm_80"))
+    assert launch.kernel == "rms_norm_kernel" and not kernel.run.known
 
 
 def test_ops_with_a_kernel_of_the_target_stay_one_call():

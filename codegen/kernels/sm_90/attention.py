@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from codegen.kernels.attention import in_parts
-from codegen.kernels.sm_90.boxes import box_layout, starts_aligned
+from codegen.kernels.layout import cdiv
+from codegen.kernels.sm_90.boxes import described, starts_aligned
 from codegen.kernels.sm_90.prefill_attention import GROUP_ROWS, STAGES, TILE_ROWS, prefill_attention_kernel
 
 # Keys and values of the heads that run side by side should stay in the cache before memory. With all of 128 heads side
@@ -41,7 +41,7 @@ def boxes(x: Tensor, height: int) -> TensorDescriptor:
         x = x.clone(memory_format=torch.contiguous_format)
         strides = list(x.stride()[:3])
     box = (1, height, 1, x.shape[3])
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(box), box_layout(box, x.dtype))
+    return described(x, x.shape, [*strides, 1], box)
 
 
 def attention(
@@ -60,7 +60,7 @@ def attention(
     rope = 0 if q_rope is None else q_rope.shape[3]
     # Tiles of keys are as high as the sums in a thread's registers and the rings in shared memory leave room for.
     height = 64 if v.shape[3] > 128 or width + rope > 192 else 128
-    row_tiles, lines = triton.cdiv(queries, TILE_ROWS), batch * heads
+    row_tiles, lines = cdiv(queries, TILE_ROWS), batch * heads
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     read = k.shape[1] * (k.shape[2] * (width + rope + v.shape[3])) * batch * k.element_size()
     more = 64 if width == 192 else 0
@@ -81,7 +81,7 @@ def attention(
         row_tiles,
         heads,
         lines,
-        triton.cdiv(lines, triton.cdiv(read, CACHED_BYTES)),
+        cdiv(lines, cdiv(read, CACHED_BYTES)),
         LOG2_SCALE=scale * 1.4426950408889634,  # scores in units of log 2
         KEYS=height,
         WIDTH=width - more,

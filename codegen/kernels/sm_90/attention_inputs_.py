@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, check_written, packed
+from codegen.kernels.layout import as_rows, cdiv, check_written, next_power_of_2, packed
 
 BLOCK_N = 16
 NUM_WARPS = 4
@@ -151,7 +151,7 @@ def attention_inputs_(
     q_latent = torch.empty((batch, queries, heads, rank), dtype=q.dtype, device=q.device)
     q_rope = torch.empty((batch, queries, heads, 2 * half), dtype=q.dtype, device=q.device)
     block_c = 64 if heads * rank <= 64 * 256 else 128
-    attention_inputs_kernel[(heads + 1, triton.cdiv(rank, block_c) + 1, triton.cdiv(tokens, BLOCK_N))](
+    attention_inputs_kernel[(heads + 1, cdiv(rank, block_c) + 1, cdiv(tokens, BLOCK_N))](
         q,
         kv,
         weight,
@@ -180,10 +180,10 @@ def attention_inputs_(
         C=rank,
         F=half,
         BLOCK_N=BLOCK_N,
-        BLOCK_P=max(16, triton.next_power_of_2(nope)),
+        BLOCK_P=max(16, next_power_of_2(nope)),
         BLOCK_C=block_c,
-        BLOCK_RANK=triton.next_power_of_2(rank),
-        BLOCK_F=triton.next_power_of_2(half),
+        BLOCK_RANK=next_power_of_2(rank),
+        BLOCK_F=next_power_of_2(half),
         OVERLAPPED=q.is_cuda,
         num_warps=NUM_WARPS,
         launch_pdl=q.is_cuda,

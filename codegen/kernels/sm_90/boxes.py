@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,4 +47,13 @@ def is_matrix(stack: Tensor) -> bool:
 
 def in_boxes(x: Tensor, *box: int) -> TensorDescriptor:
     """x, whose rows start at multiples of 16 bytes, in boxes of this shape."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), box_layout(box, x.dtype))
+    return described(x, x.shape, x.stride(), box)
+
+
+def described(x: Tensor, shape: Sequence[int], strides: Sequence[int], box: tuple[int, ...]) -> TensorDescriptor:
+    """What triton makes of these: without its checks, which take the host as long as a launch. The driver repeats them
+    when it encodes the descriptor."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = x, shape, strides
+    made.block_shape, made.layout = list(box), box_layout(box, x.dtype)
+    return made

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import cdiv, next_power_of_2, packed
 
 BLOCK_N = 16
 NUM_WARPS = 4
@@ -65,7 +65,7 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     tokens = x.shape[0]
     out = torch.empty((tokens, heads, width), dtype=x.dtype, device=x.device)
     block_o = 32 if heads * width >= 4096 else 16
-    head_linear_kernel[(heads, triton.cdiv(width, block_o), triton.cdiv(tokens, BLOCK_N))](
+    head_linear_kernel[(heads, cdiv(width, block_o), cdiv(tokens, BLOCK_N))](
         x,
         weight,
         out,
@@ -79,7 +79,7 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
         WIDTH=width,
         BLOCK_N=BLOCK_N,
         BLOCK_O=block_o,
-        BLOCK_D=min(512, triton.next_power_of_2(depth)),
+        BLOCK_D=min(512, next_power_of_2(depth)),
         OVERLAPPED=x.is_cuda,
         num_warps=NUM_WARPS,
         launch_pdl=x.is_cuda,

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows
+from codegen.kernels.layout import as_rows, next_power_of_2
 from codegen.kernels.sm_90.boxes import aligned
 from codegen.kernels.sm_90.skinny_linear import skinny_linear, why_not_skinny
 
@@ -44,7 +44,7 @@ def unit_norm_kernel(
 def unit_norm(rows: Tensor, eps: float) -> Tensor:
     """rows [N, D] → every row over its root mean square, [N, D]."""
     normed = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    block = triton.next_power_of_2(rows.shape[1])
+    block = next_power_of_2(rows.shape[1])
     unit_norm_kernel[(rows.shape[0],)](
         rows,
         normed,

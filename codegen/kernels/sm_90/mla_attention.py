@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from codegen.kernels.layout import cdiv, next_power_of_2
 from codegen.kernels.sm_90.boxes import aligned, in_boxes, starts_aligned
 from codegen.kernels.sm_90.mla_decode import mla_decode_narrow
 from codegen.kernels.sm_90.mla_decode_wide import mla_decode_wide
@@ -44,7 +44,7 @@ class Form:
     def span(self, heads: int) -> int:
         """Query positions that the rows of a tile can belong to."""
         aligned = heads % self.tile_rows == 0 or self.tile_rows % heads == 0
-        return triton.cdiv(self.tile_rows, heads) if aligned else (self.tile_rows - 2) // heads + 2
+        return cdiv(self.tile_rows, heads) if aligned else (self.tile_rows - 2) // heads + 2
 
     def slots(self, rank: int, rope: int) -> int:
         """Boxes of latent columns that fit beside the query, the rope keys and the probabilities."""
@@ -57,9 +57,9 @@ def choose_form(rows: int, rank: int, positions: int) -> Form:
     """rows = queries · heads of a request; positions = cached positions of all requests together, at most."""
     width = rank & -rank  # the largest power of two that divides it
     if rows <= 16 or (positions <= SHORT and rows <= SHORT_ROWS):
-        return Form(1, min(16, max(8, triton.next_power_of_2(rows))), min(256, width), 3)
+        return Form(1, min(16, max(8, next_power_of_2(rows))), min(256, width), 3)
     if rows <= 32:
-        return Form(2, triton.next_power_of_2(rows) // 2, min(256, width), 2)
+        return Form(2, next_power_of_2(rows) // 2, min(256, width), 2)
     return Form(0, 64, 128 if rank % 256 == 0 else 64, 2)
 
 
@@ -126,10 +126,10 @@ def decode(
 ) -> Tensor:
     """step: cache rows, or table entries, from one request to the next. reach: cached positions at most, in all."""
     requests, queries, heads, rank = q_latent.shape
-    rows, rope = queries * heads, triton.next_power_of_2(max(16, rope_rows.shape[1]))
+    rows, rope = queries * heads, next_power_of_2(max(16, rope_rows.shape[1]))
     form = choose_form(rows, rank, reach)
     span = min(queries, form.span(heads))
-    row_tiles = triton.cdiv(rows, form.tile_rows)
+    row_tiles = cdiv(rows, form.tile_rows)
     device = q_latent.device
     programs = max(1, torch.cuda.get_device_properties(device).multi_processor_count // row_tiles)
     out = torch.empty((requests, queries, heads, rank), dtype=q_latent.dtype, device=device)
@@ -139,7 +139,7 @@ def decode(
     stats = torch.empty((programs, 2, part_rows, 8 if form.groups else 2), dtype=torch.float32, device=device)
     positions = positions.contiguous()
     # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
-    padded = 1 if requests == 1 else max(32, triton.next_power_of_2(requests))
+    padded = 1 if requests == 1 else max(32, next_power_of_2(requests))
     arguments = (
         in_boxes(aligned(q_latent.reshape(-1, rank)), form.rows, form.width),
         in_boxes(aligned(q_rope.reshape(rows * requests, -1)), form.rows, rope),
@@ -189,7 +189,7 @@ def decode(
             launch_pdl=True,
         )
     if programs > 1:
-        most, width, spread, warps = joining(programs, requests, triton.cdiv(reach, TILE), rank)
+        most, width, spread, warps = joining(programs, requests, cdiv(reach, TILE), rank)
         steps = form.tile_rows * (rank // width)
         mla_merge[(requests, row_tiles, max(1, min(steps, 2048 // (requests * row_tiles))))](
             positions,
@@ -220,9 +220,9 @@ def joining(programs: int, requests: int, tiles: int, rank: int) -> tuple[int, i
 
     tiles: of all requests together, at most.
     """
-    expected = triton.cdiv(triton.cdiv(tiles, triton.cdiv(tiles, programs)), requests)
+    expected = cdiv(cdiv(tiles, cdiv(tiles, programs)), requests)
     if expected > 24:
         parts = 64 if expected <= 80 else 128
         return parts, 64, True, parts // 16
     width = min(512, rank & -rank)
-    return max(4, triton.next_power_of_2(expected)), width, False, max(1, width // 256)
+    return max(4, next_power_of_2(expected)), width, False, max(1, width // 256)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import as_rows, packed
+from codegen.kernels.layout import as_rows, cdiv, next_power_of_2, packed
 from codegen.kernels.rms_norm import rms_norm
 from codegen.kernels.sm_90.linear import exact_product
 
@@ -74,7 +74,7 @@ def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> t
         rows = rows.contiguous()
         normed = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
         logits = torch.empty((tokens, experts), dtype=torch.float32, device=x.device)
-        norm_router_kernel[(triton.cdiv(experts, BLOCK_E), tokens)](
+        norm_router_kernel[(cdiv(experts, BLOCK_E), tokens)](
             rows,
             packed(norm_weight),
             weight.contiguous(),
@@ -85,7 +85,7 @@ def norm_router(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> t
             D=width,
             BLOCK_E=BLOCK_E,
             BLOCK_D=BLOCK_D,
-            BLOCK_ROW=triton.next_power_of_2(width),
+            BLOCK_ROW=next_power_of_2(width),
             OVERLAPPED=x.is_cuda,
             num_warps=NUM_WARPS,
             launch_pdl=x.is_cuda,

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import cdiv, next_power_of_2
+
 BLOCK_TOKENS = 32  # whose pairs one program sorts
 PROGRAMS = 256  # that copy tokens: more of them count the same pairs again
 FEW_PROGRAMS = 48  # that copy tokens while others multiply those of shared experts
@@ -188,8 +190,8 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     max_tiles = max(2, min(pairs, experts + pairs // rows))  # of any routing; the row of numbers has two
     order = torch.empty(pairs, dtype=torch.int32, device=x.device)
     tiles = torch.empty((5, max_tiles), dtype=torch.int32, device=x.device)
-    block_e, block = triton.next_power_of_2(experts), triton.next_power_of_2(BLOCK_TOKENS * top_k)
-    blocks, block_d = triton.cdiv(tokens, BLOCK_TOKENS), min(512, triton.next_power_of_2(width))
+    block_e, block = next_power_of_2(experts), next_power_of_2(BLOCK_TOKENS * top_k)
+    blocks, block_d = cdiv(tokens, BLOCK_TOKENS), min(512, next_power_of_2(width))
     gathered = torch.empty((pairs - tokens * shared, width), dtype=x.dtype, device=x.device)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=x.device)
     rows_of_pairs = torch.empty(pairs, dtype=torch.int32, device=x.device)
@@ -213,7 +215,7 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
     )
     # Whoever multiplies the shared experts' tiles meanwhile wants processors of its own.
     programs = FEW_PROGRAMS if shared else PROGRAMS
-    columns = min(triton.cdiv(width, block_d), triton.cdiv(programs, blocks))
+    columns = min(cdiv(width, block_d), cdiv(programs, blocks))
     place_kernel[(min(blocks, FEW_PROGRAMS) if shared else blocks, columns)](
         indices,
         counts,
@@ -239,4 +241,4 @@ def plan_experts(x: Tensor, indices: Tensor, experts: int, rows: int, unit: int 
         num_warps=16 if shared else 8,
         launch_pdl=x.is_cuda,
     )
-    return ExpertPlan(order, tiles, gathered, x, shared * triton.cdiv(tokens, rows), (counts, rows_of_pairs))
+    return ExpertPlan(order, tiles, gathered, x, shared * cdiv(tokens, rows), (counts, rows_of_pairs))

@@ -27,7 +27,6 @@ group keeps a wide item's second half for a narrow one that may have to wait.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -40,6 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import cdiv
 from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.letters import hear, tell
 from codegen.kernels.sm_90.plan_experts import ExpertPlan
@@ -450,8 +450,8 @@ def prefill_products(
         plan.early,
         plan.gathered.shape[0],
         plan.tokens.shape[0],
-        triton.cdiv(depth, BLOCK_D),
-        triton.cdiv(inner, BLOCK_D),
+        cdiv(depth, BLOCK_D),
+        cdiv(inner, BLOCK_D),
         LIMIT=limit,
         EXPERT_ROWS=expert_rows,
         INNER=inner,

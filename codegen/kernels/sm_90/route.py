@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.layout import packed
+from codegen.kernels.layout import cdiv, next_power_of_2, packed
 from codegen.kernels.route import root_of_softplus
 
 _LOWEST = tl.constexpr(-(2**31))
@@ -161,7 +161,7 @@ def route(
     if tokens == 0:
         return indices, weights
     block_n = 2 if tokens > 1 else 1
-    route_kernel[(triton.cdiv(tokens, block_n),)](
+    route_kernel[(cdiv(tokens, block_n),)](
         logits,
         None if bias is None else packed(bias),
         indices,
@@ -181,9 +181,9 @@ def route(
         TOP2=group_score == "top2",
         NORMALISE=normalise,
         BLOCK_N=block_n,
-        BLOCK_G=triton.next_power_of_2(groups),
-        BLOCK_S=triton.next_power_of_2(experts // groups),
-        BLOCK_K=triton.next_power_of_2(top_k + always),
+        BLOCK_G=next_power_of_2(groups),
+        BLOCK_S=next_power_of_2(experts // groups),
+        BLOCK_K=next_power_of_2(top_k + always),
         num_warps=1,
         OVERLAPPED=logits.is_cuda,
         launch_pdl=logits.is_cuda,

@@ -8,7 +8,6 @@ all parts with all parts the matching ones are summed. Products cost nothing her
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from codegen.kernels.sm_90.boxes import box_layout, starts_aligned
+from codegen.kernels.layout import cdiv, next_power_of_2
+from codegen.kernels.sm_90.boxes import described, starts_aligned
 from codegen.kernels.sm_90.rings import advance, make_barriers
 
 BLOCK_D = 64
@@ -205,11 +205,10 @@ def skinny_linear_kernel(
     )  # fmt: skip
 
 
-def _boxes(x: Tensor, slices: int, box: list[int]) -> TensorDescriptor:
+def _boxes(x: Tensor, slices: int, *box: int) -> TensorDescriptor:
     """A descriptor of x [rows, D] as [rows, slices, D/slices], in boxes."""
     rows, depth = x.shape
-    layout = box_layout(tuple(box), x.dtype)
-    return TensorDescriptor(x, [rows, slices, depth // slices], [x.stride(0), depth // slices, 1], box, layout)
+    return described(x, (rows, slices, depth // slices), (x.stride(0), depth // slices, 1), box)
 
 
 def slices_for(width: int, rows: int) -> int:
@@ -223,7 +222,7 @@ def balanced_slices(width: int, depth: int, processors: int) -> int:
     """The slices with which the busiest multiprocessor has the fewest rows; the fewest of those."""
 
     def most_rows(slices: int) -> int:
-        return triton.cdiv(triton.cdiv(width * slices, 64), processors) * (64 // slices)
+        return cdiv(cdiv(width * slices, 64), processors) * (64 // slices)
 
     return min((slices for slices in (1, 2, 4, 8) if depth % (8 * slices) == 0), key=most_rows)
 
@@ -259,14 +258,14 @@ def skinny_linear(
     rows, depth = x.shape
     width = weight.shape[0] + (0 if second is None else second.shape[0])
     slices = slices or slices_for(width, rows)
-    tile = max(8, triton.next_power_of_2(rows))
+    tile = max(8, next_power_of_2(rows))
     out = torch.empty((rows, width), dtype=torch.float32 if exact else x.dtype, device=x.device)
-    items = triton.cdiv(width, 64 // slices)
+    items = cdiv(width, 64 // slices)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     skinny_linear_kernel[(min(items, PROGRAMS * processors),)](
-        _boxes(weight, slices, [64 // slices, slices, BLOCK_D]),
-        _boxes(weight if second is None else second, slices, [64 // slices, slices, BLOCK_D]),
-        _boxes(x, slices, [tile, slices, BLOCK_D]),
+        _boxes(weight, slices, 64 // slices, slices, BLOCK_D),
+        _boxes(weight if second is None else second, slices, 64 // slices, slices, BLOCK_D),
+        _boxes(x, slices, tile, slices, BLOCK_D),
         out,
         out if residual is None else residual,
         rows,
@@ -274,7 +273,7 @@ def skinny_linear(
         width,
         items,
         weight.shape[0] // (64 // slices),
-        triton.cdiv(depth // slices, BLOCK_D),
+        cdiv(depth // slices, BLOCK_D),
         SLICES=slices,
         ROWS=tile,
         BLOCK_D=BLOCK_D,

@@ -8,7 +8,6 @@ side, so from the second-level cache but for the first time; tiles of tokens wou
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from codegen.kernels.layout import cdiv
 from codegen.kernels.sm_90.boxes import in_boxes, matrix_of
 from codegen.kernels.sm_90.rings import advance, make_barriers
 from codegen.kernels.swiglu import limited
@@ -343,7 +343,7 @@ def streamed_swiglu(
     out = torch.empty((tokens, depth), dtype=x.dtype, device=x.device)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     step_bytes = ROWS * COLUMNS * x.element_size()
-    stream_gate_up_kernel[(min(PROGRAMS * processors, tokens * top_k * triton.cdiv(width, ROWS)),)](
+    stream_gate_up_kernel[(min(PROGRAMS * processors, tokens * top_k * cdiv(width, ROWS)),)](
         _row_tiles(gate),
         _row_tiles(up),
         x,
@@ -363,7 +363,7 @@ def streamed_swiglu(
         maxnreg=96,
         launch_pdl=True,
     )
-    stream_down_kernel[(min(PROGRAMS * processors, tokens * triton.cdiv(depth, ROWS)),)](
+    stream_down_kernel[(min(PROGRAMS * processors, tokens * cdiv(depth, ROWS)),)](
         _row_tiles(down),
         hidden,
         indices,

@@ -29,6 +29,11 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not less than a size of at least 1."""
+    return 1 << (size - 1).bit_length()
+
+
 def started_early(overlapped: bool) -> dict[str, bool]:
     """Options of a launch that may begin before the one in front of it has ended; not every target knows of them."""
     return {"launch_pdl": True} if overlapped else {}
@@ -73,7 +78,7 @@ def normed_rows(
     added = None if residual is None else as_rows(residual)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    BLOCK_D = triton.next_power_of_2(x.shape[-1])
+    BLOCK_D = next_power_of_2(x.shape[-1])
     expect(
         EPS=(eps, 1e-06),
         ADD=(added is not None, True),

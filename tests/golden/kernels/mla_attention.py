@@ -23,6 +23,11 @@ def packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def cdiv(size: int, part: int) -> int:
+    """How many parts a size is cut into. triton's own, for kernels as well, takes the host longer."""
+    return -(-size // part)
+
+
 BLOCK_M_FEW = 16  # rows (query position, head) per tile, where there are no more
 BLOCK_M_MANY = 32
 BLOCK_T = 32
@@ -188,8 +193,8 @@ def mla_attention(
     batch, queries, heads, rank = q_latent.shape
     rows, rope, device = queries * heads, q_rope.shape[3], q_latent.device
     block = BLOCK_M_FEW if rows <= BLOCK_M_FEW else BLOCK_M_MANY
-    tiles = triton.cdiv(rows, block)
-    splits = max(1, min(PROGRAMS // (tiles * batch), triton.cdiv(latent.shape[1], MIN_SPLIT)))
+    tiles = cdiv(rows, block)
+    splits = max(1, min(PROGRAMS // (tiles * batch), cdiv(latent.shape[1], MIN_SPLIT)))
     out = torch.empty((batch, queries, heads, rank), dtype=q_latent.dtype, device=device)
     parts, maxima, sums = out, None, None
     if splits > 1:
@@ -221,7 +226,7 @@ def mla_attention(
     )
     if splits > 1:
         expect(C=(rank, 40))
-        merge_splits_kernel[(rows, triton.cdiv(rank, MERGE_C), batch)](
+        merge_splits_kernel[(rows, cdiv(rank, MERGE_C), batch)](
             parts,
             maxima,
             sums,
