@@ -129,21 +129,31 @@ def _tried(operands: Sequence[Operand], tried: Mapping[str, Sequence[int]] | Seq
         yield [o.fake(sizes) if isinstance(o, TensorSpec) else o for o in operands]
 
 
+def _here(ours: Callable[..., Any], usual: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is `ours` in this thread and the usual one in others, which may be running a model."""
+    thread = threading.get_ident()
+
+    def chosen(*arguments: Any, **named: Any) -> Any:
+        return (ours if threading.get_ident() == thread else usual)(*arguments, **named)
+
+    return chosen
+
+
 @contextmanager
 def _watched(target: Target) -> Iterator[list[Launch]]:
-    """Launches are noted instead of run, and the target answers for the device that is not there."""
+    """In this thread launches are noted instead of run, and the target answers for the device that is not there."""
     seen: list[Launch] = []
 
     def noted(kernel: JITFunction, grid: Any) -> Callable[..., None]:
         return lambda *args, **kwargs: seen.append(_launch(kernel, args, kwargs))
 
-    device = SimpleNamespace(multi_processor_count=target.processors)
+    device, properties = SimpleNamespace(multi_processor_count=target.processors), torch.cuda.get_device_properties
     if torch.cuda.is_available():
         torch.cuda.init()  # asks the device that is there, and must not be told of another
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(JITFunction, "__getitem__", noted),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda _: device),
+        mock.patch.object(JITFunction, "__getitem__", _here(noted, JITFunction.__getitem__)),
+        mock.patch.object(torch.cuda, "get_device_properties", _here(lambda _: device, properties)),
         warnings.catch_warnings(),
     ):
         # Tensor descriptors ask a fake tensor for its address, to see that it is aligned: it is 0.

@@ -1,10 +1,12 @@
 """record_launches: what a launcher launches is learnt without a GPU, over all free sizes."""
 
+import threading
+
 import pytest
 import torch
 
 from codegen.kernels.mla_attention import mla_attention
-from codegen.kernels.rms_norm import rms_norm
+from codegen.kernels.rms_norm import rms_norm, rms_norm_kernel
 from codegen.record import TensorSpec, fitting, record_launches, spec_of
 from codegen.targets import target
 from tests.codegen.calls import operands
@@ -45,6 +47,25 @@ def test_only_what_every_size_keeps_aligned_is_called_aligned():
     x = TensorSpec(("N", 8), torch.bfloat16, ("8*N", 1))
     (launch,) = record_launches(rms_norm, (x, TensorSpec((8,), torch.bfloat16), 1e-6), SM_80)
     assert "x_stride" not in launch.aligned
+
+
+def test_another_thread_launches_as_usual_meanwhile(monkeypatch):
+    theirs = []
+    monkeypatch.setattr(rms_norm_kernel, "run", lambda *arguments, **options: theirs.append((arguments, options)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: "theirs")
+
+    def elsewhere():
+        rms_norm_kernel[(7,)](torch.cuda.get_device_properties(device=0))
+
+    def launch(*arguments):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        return rms_norm(*arguments)
+
+    (launched,) = record_launches(launch, operands("rms_norm"), SM_80)
+    assert launched.kernel == "rms_norm_kernel" and launched.constants["D"] == 72
+    assert theirs and all(one == (("theirs",), {"grid": (7,), "warmup": False}) for one in theirs)
 
 
 def test_operands_of_a_traced_call_keep_free_sizes():
