@@ -23,26 +23,21 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import bytes_read, compiled, drawn, peer_model
+from random_models import BACKENDS, bytes_read, compiled, drawn, peer_model
 from routes import forced, rerouted, watched
 from timing import breakdown, graphed, milliseconds, read_speed
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact
-from dsv3_compile.backend import dsv3
 from dsv3_compile.loading import load_graph
 from model_def.config import ModelConfig
 from model_def.presets import PRESETS
 
 Step = Callable[[], Tensor]
-
-# As itself, since the project need not be installed where this runs; without certificates, which the tests are for.
-REGISTERED: dict[str, Any] = {"dsv3": partial(dsv3, options={"verify": False})}
 
 HEAD_ROOM = 64  # cache rows behind the context
 
@@ -170,7 +165,7 @@ def peer_milliseconds(
                     return run(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
 
             expected = step(model).double()  # allocates the cache outside of any graph
-            run = torch.compile(model.forward, fullgraph=True, backend=REGISTERED.get(backend, backend))
+            run = torch.compile(model.forward, fullgraph=True, backend=BACKENDS[backend])
             cache.reset()
             errors.append(float((step(run).double() - expected).norm() / expected.norm()))
             times.append(milliseconds(graphed(lambda run=run, step=step: step(run))))  # type: ignore[misc]
@@ -196,7 +191,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--target", default="sm_90")
     parser.add_argument(
-        "--peer", nargs="*", choices=("inductor", "dsv3"), help="run transformers beside it, compiled by these backends"
+        "--peer", nargs="*", choices=BACKENDS, help="run transformers beside it, compiled by these backends"
     )
     forms = ("batched_mm", "grouped_mm")
     parser.add_argument("--experts", nargs="+", choices=forms, default=forms, help="forms of transformers' experts")

@@ -12,7 +12,8 @@ card to its power limit and lowers its clock, and `rested`, each after a pause, 
 first token` is a process of its own with empty caches that opens the artifact, loads its graphs, and runs one prefill
 and one decode step on weights that are there already. Floor: the larger of the FLOPs of the active weights and of
 causal attention over those of a large product, and the bytes of the weights, of experts those that were chosen, over
-the bandwidth of reading, both measured in the same run. The peer is transformers under torch.compile.
+the bandwidth of reading, both measured in the same run. The peer is transformers under torch.compile; with
+--peer inductor dsv3 also under our backend.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import bytes_read, compiled, drawn, peer_model
+from random_models import BACKENDS, bytes_read, compiled, drawn, peer_model
 from routes import watched
 from timing import breakdown, graphed, milliseconds, product_speed, read_speed
 from torch import Tensor
@@ -159,23 +161,27 @@ def head_widths(attention: MlaSpec | GqaSpec) -> tuple[int, int]:
     return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
 
 
-def peer_milliseconds(config: ModelConfig, length: int) -> dict[str, float]:
-    """transformers over the same prompt, compiled: replayed as a CUDA graph where it can be one, and called."""
+def peer_milliseconds(config: ModelConfig, length: int, backends: Sequence[str]) -> dict[str, dict[str, float]]:
+    """transformers over the same prompt, by the backend that compiled it: replayed as a CUDA graph where it can be one,
+    and called."""
     model, hf = peer_model(config)
     ids, _ = prompt(length, hf.vocab_size, "cuda")
     model.set_experts_implementation("grouped_mm")
-    run = torch.compile(model.forward)
+    found: dict[str, dict[str, float]] = {}
+    for backend in backends:
+        torch.compiler.reset()
+        run = torch.compile(model.forward, backend=BACKENDS[backend])
 
-    def step() -> Any:
-        with torch.no_grad():
-            return run(input_ids=ids, use_cache=True, logits_to_keep=1).logits
+        def step(run: Callable[..., Any] = run) -> Any:
+            with torch.no_grad():
+                return run(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
-    found = {"called": milliseconds(step, 5)}
-    try:
-        replay = graphed(step)
-        found |= {"replayed": milliseconds(replay, 5), "rested": milliseconds(replay, 10, REST)}
-    except RuntimeError as error:
-        print(f"transformers, {length} tokens: no CUDA graph: {str(error).splitlines()[0][:100]}")
+        found[backend] = {"called": milliseconds(step, 5)}
+        try:
+            replay = graphed(step)
+            found[backend] |= {"replayed": milliseconds(replay, 5), "rested": milliseconds(replay, 10, REST)}
+        except RuntimeError as error:
+            print(f"transformers, {length} tokens, {backend}: no CUDA graph: {str(error).splitlines()[0][:100]}")
     return found
 
 
@@ -203,7 +209,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="keep this many layers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--target", default="sm_90")
-    parser.add_argument("--peer", action="store_true", help="run transformers beside it")
+    parser.add_argument(
+        "--peer", nargs="*", choices=BACKENDS, help="run transformers beside it, compiled by these backends"
+    )
     parser.add_argument("--json", type=Path, default=Path("gpu_prefill.json"))
     parser.add_argument("--first-token", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
@@ -229,9 +237,10 @@ def main() -> None:
     for row in report["rows"]:
         computing = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
         row["floor_ms"] = max(computing, row["weight_bytes"] / report["read_TBps"] / 1e9)
+    args.peer = ["inductor"] if args.peer == [] else args.peer or []
     for row in report["rows"] if args.peer else []:
         try:
-            row["peers"] = peer_milliseconds(config, row["length"])
+            row["peers"] = peer_milliseconds(config, row["length"], args.peer)
         except (ImportError, RuntimeError) as error:
             row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -243,10 +252,11 @@ def main() -> None:
         line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms"
         line += f", rested {row['rested_ms']:.2f}, called {row['called_ms']:.2f}"
         line += f"  floor {row['floor_ms']:9.2f} ms"
-        if args.peer:
-            shown = ", ".join(f"{how} {ms:.2f} ms" for how, ms in row.get("peers", {}).items())
-            line += f"  transformers: {shown or row['peer']}"
         print(line)
+        for backend, times in row.get("peers", {}).items():
+            print(f"    transformers, {backend}: {', '.join(f'{how} {ms:.2f} ms' for how, ms in times.items())}")
+        if "peer" in row:
+            print(f"    transformers: {row['peer']}")
         for kernel in row.get("kernels", [])[:12]:
             print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ import torch
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact, Port
+from dsv3_compile.backend import dsv3
 from dsv3_compile.driver import build
 from dsv3_compile.options import OptionError, Options
 from dsv3_compile.packaging import write_artifact
 from model_def.config import ModelConfig
+
+# Of torch.compile. Ours as itself, since the project need not be installed where this runs; without certificates, which
+# the tests are for.
+BACKENDS: dict[str, Any] = {"inductor": "inductor", "dsv3": partial(dsv3, options={"verify": False})}
 
 # Fields that transformers writes otherwise, or that change no time.
 OTHERWISE_THERE = ("model_type", "rope_theta", "rope_scaling", "quantization_config", "torch_dtype", "eos_token_id")
