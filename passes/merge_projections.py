@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, is_call, shape_of, sweep, told
-from passes.nodes import bring_before, dtype_of, erase_dead, from_weights, settled, weights_only
+from passes.nodes import CASTS, RESHAPES, bring_before, dtype_of, erase_dead, from_weights, settled, users, weights_only
 from passes.products import product_of
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -38,7 +38,8 @@ class MergeProjections(Pass):
        b = x · Wbᵀ           →
 
     The same for grouped products and einsums with one weight. Only weights are put side by side, so that it is done
-    once, when they are bound.
+    once, when they are bound. On a GPU a router's product is left alone: it shares a launch with the norm, and what
+    else reads the same tokens, most often a shared expert, one with the other experts.
     """  # fmt: skip
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
@@ -50,10 +51,28 @@ class MergeProjections(Pass):
             if projection is not None and weights.issuperset(projection.weights):
                 families.setdefault(projection.form, []).append(projection)
         for siblings in families.values():
+            if len(siblings) > 1 and context.target.backend != "cpu":
+                siblings = without_routers(siblings, outcome)
             if len(siblings) > 1:
                 outcome.matches.append(merge(graph, siblings))
         sweep(graph_module)
         return outcome
+
+
+def without_routers(siblings: list[Projection], outcome: Outcome) -> list[Projection]:
+    """Those that not only a routing reads; the outcome says which were left."""
+    others = [sibling for sibling in siblings if not only_routes(sibling.node)]
+    for sibling in siblings:
+        if sibling not in others:
+            outcome.refuse(sibling.node, "a router's product is better merged with the norm before it")
+    return others
+
+
+def only_routes(node: fx.Node) -> bool:
+    """Is a value read by routings alone, through casts and views?"""
+    readers = users(node)
+    passing = (*CASTS, *RESHAPES)
+    return bool(readers) and all(is_call(r, dsv3.route) or (is_call(r, *passing) and only_routes(r)) for r in readers)
 
 
 def projection_of(node: fx.Node) -> Projection | None:

@@ -22,6 +22,7 @@ from tests.passes.capture import (
     tensor,
     untouched,
 )
+from tests.passes.harness import apply, reasons
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
@@ -114,3 +115,36 @@ def test_a_weight_computed_late_is_moved_up():
 )
 def test_near_misses(function):
     assert untouched(MergeProjections(), graph_with(function, a=(3, D), b=(5, D))) == ""
+
+
+ROUTING = (None, "softmax", 2, 1, 1, "max", 0.0, False, 0.0, 1.0)
+
+
+def routed_beside_others(m, x, logits_too=False):
+    tokens = x.unflatten(0, (1, -1))
+    logits = F.linear(tokens, m.router).flatten(0, 1)
+    shared = F.linear(tokens, m.a) * F.linear(tokens, m.b)
+    return (*dsv3.route(logits, *ROUTING), shared, *((logits,) if logits_too else ()))
+
+
+@pytest.mark.parametrize(
+    ("on", "logits_too", "left"),
+    [("sm_90", False, 2), ("gfx942", False, 2), ("cpu", False, 1), ("sm_90", True, 1)],
+    ids=["sm_90", "gfx942", "cpu", "read by others"],
+)
+def test_a_product_that_only_routes_is_left_alone_on_a_gpu(on, logits_too, left):
+    def function(m, x):
+        return routed_beside_others(m, x, logits_too)
+
+    graph = graph_with(function, router=(5, D), a=(3, D), b=(3, D))
+    outcome = apply(MergeProjections(), graph, on=on)
+    assert len(outcome.matches) == 1 and count(graph, aten.linear) == left
+    assert reasons(outcome) == ("a router's product is better merged with the norm before it" if left == 2 else "")
+
+
+def test_routers_and_nothing_else():
+    def function(m, x):
+        return *dsv3.route(F.linear(x, m.a), *ROUTING), *dsv3.route(F.linear(x, m.b), *ROUTING)
+
+    graph = graph_with(function, a=(3, D), b=(5, D))
+    assert not apply(MergeProjections(), graph).matches and count(graph, aten.linear) == 2
