@@ -173,10 +173,12 @@ def mla_attention(
     q_latent, q_rope, latent, rope_key = (packed(x) for x in (q_latent, q_rope, latent, rope_key))
     batch, queries, heads, rank = q_latent.shape
     rows, rope, device = queries * heads, q_rope.shape[3], q_latent.device
+    out = torch.empty((batch, queries, heads, rank), dtype=q_latent.dtype, device=device)
+    if out.numel() == 0:
+        return out
     block = BLOCK_M_FEW if rows <= BLOCK_M_FEW else BLOCK_M_MANY
     tiles = cdiv(rows, block)
     splits = max(1, min(PROGRAMS // (tiles * batch), cdiv(latent.shape[1], MIN_SPLIT)))
-    out = torch.empty((batch, queries, heads, rank), dtype=q_latent.dtype, device=device)
     parts, maxima, sums = out, None, None
     if splits > 1:
         parts = torch.empty((batch, splits, rows, rank), dtype=torch.float32, device=device)

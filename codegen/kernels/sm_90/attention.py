@@ -57,11 +57,13 @@ def attention(
     q_rope [B, S, H, R] and k_rope [B, T, G or 1, R]."""
     q, k, q_rope, k_rope = in_parts(q, k, q_rope, k_rope)
     batch, queries, heads, width = q.shape
+    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
     rope = 0 if q_rope is None else q_rope.shape[3]
     # Tiles of keys are as high as the sums in a thread's registers and the rings in shared memory leave room for.
     height = 64 if v.shape[3] > 128 or width + rope > 192 else 128
     row_tiles, lines = cdiv(queries, TILE_ROWS), batch * heads
-    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     read = k.shape[1] * (k.shape[2] * (width + rope + v.shape[3])) * batch * k.element_size()
     more = 64 if width == 192 else 0
     q, q_more = q.split([width - more, more], -1) if more else (q, q)

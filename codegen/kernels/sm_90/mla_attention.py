@@ -93,6 +93,8 @@ def mla_attention(
     """q_latent [B, S, H, C], q_rope [B, S, H, R], latent [B, T, C], rope_key [B, T, R], positions [B, S] int64
     → [B, S, H, C]; all bfloat16.
     """
+    if q_latent.numel() == 0:
+        return torch.empty_like(q_latent)
     latent_rows, step = cache_view(latent)
     rope_rows, rope_step = cache_view(rope_key)
     if step != rope_step:
@@ -108,6 +110,8 @@ def paged_mla_attention(
 
     Row t of request b lies in page table[b, t // 64] at t % 64.
     """
+    if q_latent.numel() == 0:
+        return torch.empty_like(q_latent)
     pages = (latent.reshape(-1, latent.shape[2]), rope_key.reshape(-1, rope_key.shape[2]))
     reach = table.shape[0] * table.shape[1] * TILE
     return decode(q_latent, q_rope, *pages, table, table.stride(0), positions, scale, reach)

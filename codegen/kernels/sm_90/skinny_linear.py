@@ -231,6 +231,8 @@ def why_not_skinny(x: Tensor, weight: Tensor) -> str | None:
     """None, or the reason why another product must be used."""
     if x.dtype not in (torch.bfloat16, torch.float16) or x.dtype != weight.dtype:
         return f"{x.dtype} times {weight.dtype}: tensor copies and products want one 16-bit float"
+    if x.shape[0] == 0:
+        return "no rows"
     if x.shape[0] > MOST_ROWS:
         return f"{x.shape[0]} rows; reading weights is not what limits a product of more than {MOST_ROWS}"
     if weight.shape[1] % (8 * slices_for(weight.shape[0], x.shape[0])):
