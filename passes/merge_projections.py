@@ -38,8 +38,8 @@ class MergeProjections(Pass):
        b = x · Wbᵀ           →
 
     The same for grouped products and einsums with one weight. Only weights are put side by side, so that it is done
-    once, when they are bound. On a GPU a router's product is left alone: it shares a launch with the norm, and what
-    else reads the same tokens, most often a shared expert, one with the other experts.
+    once, when they are bound. On a GPU a router's product stays apart, so that a shared expert, which reads the same
+    tokens, can join the others.
     """  # fmt: skip
 
     def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
@@ -61,10 +61,12 @@ class MergeProjections(Pass):
 
 def without_routers(siblings: list[Projection], outcome: Outcome) -> list[Projection]:
     """Those that not only a routing reads; the outcome says which were left."""
-    others = [sibling for sibling in siblings if not only_routes(sibling.node)]
+    others = []
     for sibling in siblings:
-        if sibling not in others:
-            outcome.refuse(sibling.node, "a router's product is better merged with the norm before it")
+        if only_routes(sibling.node):
+            outcome.refuse(sibling.node, "a router's product stays apart, so that shared experts can join the others")
+        else:
+            others.append(sibling)
     return others
 
 

@@ -139,7 +139,9 @@ def test_a_product_that_only_routes_is_left_alone_on_a_gpu(on, logits_too, left)
     graph = graph_with(function, router=(5, D), a=(3, D), b=(3, D))
     outcome = apply(MergeProjections(), graph, on=on)
     assert len(outcome.matches) == 1 and count(graph, aten.linear) == left
-    assert reasons(outcome) == ("a router's product is better merged with the norm before it" if left == 2 else "")
+    assert reasons(outcome) == (
+        "a router's product stays apart, so that shared experts can join the others" if left == 2 else ""
+    )
 
 
 def test_routers_and_nothing_else():
