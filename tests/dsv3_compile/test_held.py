@@ -8,8 +8,7 @@ from torch import nn
 from codegen.targets import target
 from dsv3_compile.held import hold_shared
 from passes.base import calls
-from tests.passes.capture import tensor
-from tests.passes.harness import module_graph
+from tests.passes.capture import module_graph, tensor
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

@@ -8,7 +8,7 @@ from passes.base import Context, Workload, is_call
 from passes.pipeline import FOREIGN_PIPELINE, Pipeline
 from passes.verify import Specimen
 from tests.foreign import mla_zoo as zoo
-from tests.passes.harness import module_graph
+from tests.passes.capture import module_graph
 
 ATTENTION = Pipeline(FOREIGN_PIPELINE[: [one.name() for one in FOREIGN_PIPELINE].index("close-attention") + 1])
 ANY = Context("any", target("cpu"), Workload(0, 0, 0))  # sizes are those in the graph

@@ -1,28 +1,27 @@
-"""What the pass tests share: layers of the family with odd sizes, capture, and running one pass under certificate."""
+"""What pass tests capture: layers of the family with odd sizes, layers of models, and small modules."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 import codegen.ops  # noqa: F401  defines torch.ops.dsv3
 from codegen.targets import TARGETS
-from dsv3_compile.tracing import Input, capture_module
+from dsv3_compile.capture import layer_inputs as model_layer_inputs
+from dsv3_compile.tracing import Input, capture_fake, capture_module
+from model_def.config import ModelConfig
 from model_def.decoder import Layer
 from model_def.specs import DenseSpec, LayerSpec, MlaSpec, MoeSpec, RoutingSpec
-from passes.base import Context, Outcome, Pass, Role, Workload, calls
-from passes.bisection import relative_error
+from passes.base import Context, Role, Workload
 from passes.canonicalise import Canonicalise
-from passes.inputs import draw, recipes, size_values
-from passes.verify import EXACT, clone, run_float64
+from passes.inputs import draw, recipes
+from passes.verify import clone
 
 CONTEXT = Context("prefill", TARGETS["cpu"], Workload(3, 5, 11))
 
@@ -71,6 +70,22 @@ def _captured_layer(spec: LayerSpec, queries: int | str, dtype: torch.dtype) -> 
     return graph_of(Layer(spec, dtype), layer_inputs(spec, queries, dtype))
 
 
+def model_layer(config: ModelConfig, layer: int, dtype: torch.dtype) -> fx.GraphModule:
+    """One decoder layer of a model as a graph."""
+    return clone(_captured_model_layer(config, layer, dtype))
+
+
+@functools.cache  # capture takes seconds
+def _captured_model_layer(config: ModelConfig, layer: int, dtype: torch.dtype) -> fx.GraphModule:
+    spec = config.layer(layer)
+    return capture_fake(functools.partial(Layer, spec, dtype), model_layer_inputs(config, spec, dtype))
+
+
+def module_graph(module: nn.Module, *inputs: Input) -> fx.GraphModule:
+    """A module as it was captured."""
+    return capture_module(module, inputs)
+
+
 def graph_of(module: nn.Module, inputs: Sequence[Input]) -> fx.GraphModule:
     """A module, captured and canonical."""
     graph_module = capture_module(module, inputs)
@@ -81,35 +96,3 @@ def graph_of(module: nn.Module, inputs: Sequence[Input]) -> fx.GraphModule:
 def random_inputs(module: fx.GraphModule, sizes: Mapping[sympy.Symbol, int], seed: int) -> dict[str, Tensor]:
     """Seeded inputs of a captured graph by placeholder name."""
     return draw(recipes(module, sizes), seed)
-
-
-def certified(rewrite: Pass, graph_module: fx.GraphModule, seeds: Sequence[int] = (0, 1)) -> Outcome:
-    """Run one pass and compare the graph before and after it in float64 on random inputs."""
-    before = clone(graph_module)
-    outcome = rewrite.run(graph_module, CONTEXT)
-    sizes = size_values(before)
-    for seed in seeds:
-        inputs = random_inputs(before, sizes, seed)
-        expected, found = (tree_leaves(run_float64(module, inputs)[0]) for module in (before, graph_module))
-        assert len(found) == len(expected)
-        for one, other in zip(found, expected, strict=True):
-            assert torch.isfinite(other).all() and other.abs().max() > 0
-            assert relative_error(one, other) <= EXACT
-    return outcome
-
-
-def untouched(rewrite: Pass, graph_module: fx.GraphModule) -> str:
-    """Run one pass that must leave the graph as it is, and return the reason it gives, '' for none.
-
-    Numbers at the end of node names differ from one torch to the next and are cut off.
-    """
-    before = [node.name for node in graph_module.graph.nodes]
-    outcome = rewrite.run(graph_module, CONTEXT)
-    assert not outcome.matches
-    assert [node.name for node in graph_module.graph.nodes] == before
-    assert len(outcome.refusals) <= 1, outcome.refusals
-    return re.sub(r"_\d+\b", "", outcome.refusals[0].reason) if outcome.refusals else ""
-
-
-def count(graph_module: fx.GraphModule, *targets: object) -> int:
-    return sum(1 for _ in calls(graph_module.graph, *targets))

@@ -1,60 +1,62 @@
-"""Run one pass on a small module: capture once, certify in float64, report."""
+"""Running one pass on a graph, certified in float64, and what it reports."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import re
+from collections.abc import Sequence
 
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from codegen.targets import target
-from dsv3_compile.capture import layer_inputs
-from dsv3_compile.tracing import Input, capture_fake, capture_module
-from model_def.config import ModelConfig
-from model_def.decoder import Layer
 from passes.base import Context, Outcome, Pass, Workload, is_call, sweep
-from passes.verify import Specimen, clone
-from tests.passes.mla import Mla, inputs
+from passes.bisection import relative_error
+from passes.inputs import size_values
+from passes.verify import EXACT, Specimen, clone, run_float64
+from tests.passes.capture import CONTEXT, random_inputs
 
 LONG = {"prefill": Workload(1, 4096, 4096), "decode": Workload(1, 1, 4096), "any": Workload(0, 0, 0)}
-
-
-def layer_graph(config: ModelConfig, layer: int, dtype: torch.dtype) -> fx.GraphModule:
-    """One decoder layer of a model as a graph."""
-    return clone(_captured_layer(config, layer, dtype))
-
-
-def mla_graph(variant: type[Mla] = Mla, queries: int | str = 1, **options: Any) -> fx.GraphModule:
-    """One of the hand-written attentions as a graph; `options` are its sizes."""
-    return clone(_captured_mla(variant, queries, tuple(sorted(options.items()))))
-
-
-def module_graph(module: nn.Module, *inputs: Input) -> fx.GraphModule:
-    return capture_module(module, inputs)
-
-
-@functools.cache  # capture takes seconds
-def _captured_layer(config: ModelConfig, layer: int, dtype: torch.dtype) -> fx.GraphModule:
-    spec = config.layer(layer)
-    return capture_fake(functools.partial(Layer, spec, dtype), layer_inputs(config, spec, dtype))
-
-
-@functools.cache
-def _captured_mla(variant: type[Mla], queries: int | str, options: tuple[tuple[str, Any], ...]) -> fx.GraphModule:
-    sizes = {name: size for name, size in options if name in ("hidden", "rank", "rope")}
-    return capture_module(variant(**dict(options)), inputs(queries=queries, **sizes))
 
 
 def apply(
     one: Pass, graph: fx.GraphModule, phase: str = "decode", on: str = "sm_90", workload: Workload | None = None
 ) -> Outcome:
-    """Run a pass and certify it: equal to 1e-10 in float64 on random ragged inputs, or CertificateError."""
+    """Run a pass, for a decode step on Hopper unless told otherwise, under the compiler's own certificate: equal to
+    1e-10 in float64 on random ragged inputs, or CertificateError."""
     specimen, before = Specimen.of(graph), clone(graph)
     outcome = one.run(graph, Context(phase, target(on), workload or LONG[phase]))
     sweep(graph)
     specimen.certify(before, one.name())
     return outcome
+
+
+def certified(rewrite: Pass, graph_module: fx.GraphModule, seeds: Sequence[int] = (0, 1)) -> Outcome:
+    """Run a pass, for a prompt on the CPU, and compare the graph before and after it without the compiler's help."""
+    before = clone(graph_module)
+    outcome = rewrite.run(graph_module, CONTEXT)
+    sizes = size_values(before)
+    for seed in seeds:
+        inputs = random_inputs(before, sizes, seed)
+        expected, found = (tree_leaves(run_float64(module, inputs)[0]) for module in (before, graph_module))
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.isfinite(other).all() and other.abs().max() > 0
+            assert relative_error(one, other) <= EXACT
+    return outcome
+
+
+def untouched(rewrite: Pass, graph_module: fx.GraphModule) -> str:
+    """Run one pass that must leave the graph as it is, and return the reason it gives, '' for none.
+
+    Numbers at the end of node names differ from one torch to the next and are cut off.
+    """
+    before = [node.name for node in graph_module.graph.nodes]
+    outcome = rewrite.run(graph_module, CONTEXT)
+    assert not outcome.matches
+    assert [node.name for node in graph_module.graph.nodes] == before
+    assert len(outcome.refusals) <= 1, outcome.refusals
+    return re.sub(r"_\d+\b", "", outcome.refusals[0].reason) if outcome.refusals else ""
 
 
 def count(graph: fx.GraphModule, *targets: object) -> int:

@@ -14,14 +14,7 @@ from model_def.specs import LayerSpec
 from passes.base import Context, Role, placeholders, sweep
 from passes.pipeline import DEFAULT_PIPELINE
 from passes.verify import clone
-from tests.passes.capture import (
-    DENSE_LAYER,
-    MLA_WITHOUT_QUERY_RANK,
-    V2_GREEDY,
-    V3_ROUTING,
-    layer_graph,
-    moe_layer,
-)
+from tests.passes.capture import DENSE_LAYER, MLA_WITHOUT_QUERY_RANK, V2_GREEDY, V3_ROUTING, layer_graph, moe_layer
 from tests.passes.harness import LONG
 
 

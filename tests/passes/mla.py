@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsv3_compile.tracing import Input
+from dsv3_compile.tracing import Input, capture_module
 from passes.base import Role
+from passes.verify import clone
 
 
 class Mla(nn.Module):
@@ -68,3 +71,14 @@ def inputs(hidden: int = 20, rank: int = 24, rope: int = 6, queries: int | str =
         Input("latent_BTC", Role.CACHE, ("B", "T", rank), torch.float32),
         Input("rope_key_BTR", Role.CACHE, ("B", "T", rope), torch.float32),
     ]
+
+
+def mla_graph(variant: type[Mla] = Mla, queries: int | str = 1, **options: Any) -> fx.GraphModule:
+    """One of the hand-written attentions as a graph; `options` are its sizes."""
+    return clone(_captured_mla(variant, queries, tuple(sorted(options.items()))))
+
+
+@functools.cache
+def _captured_mla(variant: type[Mla], queries: int | str, options: tuple[tuple[str, Any], ...]) -> fx.GraphModule:
+    sizes = {name: size for name, size in options if name in ("hidden", "rank", "rope")}
+    return capture_module(variant(**dict(options)), inputs(queries=queries, **sizes))

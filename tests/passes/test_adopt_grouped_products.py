@@ -8,7 +8,8 @@ import torch
 from passes.adopt_grouped_products import AdoptGroupedProducts
 from passes.cost import cost
 from tests.passes import test_group_experts as zoo
-from tests.passes.capture import CONTEXT, certified, count, untouched
+from tests.passes.capture import CONTEXT
+from tests.passes.harness import certified, count, untouched
 
 dsv3 = torch.ops.dsv3
 

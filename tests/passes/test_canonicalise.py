@@ -6,8 +6,8 @@ from torch import nn
 from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.canonicalise import Canonicalise
-from tests.passes.capture import CONTEXT
-from tests.passes.harness import apply, count, module_graph
+from tests.passes.capture import CONTEXT, module_graph
+from tests.passes.harness import apply, count
 
 aten = torch.ops.aten
 X = Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32)

@@ -7,7 +7,8 @@ from torch import nn
 from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.concatenate_slices import ConcatenateSlices
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph
+from tests.passes.harness import apply, count, reasons
 
 aten = torch.ops.aten
 INPUTS = (

@@ -14,7 +14,7 @@ from passes.contraction import CONTRACTIONS, NotLinear
 from passes.lifting import lift
 from passes.verify import Specimen, clone
 from passes.writing import Writer
-from tests.passes.harness import module_graph
+from tests.passes.capture import module_graph
 
 aten = torch.ops.aten
 

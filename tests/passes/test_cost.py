@@ -17,8 +17,7 @@ from passes.inputs import size_values
 from passes.pipeline import DEFAULT_PIPELINE
 from passes.verify import clone, run_float64
 from tests.dsv3_compile.tiny import TINY
-from tests.passes.capture import random_inputs, tensor
-from tests.passes.harness import layer_graph, module_graph
+from tests.passes.capture import model_layer, module_graph, random_inputs, tensor
 
 DENSE, MOE = 0, 1
 
@@ -32,7 +31,7 @@ def counted(graph, inputs) -> int:
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("layer", [DENSE, MOE])
 def test_flops_before_and_after_every_pass_are_exactly_those_torch_counts(layer, phase):
-    graph = layer_graph(TINY, layer, torch.float32)
+    graph = model_layer(TINY, layer, torch.float32)
     if phase == "decode":
         graph = fix_sizes(graph, {"S": 1})
     sizes = size_values(graph)
@@ -86,7 +85,7 @@ def test_torchs_own_attention_counts_as_its_two_products():
 
 
 def test_costs_are_symbolic_in_batch_queries_and_context():
-    graph = layer_graph(TINY, DENSE, torch.float32)
+    graph = model_layer(TINY, DENSE, torch.float32)
     assert sympy.sympify(cost(graph.graph).flops).free_symbols == {B, S, T}
 
 
@@ -110,7 +109,7 @@ def decode_bytes_by_hand(config: ModelConfig, layer: int, context: int) -> int:
 @pytest.mark.parametrize(("preset", "layer"), [("deepseek-v2-lite", 1), ("deepseek-v3", 0), ("deepseek-v3", 60)])
 def test_decode_bytes_are_those_of_a_hand_count(preset, layer):
     config = PRESETS[preset]
-    graph = fix_sizes(layer_graph(config, layer, torch.bfloat16), {"S": 1})
+    graph = fix_sizes(model_layer(config, layer, torch.bfloat16), {"S": 1})
     for one in DEFAULT_PIPELINE:
         one.run(graph, Context("decode", target("sm_90"), Workload(8, 1, 4096)))
         sweep(graph)

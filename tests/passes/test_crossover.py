@@ -16,14 +16,14 @@ from passes.canonicalise import Canonicalise
 from passes.cost import B, T
 from passes.crossover import FormCost, changes, even_queries, even_queries_far, fastest, overtakes, price_forms
 from passes.pipeline import Pipeline
-from tests.passes.harness import layer_graph
+from tests.passes.capture import model_layer
 
 CONTEXT = Context("prefill", target("sm_90"), Workload(1, 4096, 4096))
 
 
 @functools.cache
 def forms(name: str = "deepseek-v3") -> dict[str, FormCost]:
-    graph = layer_graph(PRESETS[name], 0, torch.bfloat16)
+    graph = model_layer(PRESETS[name], 0, torch.bfloat16)
     Pipeline((Canonicalise(),)).run(graph, CONTEXT)
     return {price.form: price for price in price_forms(graph, CONTEXT)}
 
@@ -43,7 +43,7 @@ def test_even_forms_need_the_same_operations():
 
 def test_a_single_head_has_nothing_to_fold():
     config = dataclasses.replace(PRESETS["toy"], num_attention_heads=1)
-    graph = layer_graph(config, 0, torch.float32)
+    graph = model_layer(config, 0, torch.float32)
     Pipeline((Canonicalise(),)).run(graph, CONTEXT)
     assert [price.form for price in price_forms(graph, CONTEXT)] == ["expanded", "absorbed"]
 

@@ -18,8 +18,7 @@ from passes.pipeline import DEFAULT_PIPELINE, FOREIGN_PIPELINE
 from passes.scatter_one_hots import ScatterOneHots
 from passes.verify import CertificateError, Specimen, clone
 from tests.dsv3_compile import tiny
-from tests.passes.capture import tensor
-from tests.passes.harness import module_graph
+from tests.passes.capture import module_graph, tensor
 from tests.passes.test_mutations import WORKLOADS, Stage, mutants, spoiled
 from tests.passes.test_scatter_one_hots import HIDDEN, Experts, multiplied
 

@@ -13,9 +13,9 @@ from passes.inputs import size_values
 from passes.order_contractions import OrderContractions
 from passes.pipeline import Pipeline, RequirementError, check_required
 from passes.verify import clone, run_float64
-from tests.passes.capture import CONTEXT, random_inputs, tensor
-from tests.passes.harness import apply, count, layer_graph, mla_graph, module_graph, reasons
-from tests.passes.mla import HeadFirst, Mla
+from tests.passes.capture import CONTEXT, model_layer, module_graph, random_inputs, tensor
+from tests.passes.harness import apply, count, reasons
+from tests.passes.mla import HeadFirst, Mla, mla_graph
 
 dsv3 = torch.ops.dsv3
 
@@ -154,7 +154,7 @@ def test_the_nearest_miss_is_the_softmax_that_is_nearly_attention():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_definition_decodes_on_its_latent(dtype):
-    graph = layer_graph(PRESETS["toy"], 0, dtype)
+    graph = model_layer(PRESETS["toy"], 0, dtype)
     apply(OrderContractions(decode="absorbed"), graph)
     apply(FuseAttention(), graph)
     assert count(graph, dsv3.mla_attention) == 1

@@ -10,8 +10,8 @@ from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.fuse_attention_inputs import FuseAttentionInputs
 from passes.lower import Lower
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 from tests.passes.launches import LAYERS, layer_before
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3

@@ -14,17 +14,8 @@ from passes.base import Role, calls
 from passes.fuse_cache_write import FuseCacheWrite
 from passes.fuse_rotary import FuseRotary
 from passes.merge_projections import MergeProjections
-from tests.passes.capture import (
-    CONTEXT,
-    DENSE_LAYER,
-    MLA_WITHOUT_QUERY_RANK,
-    certified,
-    count,
-    graph_of,
-    layer_graph,
-    tensor,
-    untouched,
-)
+from tests.passes.capture import CONTEXT, DENSE_LAYER, MLA_WITHOUT_QUERY_RANK, graph_of, layer_graph, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

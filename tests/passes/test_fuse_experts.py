@@ -13,18 +13,8 @@ from passes.fuse_swiglu import FuseSwiglu
 from passes.merge_projections import MergeProjections
 from passes.nodes import dtype_of
 from passes.sparsify_experts import SparsifyExperts
-from tests.passes.capture import (
-    CONTEXT,
-    V2_GREEDY,
-    V3_ROUTING,
-    certified,
-    count,
-    graph_of,
-    layer_graph,
-    moe_layer,
-    tensor,
-    untouched,
-)
+from tests.passes.capture import CONTEXT, V2_GREEDY, V3_ROUTING, graph_of, layer_graph, moe_layer, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

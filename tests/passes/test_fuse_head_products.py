@@ -8,8 +8,8 @@ from torch import nn
 
 from passes.fuse_head_products import FuseHeadProducts
 from passes.launches import FEW_ROWS
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 from tests.passes.launches import LAYERS, layer_before
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3

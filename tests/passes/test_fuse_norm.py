@@ -9,7 +9,8 @@ from torch import nn
 
 from passes.base import calls
 from passes.fuse_norm import FuseNorm
-from tests.passes.capture import DENSE_LAYER, certified, count, graph_of, layer_graph, tensor, untouched
+from tests.passes.capture import DENSE_LAYER, graph_of, layer_graph, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

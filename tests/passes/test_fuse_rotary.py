@@ -10,16 +10,8 @@ from torch import nn
 
 from passes.base import calls
 from passes.fuse_rotary import FuseRotary
-from tests.passes.capture import (
-    DENSE_LAYER,
-    MLA_WITHOUT_QUERY_RANK,
-    certified,
-    count,
-    graph_of,
-    layer_graph,
-    tensor,
-    untouched,
-)
+from tests.passes.capture import DENSE_LAYER, MLA_WITHOUT_QUERY_RANK, graph_of, layer_graph, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes.fuse_router import FuseRouter
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 from tests.passes.launches import LAYERS, layer_before
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3

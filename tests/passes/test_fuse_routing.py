@@ -19,14 +19,12 @@ from tests.passes.capture import (
     V2_GROUPED,
     V3_ONE_GROUP,
     V3_ROUTING,
-    certified,
-    count,
     graph_of,
     layer_graph,
     moe_layer,
     tensor,
-    untouched,
 )
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from passes.fuse_routing import FuseRouting
-from tests.passes.capture import certified, count, untouched
+from tests.passes.harness import certified, count, untouched
 from tests.passes.test_fuse_routing import attributes, routing_graph
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3

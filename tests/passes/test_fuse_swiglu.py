@@ -11,8 +11,8 @@ from passes.base import calls
 from passes.fuse_swiglu import FuseSwiglu
 from passes.merge_projections import MergeProjections
 from passes.stream_products import StreamProducts
-from tests.passes.capture import CONTEXT, DENSE_LAYER, certified, count, graph_of, layer_graph, tensor, untouched
-from tests.passes.harness import apply, module_graph, reasons
+from tests.passes.capture import CONTEXT, DENSE_LAYER, graph_of, layer_graph, module_graph, tensor
+from tests.passes.harness import apply, certified, count, reasons, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

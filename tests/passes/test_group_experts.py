@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from passes.fuse_experts import FuseExperts
 from passes.fuse_swiglu import FuseSwiglu
 from passes.group_experts import GroupExperts
-from tests.passes.capture import CONTEXT, certified, count, graph_of, tensor, untouched
+from tests.passes.capture import CONTEXT, graph_of, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

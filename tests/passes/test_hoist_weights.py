@@ -6,7 +6,8 @@ from torch import nn
 from dsv3_compile.tracing import Input
 from passes.base import Role, placeholders
 from passes.hoist_weights import HoistWeights
-from tests.passes.harness import apply, module_graph
+from tests.passes.capture import module_graph
+from tests.passes.harness import apply
 
 X = Input("x_BSD", Role.ACTIVATION, ("B", "S", 6), torch.float32)
 

@@ -10,19 +10,8 @@ from torch import nn
 from passes.base import shape_of
 from passes.merge_projections import MergeProjections
 from passes.sparsify_experts import SparsifyExperts
-from tests.passes.capture import (
-    CONTEXT,
-    DENSE_LAYER,
-    V2_GREEDY,
-    certified,
-    count,
-    graph_of,
-    layer_graph,
-    moe_layer,
-    tensor,
-    untouched,
-)
-from tests.passes.harness import apply, reasons
+from tests.passes.capture import CONTEXT, DENSE_LAYER, V2_GREEDY, graph_of, layer_graph, moe_layer, tensor
+from tests.passes.harness import apply, certified, count, reasons, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from passes.base import calls
 from passes.merge_shared_experts import MergeSharedExperts
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 from tests.passes.launches import LAYERS, layer_before
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3

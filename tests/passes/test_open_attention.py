@@ -10,7 +10,8 @@ from passes.base import Role
 from passes.close_attention import CloseAttention
 from passes.nodes import SOFTMAX
 from passes.open_attention import OpenAttention
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph
+from tests.passes.harness import apply, count, reasons
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention

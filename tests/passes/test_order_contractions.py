@@ -11,8 +11,9 @@ from passes.base import Workload
 from passes.canonicalise import Canonicalise
 from passes.cost import T, cost
 from passes.order_contractions import OrderContractions
-from tests.passes.harness import apply, layer_graph, mla_graph, reasons
-from tests.passes.mla import HeadFirst, Mla
+from tests.passes.capture import model_layer
+from tests.passes.harness import apply, reasons
+from tests.passes.mla import HeadFirst, Mla, mla_graph
 
 DECODE, PREFILL = Workload(2, 1, 999), Workload(1, 4096, 4096)
 
@@ -67,7 +68,7 @@ def test_the_definition_absorbs_in_decode(preset, layer):
         config = dataclasses.replace(
             config, hidden_size=64, num_attention_heads=3, num_key_value_heads=3, kv_lora_rank=24, intermediate_size=40
         )
-    graph = layer_graph(config, layer, torch.float32)
+    graph = model_layer(config, layer, torch.float32)
     assert apply(OrderContractions(), graph).decision == {"decode": "absorbed+absorbed"}
 
 

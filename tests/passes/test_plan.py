@@ -9,7 +9,7 @@ from passes.chains import find_chains
 from passes.order_contractions import OrderContractions
 from passes.regions import groups_of
 from tests.foreign.mla_zoo import HeadFirst, inputs
-from tests.passes.harness import module_graph
+from tests.passes.capture import module_graph
 
 ANY = Context("any", target("cpu"), Workload(0, 0, 0))
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from passes.real_arithmetic import RealArithmetic
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 
 aten = torch.ops.aten
 

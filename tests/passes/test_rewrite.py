@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from passes.base import call
 from passes.rewrite import Found, Match, Number, Op, Pattern, Rewrite, Var
-from tests.passes.capture import CONTEXT, certified, count, graph_of, tensor, untouched
+from tests.passes.capture import CONTEXT, graph_of, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from torch import nn
 from passes.canonicalise import Canonicalise
 from passes.scatter_one_hots import ScatterOneHots
 from passes.sparsify_experts import SparsifyExperts
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 EXPERTS, CHOSEN, HIDDEN = 9, 3, 10

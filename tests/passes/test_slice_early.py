@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from passes.base import is_call, shape_of
 from passes.cuts import Cut, through_view
 from passes.slice_early import SliceEarly
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, reasons
 
 D, HEADS, EXPERTS, WIDTH = 12, 3, 5, 6
 dsv3 = torch.ops.dsv3

@@ -10,17 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes.sparsify_experts import SparsifyExperts
-from tests.passes.capture import (
-    V2_GREEDY,
-    V3_ROUTING,
-    certified,
-    count,
-    graph_of,
-    layer_graph,
-    moe_layer,
-    tensor,
-    untouched,
-)
+from tests.passes.capture import V2_GREEDY, V3_ROUTING, graph_of, layer_graph, moe_layer, tensor
+from tests.passes.harness import certified, count, untouched
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

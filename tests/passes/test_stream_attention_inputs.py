@@ -10,8 +10,8 @@ from dsv3_compile.tracing import Input
 from passes.base import Role
 from passes.launches import FEW_ROWS
 from passes.stream_attention_inputs import StreamAttentionInputs
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 

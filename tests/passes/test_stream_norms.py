@@ -11,8 +11,8 @@ from torch import nn
 from passes.fuse_router import FuseRouter
 from passes.launches import FEW_ROWS
 from passes.stream_norms import StreamNorms
-from tests.passes.capture import tensor
-from tests.passes.harness import apply, count, module_graph, reasons
+from tests.passes.capture import module_graph, tensor
+from tests.passes.harness import apply, count, reasons
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
