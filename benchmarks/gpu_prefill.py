@@ -237,12 +237,13 @@ def main() -> None:
     for row in report["rows"]:
         computing = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
         row["floor_ms"] = max(computing, row["weight_bytes"] / report["read_TBps"] / 1e9)
-    args.peer = ["inductor"] if args.peer == [] else args.peer or []
-    for row in report["rows"] if args.peer else []:
-        try:
-            row["peers"] = peer_milliseconds(config, row["length"], args.peer)
-        except (ImportError, RuntimeError) as error:
-            row["peer"] = str(error).splitlines()[0][:80]
+    if args.peer is not None:
+        args.peer = args.peer or ["inductor"]
+        for row in report["rows"]:
+            try:
+                row["peers"] = peer_milliseconds(config, row["length"], args.peer)
+            except (ImportError, RuntimeError) as error:
+                row["peer"] = str(error).splitlines()[0][:80]
     args.json.write_text(json.dumps(report, indent=2) + "\n")
     head = "{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s, {read_TBps:.2f} TB/s"
     print(head.format(**report))

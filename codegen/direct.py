@@ -26,7 +26,7 @@ class DirectLaunches:
         self.through_triton = kernel.run
         self.variable = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
         self.constant = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
-        self.known: dict[Any, tuple[Any, ...]] = {}  # code, and what it is launched with
+        self.known: dict[Any, tuple[CompiledKernel, list[Any]]] = {}  # code, and the constants it was made for
         self.layouts: list[Any] = []  # of known kinds, so that no other gets the identity of one of them
 
     def __call__(self, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel:
@@ -39,14 +39,13 @@ class DirectLaunches:
             code = self.through_triton(*arguments, grid=grid, warmup=warmup, **options)
             by_name = any(name in options for name in self.variable)
             if not warmup and not by_name and len(arguments) == len(self.variable):
-                constants = [options[name] for name in self.constant]
-                self.known[key] = code, code.run, code.function, code.packed_metadata, constants
+                self.known[key] = code, [options[name] for name in self.constant]
                 self.layouts += [value.layout for value in arguments if hasattr(value, "block_shape")]
             return code
-        code, run, function, metadata, constants = known
+        code, constants = known
         blocks = (*grid, 1, 1)[:3]
         stream = active.get_current_stream(device)
-        run(*blocks, stream, function, metadata, None, None, None, *given, *constants)
+        code.run(*blocks, stream, code.function, code.packed_metadata, None, None, None, *given, *constants)
         return code
 
 

@@ -18,7 +18,8 @@ from codegen.tuning import KERNELS, available, own_form
 
 
 def register(target: Target) -> None:
-    """Let every op that stays one call run its kernel for `target` on GPU tensors; once per process."""
+    """Let every op that stays one call run its kernel for `target` on GPU tensors, and NVIDIA's kernels be launched
+    directly; for the whole process, once."""
     for op in OPAQUE:
         if available(op, target):
             serve(op, "CUDA", launcher(op, target))
