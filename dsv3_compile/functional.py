@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import detect_fake_mode
+from torch._guards import CompileContext, detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
@@ -100,7 +100,10 @@ def _rebuilt(exported: fx.GraphModule, originals: Sequence[fx.Node]) -> fx.Graph
             original = next(remaining)
             copies[node] = graph.placeholder(short_name(original.name))
             copies[node].target = copies[node].name  # which is told apart where two short names are the same
-            copies[node].meta = {"val": node.meta["val"], "role": role_of(original)}
+            copies[node].meta = {
+                "val": node.meta["val"], "role": role_of(original), "stays": _stays(original),
+                "source": getattr(original, "_dynamo_source", None),
+            }  # fmt: skip
         elif node.op == "output":
             graph.output(tuple(fx.node.map_arg(node.args[0], copies.__getitem__)))
         elif node.target not in SWITCHES:
@@ -150,6 +153,11 @@ def from_module(placeholder: fx.Node) -> bool:
     return guard is not None and (guard.is_unspecialized_nn_module() or guard.is_specialized_nn_module())
 
 
+def _stays(placeholder: fx.Node) -> bool:
+    """Will an input of Dynamo's lie at the same address in the next call? Of a module, or marked by its owner."""
+    return bool((placeholder.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type"))
+
+
 def short_name(name: str) -> str:
     """`l_self_modules_layers_modules_0_parameters_weight_` → `layers_0_weight`."""
     name = re.sub(r"^l_+(self_+)?|_+$", "", name)
@@ -189,7 +197,21 @@ def callable_again(rewritten: Functional) -> fx.GraphModule:
     for number, (target, views) in shown.items():
         returned[number] = _view_again(graph, target, views)
     graph.output(tuple(returned))
-    return fx.GraphModule(rewritten.module, graph)
+    return _as_from_dynamo(fx.GraphModule(rewritten.module, graph))
+
+
+def _as_from_dynamo(module: fx.GraphModule) -> fx.GraphModule:
+    """Tell Inductor which inputs stay where they are, in Dynamo's terms, the only ones it reads.
+
+    Without, a recorded graph (mode="reduce-overhead") has a copy of every weight and fills it at every call, and a call
+    looks at every address.
+    """
+    module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
+    module._param_name_to_source = {}  # parameters are inputs here
+    for node in placeholders(module.graph):
+        node._dynamo_source = node.meta.get("source")
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if node.meta.get("stays") else {}
+    return module
 
 
 def _shown_input(value: fx.Node, owner: Hashable, updates: Sequence[tuple[fx.Node, fx.Node, Hashable]]) -> Shown | None:

@@ -148,7 +148,7 @@ def functional_of(exported: ExportedProgram) -> tuple[Functional, list[Tensor]]:
             copies[node] = graph.placeholder(short_name(str(target).replace(".", "_")))
             copies[node].target = copies[node].name  # which is told apart where two short names are the same
             role = Role.WEIGHT if own and target not in overwritten else Role.INPUT
-            copies[node].meta = {"val": node.meta["val"], "role": role}
+            copies[node].meta = {"val": node.meta["val"], "role": role, "stays": own}
         elif node.op == "output":
             results = node.args[0]
             graph.output(tuple(fx.node.map_arg(results, copies.__getitem__)))
