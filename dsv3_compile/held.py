@@ -1,11 +1,11 @@
-"""What every layer's kernels read and no kernel computes, computed once: positions, angles."""
+"""What every layer reads and none computes, computed once: positions, angles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from codegen.targets import Target
 from passes.base import ancestors, call, is_call
@@ -15,16 +15,23 @@ from passes.products import sources_of_dims
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
 
 
+COSTLY = (aten.cos, aten.sin)  # of large angles: dozens of instructions
+
+
 def hold_shared(graph: fx.Graph, target: Target) -> None:
-    """k(f(x)), l(f(x)), …    →    y = hold(f(x));  k(y), l(y), …
+    """k(f(x)), l(f(x)), …                →    y = hold(f(x));  k(y), l(y), …
+       (W x) · cos(a), (V x) · cos(a), …  →    y = hold(cos(a));  (W x) · y, (V x) · y, …
 
     Inductor computes f(x) anew for each of the calls, and fuses that only where they are close together: a step would
-    have a launch of its own between the kernels of every few layers.
-    """
+    have a launch of its own between the kernels of every few layers. Sines it computes anew for every number that
+    they are multiplied with, in every layer: a rotation takes three times as long.
+    """  # fmt: skip
+    given = of_positions(graph)
     for node in list(graph.nodes):
         if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
             continue
-        if len(set(kernels(node, target))) > 1 and not any(runs_kernel(one, target) for one in ancestors(node)):
+        several = len(set(kernels(node, target))) > 1 and not any(runs_kernel(one, target) for one in ancestors(node))
+        if several or (is_call(node, *COSTLY) and node in given and len(set(readers_beyond(node, given))) > 1):
             with graph.inserting_after(node):
                 held = call(graph, dsv3.hold.default, node, like=node)
             node.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)
@@ -37,3 +44,26 @@ def kernels(node: fx.Node, target: Target) -> Iterator[fx.Node]:
             yield user
         elif sources_of_dims(user) is not None or is_call(user, *REGROUPINGS, aten.slice):
             yield from kernels(user, target)
+
+
+def of_positions(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed of integers and vectors alone, such as positions and frequencies: the same for every layer."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function":
+            same = found.issuperset(node.all_input_nodes)
+        else:
+            same = not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2
+        if same and node.op != "output":
+            found.add(node)
+    return found
+
+
+def readers_beyond(node: fx.Node, given: set[fx.Node]) -> Iterator[fx.Node]:
+    """Who reads a value, directly or through others that are given, and is not given."""
+    for user in node.users:
+        if user in given:
+            yield from readers_beyond(user, given)
+        else:
+            yield user

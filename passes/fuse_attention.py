@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from codegen.targets import Target
+from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.lifting import is_product_throughout, lift
@@ -36,7 +38,9 @@ class FuseAttention(Pass):
        out = P · v   with one product q · kᵀ   →   attention(q, k, v, positions, scale)
 
     The mask must be "cached position ≤ query position", or none; scores and shares must have no other users. Cores
-    whose keys and values are multiplied out for every head are left alone unless `expanded`.
+    whose keys and values are multiplied out for every head are what torch's attention is for: unless `expanded`, they
+    are left to it, but where keys would have to be put together for it from parts, or it was not called, and the target
+    has a kernel of its own.
     """
 
     expanded: bool = True
@@ -46,7 +50,7 @@ class FuseAttention(Pass):
         for softmax in calls(graph, *SOFTMAX):
             try:
                 core = read_core(softmax)
-                node = write_core(graph, core, self.expanded)
+                node = write_core(graph, core, self.expanded, context.target)
             except NotAttention as refusal:
                 reached = 0 if refusal.node is None else steps_between(softmax, refusal.node)
                 outcome.refuse(softmax, str(refusal), reached)
@@ -74,6 +78,7 @@ class Core:
     scores_value: Value
     visible: Visible
     scale: float  # of the first product; others are scaled through their queries
+    torchs: bool  # torch's own attention, opened
 
 
 def read_core(softmax: fx.Node) -> Core:
@@ -93,7 +98,8 @@ def read_core(softmax: fx.Node) -> Core:
         if len(node.users) != 1:
             raise NotAttention(f"{node.name} is used outside the attention as well", node)
     value = lift_shallow(scores)
-    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale)
+    torchs = is_call(softmax, aten._safe_softmax)
+    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale, torchs)
 
 
 def only_path(node: fx.Node, *through: object) -> fx.Node:
@@ -146,15 +152,13 @@ def shallow(term: Term) -> Term:
     return Term(tuple(o for _, o in order), (), term.scale)
 
 
-def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
+def write_core(graph: fx.Graph, core: Core, expanded: bool, target: Target) -> fx.Node:
     """Insert the op that fits, in place of the core's last product."""
     out_terms, score_terms = core.out_value.terms, core.scores_value.terms
     plain = all(len(t.operands) == 2 for t in (*out_terms, *score_terms))
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands", core.scores)
     shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
-    if not expanded and is_product_throughout(lift(values.node)):
-        raise NotAttention(f"the values {values.node.name} are multiplied out for every cached position", values.node)
     groups = core.scores_value.dims
     queries = core.visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
     axes, out_axes = Axes.of(groups, queries), Axes.of(dims_of(shares), queries)
@@ -166,6 +170,11 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
         raise NotAttention(
             f"queries, keys, values and result are of different dtypes: {', '.join(sorted(dtypes))}", core.out
         )
+    if not expanded and is_product_throughout(lift(values.node)):
+        reason = why_left_to_torch(core, sides, values, axes, out_axes, target)
+        if reason is not None:
+            multiplied = f"the values {values.node.name} are multiplied out for every cached position"
+            raise NotAttention(f"{multiplied}, and {reason}", values.node)
     with graph.inserting_before(core.out):
         writer = Writer(graph, core.out)
         latent = next((key for _, key, _ in sides if identity(key) == identity(values)), None)
@@ -174,6 +183,31 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool) -> fx.Node:
         else:
             node = grouped_core(writer, core, sides, values, axes, out_axes)
         return arrange_output(writer, node, core, values, out_axes)
+
+
+def why_left_to_torch(
+    core: Core, sides: Sequence[Side], values: Operand, axes: Axes, out_axes: Axes, target: Target
+) -> str | None:
+    """Why torch's attention is to be used for keys and values of every head, or None."""
+    own = own_form("attention", target)
+    if own is None:
+        return f"{target.name} has no kernel of its own for attention"
+    keys = [key for _, key, _ in sides]
+    if core.torchs and len(keys) == 1 and not is_put_together(keys[0].node):
+        return f"the keys {keys[0].node.name} lie together as torch's attention takes them"
+    key_widths, width = [axes.width(key).size for key in keys], out_axes.width(values).size
+    if not all(isinstance(one, int) for one in (*key_widths, width)):
+        return "the width of a head is free"
+    widths = sum(key_widths), sum(key_widths), width
+    q, k, v = (torch.empty((1, 1, 1, one), dtype=dtype_of(values.node), device="meta") for one in widths)
+    return own.serves(q, k, v, torch.empty((1, 1), dtype=torch.int64, device="meta"), core.scale)
+
+
+def is_put_together(keys: fx.Node) -> bool:
+    """Are these parts of every head side by side?"""
+    while is_call(keys, *REARRANGEMENTS):
+        keys = keys.args[0]
+    return is_call(keys, aten.cat) and len(keys.args) > 1 and keys.args[1] in (-1, len(shape_of(keys)) - 1)
 
 
 def query_nodes(writer: Writer, core: Core, sides: Sequence[Side], axes: Axes) -> list[fx.Node]:

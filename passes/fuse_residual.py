@@ -11,7 +11,7 @@ from torch import fx
 
 from passes.base import Context, call, is_call, shape_of, told
 from passes.fuse_norm import is_residual_sum
-from passes.launches import FuseLaunches, has_many_rows, only_reader, regroup, regrouped_from
+from passes.launches import FuseLaunches, has_many_rows, only_reader, regroup, regrouped_from, why_not_few
 from passes.nodes import dtype_of, erase_dead, same_shape, why_no_product
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -34,9 +34,12 @@ class FuseResidual(FuseLaunches):
 
     Not where somebody else reads the product, nor of a product of many rows before a norm: the library's product copies
     a residual before it adds, and the norm reads it anyway. Where two products are added, the later one takes the sum.
+    Unless `many`, nor of any product that is not known to have few rows: whoever compiles the rest fuses the sum with
+    what reads it.
     """  # fmt: skip
 
     op: ClassVar[str] = "linear"
+    many: bool = True
 
     def when(self, node: fx.Node) -> str | None:
         if not is_call(node, dsv3.add_rms_norm) and not is_residual_sum(node):
@@ -49,7 +52,11 @@ class FuseResidual(FuseLaunches):
 
     def outside(self, node: fx.Node, context: Context) -> str | None:
         product = first_that_fits(node).product
-        if not is_call(node, dsv3.add_rms_norm) or not is_call(product, aten.linear):
+        if not is_call(product, aten.linear):
+            return None
+        if not self.many:
+            return why_not_few(product, shape_of(product)[:-1], context)
+        if not is_call(node, dsv3.add_rms_norm):
             return None
         if not has_many_rows(shape_of(product)[:-1], context):
             return None

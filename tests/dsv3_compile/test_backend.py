@@ -186,6 +186,29 @@ def test_a_gpu_gets_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("family", ["V3", "V2 greedy"])
+def test_a_prompt_on_a_gpu_attends_to_keys_in_parts_and_leaves_products_alone(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: compiled.append(module) or module.forward)
+    monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])
+    monkeypatch.setattr(dispatch, "register", lambda _: None)
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512, hidden_size=512)
+    model = FAMILY[family](num_hidden_layers=2, **widths).bfloat16()
+    ids = torch.randint(97, (1, 70), generator=torch.Generator().manual_seed(3))
+    expected = model(ids, use_cache=True).logits
+    found = torch.compile(model, backend="dsv3")(ids, use_cache=True).logits
+    errors = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+    assert errors.median() <= 2e-2, errors  # a tie may send a token to another expert
+    (graph,) = (module.graph for module in compiled)
+    attentions = list(calls(graph, torch.ops.dsv3.attention))
+    assert len(attentions) == 2 and all(node.args[6].meta["val"].shape == (1, 70, 1, 64) for node in attentions)
+    assert len(list(calls(graph, torch.ops.dsv3.hold))) == 2  # sines and cosines of the angles
+    products = list(calls(graph, *(getattr(torch.ops.dsv3, op) for op in ("linear", "linear_call"))))
+    assert [node.args[4] for node in products] == [True]  # the router's
+
+
+@pytest.mark.parametrize("family", ["V3", "V2 greedy"])
 def test_a_gpu_serves_caches_that_grow(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "inductor", lambda module, *_: module.forward)
     monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])

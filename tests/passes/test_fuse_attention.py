@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from model_def.presets import PRESETS
 from passes.base import calls
 from passes.fuse_attention import FuseAttention
 from passes.inputs import size_values
+from passes.open_attention import OpenAttention
 from passes.order_contractions import OrderContractions
 from passes.pipeline import Pipeline, RequirementError, check_required
 from passes.verify import clone, run_float64
@@ -61,6 +63,54 @@ def test_only_values_that_are_products_throughout_are_multiplied_out():
     assert not outcome.matches and "multiplied out for every cached position" in reasons(outcome)
     apply(OrderContractions(decode="absorbed"), graph)
     assert apply(FuseAttention(expanded=False), graph).matches == ["softmax: mla_attention"]
+
+
+class Prompt(Mla):
+    """A prompt of heads as wide as Hopper's kernel has them, through torch's attention or by hand; `parts` makes whole
+    keys of it."""
+
+    def __init__(self, by_torch: bool, parts: bool = True):
+        super().__init__(nope=64, rope=32, value=64)
+        self.by_torch, self.parts = by_torch, parts
+        self.to(torch.bfloat16)
+
+    def forward(self, x_BSD, latent_BTC, rope_key_BTR):
+        q = self.q_proj(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv = self.kv_b_proj(latent_BTC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = kv.split([self.nope, self.value], -1)
+        if self.parts:
+            k = torch.cat([k, rope_key_BTR[:, None].expand(-1, self.heads, -1, -1)], -1)
+        else:
+            q = q[..., : self.nope]
+        if self.by_torch:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        count = x_BSD.shape[1]
+        hidden = torch.arange(count)[:, None] < torch.arange(count)
+        return (q @ k.mT).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("by_torch", "parts", "on", "reason"),
+    [
+        (True, True, "sm_90", ""),
+        (False, False, "sm_90", ""),
+        (True, False, "sm_90", "lie together as torch's attention takes them"),
+        (True, True, "sm_80", "sm_80 has no kernel of its own for attention"),
+        (True, True, "cpu", "cpu has no kernel of its own for attention"),
+    ],
+)
+def test_torch_s_attention_stays_where_it_could_not_read_less(by_torch, parts, on, reason):
+    wide = (tensor(name, 2, 9, size, dtype=torch.bfloat16) for name, size in (("x", 20), ("latent", 24), ("rope", 32)))
+    graph = module_graph(Prompt(by_torch, parts), *wide)
+    apply(OpenAttention(), graph, "any", on)
+    outcome = apply(FuseAttention(expanded=False), graph, "any", on)
+    assert len(outcome.matches) == (reason == "") and reason in reasons(outcome), outcome
+
+
+def test_what_the_kernel_does_not_serve_stays_torch_s():
+    graph = mla_graph(Mla, "S")
+    outcome = apply(FuseAttention(expanded=False), graph, "any")
+    assert not outcome.matches and "neither bfloat16 nor float16" in reasons(outcome)
 
 
 class Windowed(Mla):

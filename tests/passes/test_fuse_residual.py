@@ -68,6 +68,16 @@ def test_before_a_norm_a_product_of_many_rows_stays(tokens, matches):
     assert len(outcome.matches) == matches and ("has many rows" in reasons(outcome)) != bool(matches)
 
 
+@pytest.mark.parametrize(
+    ("twist", "tokens", "reason"),
+    [("", 64, ""), ("", 65, "linear has 65 rows"), ("", "S", "nothing says that linear has"), ("norm", 65, "65 rows")],
+)
+def test_sums_behind_products_of_many_rows_may_be_left_to_others(twist, tokens, reason):
+    graph = module_graph(Sum(twist), tensor("x", 1, tokens, D))
+    outcome = apply(FuseResidual(many=False), graph, "any")
+    assert len(outcome.matches) == (reason == "") and reason in reasons(outcome)
+
+
 def test_a_target_without_the_kernel_keeps_the_sum():
     outcome = apply(FuseResidual(), module_graph(Sum(), tensor("x", "B", "S", D)), on="sm_80")
     assert not outcome.matches and reasons(outcome) == "sm_80 has no kernel of its own for linear"

@@ -50,8 +50,9 @@ def test_products_of_the_same_rows_share_a_launch(products, pairs, single):
     assert count(graph, aten.linear) == 0
 
 
-def test_a_float32_product_of_narrow_factors_reads_them_as_they_are():
-    graph = module_graph(Products(twist="exact"), rows(1))
+@pytest.mark.parametrize("shape", [(1,), ("B", 3), (FEW_ROWS + 1,)])
+def test_a_float32_product_of_narrow_factors_reads_them_as_they_are(shape):
+    graph = module_graph(Products(twist="exact"), rows(*shape))
     assert len(apply(StreamProducts(), graph, phase="any").matches) == 1
     (product,) = (node for node in graph.graph.nodes if node.target is dsv3.linear.default)
     assert product.args[4] is True and product.meta["val"].dtype is torch.float32
