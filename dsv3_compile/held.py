@@ -26,15 +26,21 @@ def hold_shared(graph: fx.Graph, target: Target) -> None:
     have a launch of its own between the kernels of every few layers. Sines it computes anew for every number that
     they are multiplied with, in every layer: a rotation takes three times as long.
     """  # fmt: skip
-    given = of_positions(graph)
     for node in list(graph.nodes):
         if torch.Tag.pointwise not in getattr(node.target, "tags", ()):
             continue
-        several = len(set(kernels(node, target))) > 1 and not any(runs_kernel(one, target) for one in ancestors(node))
-        if several or (is_call(node, *COSTLY) and node in given and len(set(readers_beyond(node, given))) > 1):
-            with graph.inserting_after(node):
-                held = call(graph, dsv3.hold.default, node, like=node)
-            node.replace_all_uses_with(held, delete_user_cb=lambda user, held=held: user is not held)
+        if len(set(kernels(node, target))) > 1 and not any(runs_kernel(one, target) for one in ancestors(node)):
+            _hold(graph, node)
+    given = of_positions(graph)
+    for node in list(graph.nodes):
+        if is_call(node, *COSTLY) and node in given and len(set(readers_beyond(node, given))) > 1:
+            _hold(graph, node)
+
+
+def _hold(graph: fx.Graph, node: fx.Node) -> None:
+    with graph.inserting_after(node):
+        held = call(graph, dsv3.hold.default, node, like=node)
+    node.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
 
 
 def kernels(node: fx.Node, target: Target) -> Iterator[fx.Node]:
@@ -63,7 +69,7 @@ def of_positions(graph: fx.Graph) -> set[fx.Node]:
 def readers_beyond(node: fx.Node, given: set[fx.Node]) -> Iterator[fx.Node]:
     """Who reads a value, directly or through others that are given, and is not given."""
     for user in node.users:
-        if user in given:
+        if user in given and not is_call(user, dsv3.hold):
             yield from readers_beyond(user, given)
         else:
             yield user

@@ -7,6 +7,7 @@ node, equal inputs give equal results; each pair of nodes at which they part is 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import fx
 
 from passes.base import Role
+from passes.nodes import viewed
 
 MARK = "node_before"
 Pair = tuple[fx.Node, fx.Node]
@@ -79,8 +81,8 @@ class Changes:
     def region(self, root: Pair, depth: int | None) -> Region:
         """What computes one root, from floating-point values that did not change.
 
-        depth: a value within so many steps of another input is computed from it rather than taken as an input of its
-        own, because a rewrite may use how the two are related. None: start at the inputs of the model.
+        depth: what lies between two inputs that are within so many steps of each other is computed rather than taken as
+        an input of its own, because a rewrite may use how the two are related. None: start at the inputs of the model.
         """
         before, after = root
         inputs = self._inputs(before, after, depth)
@@ -93,13 +95,20 @@ class Changes:
 
     def _inputs(self, before: fx.Node, after: fx.Node, depth: int | None) -> list[fx.Node]:
         """Nodes of the graph before at which the region starts."""
-        back = self.back
-        start = {n for n in _reached(before, lambda n: n is not before and _may_start(n) and n in self.same)}
-        start |= {back[n] for n in _reached(after, lambda n: n is not after and n in back and _may_start(back[n]))}
-        if depth is None:
-            start = {n for n in start if n.op == "placeholder"}
-        else:
-            start = {n for n in start if n.op == "placeholder" or not _near(n, start, depth)}
+        back, between = self.back, set[fx.Node]()
+
+        def starts(node: fx.Node) -> bool:
+            if depth is None or node in between:
+                return node.op == "placeholder"
+            return node in self.same and _may_start(node)
+
+        while True:
+            start = _reached(before, lambda n: n is not before and starts(n))
+            start |= {back[n] for n in _reached(after, lambda n: n is not after and n in back and starts(back[n]))}
+            more = set[fx.Node]().union(*(_leading_to(node, start, depth or 0) for node in start))
+            if not more:
+                break
+            between |= more
         # and every input of the model that is reached around them
         found = _reached(before, lambda n: n in start or n.op == "placeholder")
         found |= {back[n] for n in _reached(after, lambda n: back.get(n) in start or n.op == "placeholder")}
@@ -138,9 +147,15 @@ _HERE = _Here()
 
 
 def _may_start(node: fx.Node) -> bool:
-    """Can any number stand for the value? Positions, indices and masks are computed from their source instead."""
+    """Can any number stand for the value? Positions, indices and masks are computed from their source instead, and so
+    are views, which are numbers of somebody else."""
     value = node.meta.get("val")
-    return node.op == "placeholder" or (isinstance(value, torch.Tensor) and value.is_floating_point())
+    if node.op == "placeholder" or not isinstance(value, torch.Tensor):
+        return node.op == "placeholder"
+    source = viewed(node)
+    if node.target is operator.getitem and source is not None:
+        source = viewed(source)  # an item of several results is a view where these are views
+    return value.is_floating_point() and source is None
 
 
 def _reached(root: fx.Node, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
@@ -157,15 +172,18 @@ def _reached(root: fx.Node, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
     return found
 
 
-def _near(node: fx.Node, others: set[fx.Node], depth: int) -> bool:
-    """Is one of the others at most `depth` steps above?"""
-    layer, seen = {node}, {node}
+def _leading_to(node: fx.Node, others: set[fx.Node], depth: int) -> set[fx.Node]:
+    """What at most `depth` steps lead through from one of the others to a node, and the node; nothing where no other is
+    so near."""
+    layer, above = {node}, {node}
     for _ in range(depth):
-        layer = {n for one in layer for n in one.all_input_nodes} - seen
-        if layer & others:
-            return True
-        seen |= layer
-    return False
+        layer = {n for one in layer - (others - {node}) for n in one.all_input_nodes} - above
+        above |= layer
+    found = set[fx.Node]()
+    for one in sorted(above - (others - {node})):
+        if any(n in found or n in others for n in one.all_input_nodes if n in above):
+            found.add(one)
+    return found if node in found else set()
 
 
 def _cut(source: fx.Graph, root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.Graph:

@@ -20,6 +20,7 @@ from codegen import dispatch
 from codegen.targets import TARGETS
 from dsv3_compile import backend
 from dsv3_compile.options import OptionError
+from passes import certify
 from passes.base import Outcome, calls
 from passes.pipeline import RequirementError
 from passes.settings import PassError
@@ -206,6 +207,27 @@ def test_a_prompt_on_a_gpu_attends_to_keys_in_parts_and_leaves_products_alone(
     assert len(list(calls(graph, torch.ops.dsv3.hold))) == 2  # sines and cosines of the angles
     products = list(calls(graph, *(getattr(torch.ops.dsv3, op) for op in ("linear", "linear_call"))))
     assert [node.args[4] for node in products] == [True]  # the router's
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["V3", "V2 greedy"])
+def test_a_vocabulary_that_no_certificate_can_run_keeps_nobody_from_reading_the_layers(
+    family: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify, "MOST_NUMBERS", 1 << 20)
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: module.forward)
+    monkeypatch.setattr(backend, "target_of", lambda _: TARGETS["sm_90"])
+    monkeypatch.setattr(dispatch, "register", lambda _: None)
+    widths = dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=128, hidden_size=256)
+    model = FAMILY[family](num_hidden_layers=2, vocab_size=5000, **widths).bfloat16()
+    assert model.get_input_embeddings().weight.numel() > certify.MOST_NUMBERS
+    conversation(model, torch.compile(model, backend="dsv3"), cache == "static")
+    assert not any(report["fallback"] for report in dsv3_compile.reports())
+    for report in dsv3_compile.reports():
+        fired = matches(report)
+        assert fired["fuse-experts"] == 1 and fired["fuse-attention"] == 2
+        attention = ("order-contractions", "fuse-attention", "split-heads")
+        assert not [one for one in report["uncertified"] if one["pass"] in attention]
 
 
 @pytest.mark.parametrize("family", ["V3", "V2 greedy"])

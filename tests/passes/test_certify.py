@@ -107,6 +107,55 @@ def test_values_that_are_related_are_drawn_together() -> None:
     assert record.matches and record.certificate is not None and record.certificate.max_rel_error <= 1e-10
 
 
+class Written(nn.Module):
+    """A row of a cache is written, and rows up to it are read; the row comes from a table, far above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.weight = nn.Parameter(torch.randn(1000, 6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, token: Tensor, position: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        rows = cache.index_copy(0, position, nn.functional.embedding(token, self.table) @ self.weight)
+        turned = rows.mT  # which others read as well
+        return torch.where(torch.arange(9) <= position, turned, 0.5).tanh(), turned.exp()
+
+
+@dataclass(frozen=True)
+class Turn(Pass):
+    """where(m, rowsᵀ, c) → where(m[:, None], rows, c)ᵀ"""
+
+    factor: float = 1.0
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        graph, outcome = graph_module.graph, Outcome()
+        for node in calls(graph, aten.where):
+            mask, turned, other = node.args
+            with graph.inserting_before(node):
+                mask = call(graph, aten.unsqueeze.default, mask, 1)
+                rows = call(graph, aten.mul.Tensor, turned.args[0], self.factor)
+                chosen = call(graph, aten.where.ScalarOther, mask, rows, other)
+                node.replace_all_uses_with(call(graph, aten.transpose.int, chosen, 0, 1))
+            outcome.matches.append(node.name)
+        sweep(graph_module)
+        return outcome
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_of_what_lies_above_related_values_only_what_relates_them_is_run(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certify, "MOST_NUMBERS", 1000)  # fewer than the table holds
+    inputs = torch.tensor([7]), torch.tensor([4]), torch.randn(9, 6)
+    (found,) = graphs_of(Written(), lambda f: f(*inputs))
+    specimen = RegionalSpecimen(found.module, {"token": inputs[0], "position": inputs[1]})
+    if factor != 1.0:
+        with pytest.raises(CertificateError):
+            Pipeline((Turn(factor),)).run(found.module, ANY, "written", specimen)
+        return
+    (record,) = Pipeline((Turn(),)).run(found.module, ANY, "written", specimen)
+    assert record.matches and record.certificate is not None and not record.certificate.skipped
+
+
 class Router(nn.Module):
     def __init__(self, experts: int = 8) -> None:
         super().__init__()
