@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import BACKENDS, bytes_read, compiled, drawn, peer_model
+from random_models import BACKENDS, bytes_read, compiled, drawn, peer_model, tell_fallback
 from routes import forced, rerouted, watched
 from timing import breakdown, graphed, milliseconds, read_speed
 from torch import Tensor
@@ -168,6 +168,7 @@ def peer_milliseconds(
             run = torch.compile(model.forward, fullgraph=True, backend=BACKENDS[backend])
             cache.reset()
             errors.append(float((step(run).double() - expected).norm() / expected.norm()))
+            tell_fallback(backend)
             times.append(milliseconds(graphed(lambda run=run, step=step: step(run))))  # type: ignore[misc]
         found |= {backend: min(times), f"{backend} error": max(errors)}
     return found

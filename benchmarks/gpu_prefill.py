@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_models import BACKENDS, bytes_read, compiled, drawn, peer_model
+from random_models import BACKENDS, bytes_read, compiled, drawn, peer_model, tell_fallback
 from routes import watched
 from timing import breakdown, graphed, milliseconds, product_speed, read_speed
 from torch import Tensor
@@ -177,6 +177,7 @@ def peer_milliseconds(config: ModelConfig, length: int, backends: Sequence[str])
                 return run(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
         found[backend] = {"called": milliseconds(step, 5)}
+        tell_fallback(backend)
         try:
             replay = graphed(step)
             found[backend] |= {"replayed": milliseconds(replay, 5), "rested": milliseconds(replay, 10, REST)}

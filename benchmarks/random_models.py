@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from dsv3_compile.artifact import Artifact, Port
-from dsv3_compile.backend import dsv3
+from dsv3_compile.backend import dsv3, last_report
 from dsv3_compile.driver import build
 from dsv3_compile.options import OptionError, Options
 from dsv3_compile.packaging import write_artifact
 from model_def.config import ModelConfig
 
-# Of torch.compile. Ours as itself, since the project need not be installed where this runs; without certificates, which
-# the tests are for.
-BACKENDS: dict[str, Any] = {"inductor": "inductor", "dsv3": partial(dsv3, options={"verify": False})}
+# Of torch.compile. Ours as itself, since the project need not be installed where this runs.
+BACKENDS: dict[str, Any] = {"inductor": "inductor", "dsv3": dsv3}
 
 # Fields that transformers writes otherwise, or that change no time.
 OTHERWISE_THERE = ("model_type", "rope_theta", "rope_scaling", "quantization_config", "torch_dtype", "eos_token_id")
@@ -37,6 +35,12 @@ def compiled(config: ModelConfig, target: str, batch: int, length: int, folder: 
     passes = [record.spec for record in program.records["embed", "prefill"]]
     artifact = write_artifact(program, folder, passes=passes, max_batch=batch, max_length=length)
     return artifact, time.perf_counter() - begin
+
+
+def tell_fallback(backend: str) -> None:
+    """Print why the graph that was compiled last by one of the BACKENDS went to Inductor without passes, if it did."""
+    if BACKENDS[backend] is dsv3 and last_report()["fallback"]:
+        print(f"{backend} left a graph to Inductor: {last_report()['fallback']}")
 
 
 def drawn(port: Port, device: str) -> Tensor:
