@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from codegen.targets import Target
 from passes.base import ancestors, call, is_call
 from passes.launches import REGROUPINGS, runs_kernel
+from passes.nodes import of_positions
 from passes.products import sources_of_dims
 
 aten, dsv3 = torch.ops.aten, torch.ops.dsv3
@@ -50,20 +51,6 @@ def kernels(node: fx.Node, target: Target) -> Iterator[fx.Node]:
             yield user
         elif sources_of_dims(user) is not None or is_call(user, *REGROUPINGS, aten.slice):
             yield from kernels(user, target)
-
-
-def of_positions(graph: fx.Graph) -> set[fx.Node]:
-    """What is computed of integers and vectors alone, such as positions and frequencies: the same for every layer."""
-    found = set[fx.Node]()
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function":
-            same = found.issuperset(node.all_input_nodes)
-        else:
-            same = not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2
-        if same and node.op != "output":
-            found.add(node)
-    return found
 
 
 def readers_beyond(node: fx.Node, given: set[fx.Node]) -> Iterator[fx.Node]:

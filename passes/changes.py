@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from passes.base import Role
-from passes.nodes import viewed
+from passes.nodes import of_positions, viewed
 
 MARK = "node_before"
 Pair = tuple[fx.Node, fx.Node]
@@ -50,6 +50,7 @@ class Changes:
         self.roots = self._find_roots()
         self.same = self._find_same()
         self.back = {two: one for one, two in self.same.items()}
+        self.given = of_positions(before)
 
     def _find_roots(self) -> dict[Pair, None]:
         """Pairs of nodes that must be equal and are not computed alike."""
@@ -98,7 +99,7 @@ class Changes:
         back, between = self.back, set[fx.Node]()
 
         def starts(node: fx.Node) -> bool:
-            if depth is None or node in between:
+            if depth is None or node in between or node in self.given:
                 return node.op == "placeholder"
             return node in self.same and _may_start(node)
 
@@ -147,8 +148,8 @@ _HERE = _Here()
 
 
 def _may_start(node: fx.Node) -> bool:
-    """Can any number stand for the value? Positions, indices and masks are computed from their source instead, and so
-    are views, which are numbers of somebody else."""
+    """Can any number stand for the value? Indices and masks are computed from their source instead, and so are views,
+    which are numbers of somebody else."""
     value = node.meta.get("val")
     if node.op == "placeholder" or not isinstance(value, torch.Tensor):
         return node.op == "placeholder"

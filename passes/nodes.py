@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from codegen.ops import NAMESPACE
 from passes.base import Role, call, is_call, placeholders, same_size, shape_of
@@ -110,6 +110,20 @@ def viewed(node: fx.Node) -> fx.Node | None:
         return None
     shared = (value for value, one in zip(node.args, schema.arguments, strict=False) if one.alias_info)
     return next((value for value in shared if isinstance(value, fx.Node)), None)
+
+
+def of_positions(graph: fx.Graph) -> set[fx.Node]:
+    """What is computed of integers and vectors alone, such as positions and frequencies: the same for every layer."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function":
+            same = found.issuperset(node.all_input_nodes)
+        else:
+            same = not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2
+        if same and node.op != "output":
+            found.add(node)
+    return found
 
 
 def users(node: fx.Node) -> list[fx.Node]:

@@ -5,11 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsv3_compile import backend
 from dsv3_compile.backend import reports
+from passes import certify
 from tests.foreign.families import FAMILIES, build
 
 FAST = {"glm4_moe_lite", "hy_v4"}
 DOCUMENT = Path(__file__).parents[2] / "docs" / "torch_compile.md"
+
+
+EVERY = pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 
 
 def last_values(found):
@@ -24,9 +31,7 @@ def steps(call, prompt, token):
     return last_values(first), last_values(second)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@EVERY
 def test_a_family_is_found_and_gives_the_same_numbers(name):
     model, family = build(name), FAMILIES[name]
     torch.manual_seed(1)
@@ -47,6 +52,17 @@ def test_a_family_is_found_and_gives_the_same_numbers(name):
         "fuse-experts": family.grouped,
     }
     assert {name: matches[name] for name in wanted} == wanted
+
+
+@EVERY
+def test_no_graph_of_a_family_is_left_alone_where_only_parts_of_it_can_be_certified(name, monkeypatch):
+    monkeypatch.setattr(certify, "MOST_NUMBERS", 30_000)  # less than a layer holds, and much less than a model
+    monkeypatch.setattr(backend, "inductor", lambda module, *_: module.forward)
+    torch._dynamo.reset()
+    backend._reports.clear()
+    prompt, token = torch.full((2, 9), 3), torch.full((2, 1), 5)
+    steps(torch.compile(build(name), backend="dsv3"), prompt, token)
+    assert reports() and not [report["fallback"] for report in reports() if report["fallback"]]
 
 
 def test_the_documentation_lists_what_is_tested():
