@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import CompileContext, detect_fake_mode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
@@ -207,7 +208,9 @@ def _as_from_dynamo(module: fx.GraphModule) -> fx.GraphModule:
     looks at every address.
     """
     module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
-    module._param_name_to_source = {}  # parameters are inputs here
+    # Parameters are inputs here; what the graph holds itself are constants.
+    held = module.named_buffers(remove_duplicate=False)
+    module._param_name_to_source = {name: ConstantSource(name) for name, _ in held}
     for node in placeholders(module.graph):
         node._dynamo_source = node.meta.get("source")
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"} if node.meta.get("stays") else {}

@@ -38,9 +38,8 @@ class FuseAttention(Pass):
        out = P · v   with one product q · kᵀ   →   attention(q, k, v, positions, scale)
 
     The mask must be "cached position ≤ query position", or none; scores and shares must have no other users. Cores
-    whose keys and values are multiplied out for every head are what torch's attention is for: unless `expanded`, they
-    are left to it, but where keys would have to be put together for it from parts, or it was not called, and the target
-    has a kernel of its own.
+    whose keys and values are multiplied out for every head are, unless `expanded`, for the target's own kernel alone,
+    and only where torch's attention was not called, or keys would have to be put together for it from parts.
     """
 
     expanded: bool = True
@@ -78,7 +77,7 @@ class Core:
     scores_value: Value
     visible: Visible
     scale: float  # of the first product; others are scaled through their queries
-    torchs: bool  # torch's own attention, opened
+    by_torch: bool  # torch's own attention, opened
 
 
 def read_core(softmax: fx.Node) -> Core:
@@ -98,8 +97,8 @@ def read_core(softmax: fx.Node) -> Core:
         if len(node.users) != 1:
             raise NotAttention(f"{node.name} is used outside the attention as well", node)
     value = lift_shallow(scores)
-    torchs = is_call(softmax, aten._safe_softmax)
-    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale, torchs)
+    by_torch = is_call(softmax, aten._safe_softmax)
+    return Core(users[0], lift_shallow(users[0]), scores, value, visible, scale * value.terms[0].scale, by_torch)
 
 
 def only_path(node: fx.Node, *through: object) -> fx.Node:
@@ -193,7 +192,7 @@ def why_left_to_torch(
     if own is None:
         return f"{target.name} has no kernel of its own for attention"
     keys = [key for _, key, _ in sides]
-    if core.torchs and len(keys) == 1 and not is_put_together(keys[0].node):
+    if core.by_torch and len(keys) == 1 and not is_put_together(keys[0].node):
         return f"the keys {keys[0].node.name} lie together as torch's attention takes them"
     key_widths, width = [axes.width(key).size for key in keys], out_axes.width(values).size
     if not all(isinstance(one, int) for one in (*key_widths, width)):

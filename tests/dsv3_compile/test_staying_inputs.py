@@ -57,6 +57,27 @@ def test_the_same_inputs_stay_as_without_the_passes(moving: Moving) -> None:
     torch.testing.assert_close(*results)
 
 
+class Offset(Mla):
+    """Latent attention of which the graph holds a constant."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return super().forward(*inputs) + torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5]).repeat(4)
+
+
+def test_constants_of_a_graph_stay(moving: Moving) -> None:
+    module, example = Offset().eval(), inputs()
+    found = torch.compile(module, backend="dsv3", dynamic=False)(*example)
+    torch.testing.assert_close(found, module(*example))
+    assert not dsv3_compile.last_report()["fallback"]
+    ((count, others),) = moving
+    assert count - len(others) >= 4 and len(others) == 4
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positions = torch.tensor([[19], [17], [0]])
+    return torch.randn(3, 1, 20), positions, torch.randn(3, 20, 24), torch.randn(3, 20, 6)
+
+
 class Remembering(nn.Module):
     """Latent attention, and a buffer of how often it was asked."""
 
@@ -72,7 +93,7 @@ class Remembering(nn.Module):
 
 def test_all_that_a_module_holds_stays(moving: Moving) -> None:
     module = Remembering().eval()
-    example = (torch.randn(3, 1, 20), torch.tensor([[19], [17], [0]]), torch.randn(3, 20, 24), torch.randn(3, 20, 6))
+    example = inputs()
     found = dsv3_compile.compile(module, example)
     expected = module(*example)
     torch.testing.assert_close(found(*example), expected)
