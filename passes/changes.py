@@ -176,12 +176,12 @@ def _reached(root: fx.Node, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
 def _leading_to(node: fx.Node, others: set[fx.Node], depth: int) -> set[fx.Node]:
     """What at most `depth` steps lead through from one of the others to a node, and the node; nothing where no other is
     so near."""
-    layer, above = {node}, {node}
+    others, layer, above = others - {node}, {node}, {node}
     for _ in range(depth):
-        layer = {n for one in layer - (others - {node}) for n in one.all_input_nodes} - above
+        layer = {n for one in layer - others for n in one.all_input_nodes} - above
         above |= layer
     found = set[fx.Node]()
-    for one in sorted(above - (others - {node})):
+    for one in sorted(above - others):
         if any(n in found or n in others for n in one.all_input_nodes if n in above):
             found.add(one)
     return found if node in found else set()
