@@ -24,7 +24,7 @@ def hold_shared(graph: fx.Graph, target: Target) -> None:
 
     Inductor computes f(x) anew for each of the calls, and fuses that only where they are close together: a step would
     have a launch of its own between the kernels of every few layers. Sines it computes anew for every number that
-    they are multiplied with, in every layer: rotations of a prompt took twice as long.
+    they are multiplied with, in every layer.
     """  # fmt: skip
     for node in list(graph.nodes):
         if torch.Tag.pointwise not in getattr(node.target, "tags", ()):

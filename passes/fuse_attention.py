@@ -12,6 +12,7 @@ from codegen.targets import Target
 from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
+from passes.fuse_rotary import last_axis_of_result
 from passes.lifting import is_product_throughout, lift
 from passes.masks import NotAttention, Visible, read_mask
 from passes.nodes import (
@@ -206,7 +207,7 @@ def is_put_together(keys: fx.Node) -> bool:
     """Are these parts of every head side by side?"""
     while is_call(keys, *REARRANGEMENTS):
         keys = keys.args[0]
-    return is_call(keys, aten.cat) and len(keys.args) > 1 and keys.args[1] in (-1, len(shape_of(keys)) - 1)
+    return is_call(keys, aten.cat) and last_axis_of_result(keys)
 
 
 def query_nodes(writer: Writer, core: Core, sides: Sequence[Side], axes: Axes) -> list[fx.Node]:
