@@ -9,10 +9,11 @@ The model is compiled without weights; every bound tensor is then drawn at rando
 to uniform. A step is embedding, every layer, head and the most likely token. Times are medians of CUDA-graph replays
 (of plain calls on the CPU). Floor: the weights a step must read (of the experts, those that this step's tokens chose)
 and the cached context, over the bandwidth of reading, measured in the same run. With --peer, transformers with
-a StaticCache under torch.compile in a CUDA graph runs beside it, with the faster of its grouped expert forms; compiling
-it takes half a minute a batch. `memory` is the most that was allocated, beside weights and cached context. `error`:
-every distinct block's kernels against the references of the vocabulary on the same inputs and with the same experts,
-the largest relative error; `rerouted`: tokens that the references' own routers would have sent to other experts.
+a StaticCache under torch.compile runs beside it, with the faster of its grouped expert forms: in a CUDA graph, and
+`called`, kernel by kernel; compiling it takes half a minute a batch. `memory` is the most that was allocated, beside
+weights and cached context. `error`: every distinct block's kernels against the references of the vocabulary on the same
+inputs and with the same experts, the largest relative error; `rerouted`: tokens that the references' own routers would
+have sent to other experts.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +146,16 @@ def references(path: Path) -> Callable[..., Any]:
 
 def peer_milliseconds(
     config: ModelConfig, batch: int, context: int, backends: Sequence[str], forms: Sequence[str]
-) -> dict[str, float]:
-    """transformers with a StaticCache, compiled, in a CUDA graph: by backend with the fastest of the expert forms, and
-    the logits' largest distance from the eager model's, relative."""
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """transformers with a StaticCache, compiled, by backend: in a CUDA graph and called, with the fastest of the expert
+    forms of each, and the logits' largest distance from the eager model's, relative."""
     from transformers import StaticCache
 
     model, hf = peer_model(config)
     ids = torch.randint(0, hf.vocab_size, (batch, 1), device="cuda")
     positions = torch.full((batch, 1), context, device="cuda")
-    found: dict[str, float] = {}
     for backend in backends:
-        times, errors = [], []
+        replayed, called, errors = [], [], []
         for experts in forms if batch == 1 else ("grouped_mm",):
             torch.compiler.reset()
             model.set_experts_implementation(experts)
@@ -169,9 +170,11 @@ def peer_milliseconds(
             cache.reset()
             errors.append(float((step(run).double() - expected).norm() / expected.norm()))
             tell_fallback(backend)
-            times.append(milliseconds(graphed(lambda run=run, step=step: step(run))))  # type: ignore[misc]
-        found |= {backend: min(times), f"{backend} error": max(errors)}
-    return found
+            once = partial(step, run)
+            called.append(milliseconds(once))
+            cache.reset()
+            replayed.append(milliseconds(graphed(once)))
+        yield backend, {"ms": min(replayed), "called_ms": min(called), "error": max(errors)}
 
 
 def launches(artifact: Artifact) -> Iterator[str]:
@@ -218,6 +221,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         artifact, report["compile_s"] = compiled(config, args.target, max(args.batch), length, path)
+        head = f"{args.model}, {config.num_hidden_layers} layers; compiled in {report['compile_s']:.1f} s"
+        print(f"{head}; reading {report['read_TBps']:.2f} TB/s", flush=True)
         decoder = Decoder(artifact, device)
         for batch in args.batch:
             decoder.start(batch, args.context, config.vocab_size)
@@ -237,31 +242,33 @@ def main() -> None:
                 row["must_memory_GB"] = (must + (2 << 30)) / 1e9
                 row["kernels"] = list(breakdown(run, args.trace and args.trace.with_stem(f"{args.trace.stem}_{batch}")))
             report["rows"].append(row)
+            tell(row)
         del decoder
     if args.peer is not None:
-        args.peer = args.peer or ["inductor"]
         for row in report["rows"]:
+            row["peers"] = {}
             try:
-                row["peers"] = peer_milliseconds(config, row["batch"], args.context, args.peer, args.experts)
+                for backend, found in peer_milliseconds(
+                    config, row["batch"], args.context, args.peer or ["inductor"], args.experts
+                ):
+                    row["peers"][backend] = found
+                    said = "{ms:.3f} ms, called {called_ms:.3f}, error {error:.1e}".format(**found)
+                    print(f"transformers, {backend}, batch {row['batch']}: {said}", flush=True)
             except (ImportError, RuntimeError) as error:  # not installed; or out of memory, as at large batches
                 row["peer"] = str(error).splitlines()[0][:80]
+                print(f"transformers, batch {row['batch']}: {row['peer']}", flush=True)
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    head = f"{args.model}, {config.num_hidden_layers} layers; compiled in {report['compile_s']:.1f} s"
-    print(f"{head}; reading {report['read_TBps']:.2f} TB/s")
-    for row in report["rows"]:
-        line = (
-            f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms"
-        )
-        if args.peer:
-            shown = " ".join(f"{name} {value:.3g}" for name, value in row.get("peers", {}).items())
-            line += f"  transformers: {shown or row['peer']}"
-        if "memory_GB" in row:
-            line += f"  memory {row['memory_GB']:.1f} of {row['must_memory_GB']:.1f} GB"
-        worst = max(row["errors"], key=row["errors"].__getitem__)
-        line += f"  {row['tokens_per_s']:8.0f} tok/s  error {row['errors'][worst]:.1e} ({worst})"
-        print(f"{line}  rerouted {row['rerouted']}")
-        for kernel in row.get("kernels", [])[:12]:
-            print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
+
+
+def tell(row: dict[str, Any]) -> None:
+    line = f"batch {row['batch']:4d}  context {row['context']}  {row['ms']:8.3f} ms  floor {row['floor_ms']:7.3f} ms"
+    if "memory_GB" in row:
+        line += f"  memory {row['memory_GB']:.1f} of {row['must_memory_GB']:.1f} GB"
+    worst = max(row["errors"], key=row["errors"].__getitem__)
+    line += f"  {row['tokens_per_s']:8.0f} tok/s  error {row['errors'][worst]:.1e} ({worst})"
+    print(f"{line}  rerouted {row['rerouted']}", flush=True)
+    for kernel in row.get("kernels", [])[:12]:
+        print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}", flush=True)
 
 
 if __name__ == "__main__":

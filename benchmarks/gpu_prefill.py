@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -161,13 +161,14 @@ def head_widths(attention: MlaSpec | GqaSpec) -> tuple[int, int]:
     return attention.qk_nope_head_dim + attention.qk_rope_head_dim, attention.v_head_dim
 
 
-def peer_milliseconds(config: ModelConfig, length: int, backends: Sequence[str]) -> dict[str, dict[str, float]]:
+def peer_milliseconds(
+    config: ModelConfig, length: int, backends: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
     """transformers over the same prompt, by the backend that compiled it: replayed as a CUDA graph where it can be one,
     and called."""
     model, hf = peer_model(config)
     ids, _ = prompt(length, hf.vocab_size, "cuda")
     model.set_experts_implementation("grouped_mm")
-    found: dict[str, dict[str, float]] = {}
     for backend in backends:
         torch.compiler.reset()
         run = torch.compile(model.forward, backend=BACKENDS[backend])
@@ -176,19 +177,21 @@ def peer_milliseconds(config: ModelConfig, length: int, backends: Sequence[str])
             with torch.no_grad():
                 return run(input_ids=ids, use_cache=True, logits_to_keep=1).logits
 
-        found[backend] = {"called": milliseconds(step, 5)}
+        found = {"called": milliseconds(step, 5)}
         tell_fallback(backend)
         try:
             replay = graphed(step)
-            found[backend] |= {"replayed": milliseconds(replay, 5), "rested": milliseconds(replay, 10, REST)}
+            found |= {"replayed": milliseconds(replay, 5), "rested": milliseconds(replay, 10, REST)}
         except RuntimeError as error:
             print(f"transformers, {length} tokens, {backend}: no CUDA graph: {str(error).splitlines()[0][:100]}")
-    return found
+        yield backend, found
 
 
-def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str, Any]]:
-    """Milliseconds of a prefill of one prompt of every length."""
-    model, rows = Prefill(artifact, device), []
+def timed(
+    artifact: Artifact, device: str, lengths: list[int], floor: Callable[[int, float], float]
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a prefill of one prompt of every length. floor: of a length and bytes of weights."""
+    model = Prefill(artifact, device)
     model.load()
     for length in lengths:
         ids, positions = prompt(length, artifact.manifest.config["vocab_size"], device)
@@ -196,12 +199,12 @@ def timed(artifact: Artifact, device: str, lengths: list[int]) -> list[dict[str,
         run = partial(model.run, *arguments)
         row: dict[str, Any] = {"length": length, "called_ms": milliseconds(run, 5)}
         row["weight_bytes"] = model.weights_read(*arguments)
+        row["floor_ms"] = floor(length, row["weight_bytes"])
         run = graphed(run)
         row |= {"ms": milliseconds(run, 5), "rested_ms": milliseconds(run, 10, REST)}
         if device == "cuda":
             row["kernels"] = list(breakdown(run))
-        rows.append(row)
-    return rows
+        yield row
 
 
 def main() -> None:
@@ -227,40 +230,44 @@ def main() -> None:
     if args.layers:
         config = dataclasses.replace(config, num_hidden_layers=args.layers)
     report: dict[str, Any] = {"model": args.model, "layers": config.num_hidden_layers, "target": args.target}
-    report["torch"] = torch.__version__
+    report |= {"torch": torch.__version__, "rows": []}
     report |= {"TFLOPs": product_speed(device) / 1e12, "read_TBps": read_speed(device) / 1e12}
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "artifact"
         os.environ["TRITON_CACHE_DIR"] = f"{folder}/triton"
         artifact, report["compile_s"] = compiled(config, args.target, 1, max(args.lengths), path)
         report |= first_token_of_a_new_process(path, device)
-        report["rows"] = timed(artifact, device, args.lengths)
-    for row in report["rows"]:
-        computing = prefill_flops(config, row["length"]) / report["TFLOPs"] / 1e9
-        row["floor_ms"] = max(computing, row["weight_bytes"] / report["read_TBps"] / 1e9)
+        head = "{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s, {read_TBps:.2f} TB/s"
+        print(head.format(**report), flush=True)
+        parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
+        print(f"load to first token, weights excluded: {parts.format(**report)}", flush=True)
+
+        def floor(length: int, weight_bytes: float) -> float:
+            computing = prefill_flops(config, length) / report["TFLOPs"] / 1e9
+            return max(computing, weight_bytes / report["read_TBps"] / 1e9)
+
+        for row in timed(artifact, device, args.lengths, floor):
+            report["rows"].append(row)
+            tell(row)
     if args.peer is not None:
-        args.peer = args.peer or ["inductor"]
         for row in report["rows"]:
+            row["peers"] = {}
             try:
-                row["peers"] = peer_milliseconds(config, row["length"], args.peer)
+                for backend, found in peer_milliseconds(config, row["length"], args.peer or ["inductor"]):
+                    row["peers"][backend] = found
+                    said = ", ".join(f"{how} {ms:.2f} ms" for how, ms in found.items())
+                    print(f"transformers, {backend}, 1 x {row['length']}: {said}", flush=True)
             except (ImportError, RuntimeError) as error:
                 row["peer"] = str(error).splitlines()[0][:80]
+                print(f"transformers, 1 x {row['length']}: {row['peer']}", flush=True)
     args.json.write_text(json.dumps(report, indent=2) + "\n")
-    head = "{model}, {layers} layers: cold compile {compile_s:.1f} s; {TFLOPs:.1f} TFLOP/s, {read_TBps:.2f} TB/s"
-    print(head.format(**report))
-    parts = "open {open_s:.2f} s, graphs {load_s:.2f} s, first token {first_token_s:.2f} s"
-    print(f"load to first token, weights excluded: {parts.format(**report)}")
-    for row in report["rows"]:
-        line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms"
-        line += f", rested {row['rested_ms']:.2f}, called {row['called_ms']:.2f}"
-        line += f"  floor {row['floor_ms']:9.2f} ms"
-        print(line)
-        for backend, times in row.get("peers", {}).items():
-            print(f"    transformers, {backend}: {', '.join(f'{how} {ms:.2f} ms' for how, ms in times.items())}")
-        if "peer" in row:
-            print(f"    transformers: {row['peer']}")
-        for kernel in row.get("kernels", [])[:12]:
-            print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}")
+
+
+def tell(row: dict[str, Any]) -> None:
+    line = f"1 x {row['length']:5d}  {row['ms']:9.2f} ms, rested {row['rested_ms']:.2f}, called {row['called_ms']:.2f}"
+    print(f"{line}  floor {row['floor_ms']:9.2f} ms", flush=True)
+    for kernel in row.get("kernels", [])[:12]:
+        print(f"    {kernel['us']:9.1f} us  x{kernel['launches']:5.1f}  {kernel['kernel'][:70]}", flush=True)
 
 
 if __name__ == "__main__":

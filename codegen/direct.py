@@ -6,6 +6,10 @@ a launch needs, and more for every tensor descriptor.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +17,30 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch as it was asked for, and the code that ran."""
+
+    code: CompiledKernel
+    blocks: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    constants: Sequence[Any]  # in the order of the kernel's parameters, which are behind the arguments
+
+
+_NOTED: ContextVar[list[Launched | None] | None] = ContextVar("launches that somebody wants to know of", default=None)
+
+
+@contextmanager
+def note_launches() -> Iterator[list[Launched | None]]:
+    """Collects the launches of this thread; None for one that was not of a kind that can be launched directly."""
+    noted: list[Launched | None] = []
+    token = _NOTED.set(noted)
+    try:
+        yield noted
+    finally:
+        _NOTED.reset(token)
 
 
 class DirectLaunches:
@@ -34,16 +62,20 @@ class DirectLaunches:
         device = active.get_current_device()
         kinds, given = zip(*map(kind_of, arguments), strict=True)
         key = (device, kinds, *options, *options.values())
-        known = self.known.get(key)
+        known, noted = self.known.get(key), _NOTED.get()
         if known is None or warmup or watched():
             code = self.through_triton(*arguments, grid=grid, warmup=warmup, **options)
             by_name = any(name in options for name in self.variable)
             if not warmup and not by_name and len(arguments) == len(self.variable):
-                self.known[key] = code, [options[name] for name in self.constant]
+                self.known[key] = known = code, [options[name] for name in self.constant]
                 self.layouts += [value.layout for value in arguments if hasattr(value, "block_shape")]
+            if noted is not None:
+                noted.append(Launched(code, (*grid, 1, 1)[:3], arguments, known[1]) if known else None)
             return code
         code, constants = known
         blocks = (*grid, 1, 1)[:3]
+        if noted is not None:
+            noted.append(Launched(code, blocks, arguments, constants))
         stream = active.get_current_stream(device)
         code.run(*blocks, stream, code.function, code.packed_metadata, None, None, None, *given, *constants)
         return code

@@ -13,23 +13,25 @@ from triton.runtime.jit import JITFunction
 
 from codegen.direct import DirectLaunches
 from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
+from codegen.planned import Planned
 from codegen.targets import Target
 from codegen.tuning import KERNELS, available, own_form
 
 
 def register(target: Target) -> None:
-    """Let every op that stays one call run its kernel for `target` on GPU tensors, and NVIDIA's kernels be launched
-    directly; for the whole process, once."""
-    for op in OPAQUE:
-        if available(op, target):
-            serve(op, "CUDA", launcher(op, target))
+    """Let every op that stays one call run its kernel for `target` on GPU tensors; NVIDIA's kernels are launched
+    directly, and calls of a kind that has been seen are planned. For the whole process, once."""
+    served = {op: launcher(op, target) for op in OPAQUE if available(op, target)}
     for op in COMPOSITE:
         if own_form(op, target):
             one_call(op)
-            serve(f"{op}_call", "CUDA", launcher(op, target))
+            served[f"{op}_call"] = launcher(op, target)
     if target.backend == "cuda":
         for kernel in _kernels():
             kernel.run = DirectLaunches(kernel)
+        served = {op: Planned(run) for op, run in served.items()}  # which only hear of direct launches
+    for op, run in served.items():
+        serve(op, "CUDA", run)
 
 
 def _kernels() -> Iterator[JITFunction]:

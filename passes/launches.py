@@ -17,7 +17,9 @@ from passes.nodes import CASTS, RESHAPES, settled, users, vocabulary_op
 
 aten = torch.ops.aten
 
-FEW_ROWS = 64  # of a product that is bound by reading its weight
+# Of a product in a kernel that streams its weight. Kernels take more, and leave them to the library one by one, which
+# a compiler that sees the product does for less, and fuses what follows.
+FEW_ROWS = 16
 SIZED = (aten.view, aten.reshape, aten._unsafe_view)  # which are told every size
 REGROUPINGS = (*RESHAPES, aten.unsqueeze, aten.squeeze)
 

@@ -11,6 +11,7 @@ from codegen import dispatch
 from codegen.direct import DirectLaunches
 from codegen.dispatch import launcher
 from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
+from codegen.planned import Planned
 from codegen.record import record_launches
 from codegen.targets import target
 from codegen.tuning import available, own_form
@@ -55,6 +56,15 @@ def test_kernels_behind_ops_are_launched_directly_and_still_recorded(monkeypatch
     assert isinstance(kernel.run, DirectLaunches) and not isinstance(kernel.run.through_triton, DirectLaunches)
     (launch,) = record_launches(launcher("rms_norm", target("sm_80")), operands("rms_norm"), target("sm_80"))
     assert launch.kernel == "rms_norm_kernel" and not kernel.run.known
+
+
+@pytest.mark.parametrize(("name", "planned"), [("sm_90", True), ("sm_80", True), ("gfx942", False)])
+def test_calls_are_planned_where_all_launches_are_direct(name, planned, monkeypatch):
+    runs = []
+    monkeypatch.setattr(dispatch, "serve", lambda op, key, run: runs.append(run))
+    dispatch.register(target(name))
+    assert runs and all(isinstance(run, Planned) == planned for run in runs)
+    assert not planned or not list(dispatch._kernels())
 
 
 def test_ops_with_a_kernel_of_the_target_stay_one_call():

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from codegen import ops  # noqa: F401  defines torch.ops.dsv3
+from codegen import dispatch, ops  # noqa: F401  ops defines torch.ops.dsv3
 from codegen.dispatch import launcher
+from codegen.planned import Planned
 from codegen.targets import target
 from tests.codegen.calls import LOOSE, WRITTEN, copies, outcomes
 from tests.codegen.strides import elsewhere, repeated
@@ -354,3 +355,30 @@ def test_operands_may_have_dtypes_of_their_own_on_hopper(op, rows):
         operands[place] = operands[place].to(of[operands[place].dtype])
         expected = outcomes(op, getattr(torch.ops.dsv3, op), copies(operands))
         assert_same(results_on_hopper(op, operands), expected)
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("op, rows", [(op, rows) for op in ON_HOPPER for rows in ROWS.get(op, (3,))])
+def test_a_repeated_call_gives_what_the_launcher_gives_on_hopper(op, rows):
+    """Of operands that are packed, and of each that lies somewhere else."""
+    dispatch.register(target("sm_90"))  # launches are direct, or no plan would hear of them
+    run, launch = Planned(launcher(op, target("sm_90"))), launcher(op, target("sm_90"))
+    given = operands_on_hopper(op, rows)
+    moves = [(None, None)]
+    for place, operand in enumerate(given):
+        if isinstance(operand, torch.Tensor) and place not in WRITTEN.get(op, ()):
+            moves += [(place, move) for move, _ in enumerate(elsewhere(operand))]
+    for place, move in moves:
+        for _ in range(4):
+            operands = operands_on_hopper(op, rows)
+            if place is not None:
+                operands = list(operands)
+                operands[place] = list(elsewhere(operands[place]))[move][1]
+            expected = outcomes(
+                op, launch, [x.clone() if i in WRITTEN.get(op, ()) else x for i, x in enumerate(operands)]
+            )
+            with torch._C._AutoDispatchBelowAutograd():  # as torch calls an op
+                found = outcomes(op, run, operands)
+            assert_same(found, expected)
+        if place is None and rows <= 3:
+            assert list(run.plans.values()) != [None], "a decode step's op is to be repeated"

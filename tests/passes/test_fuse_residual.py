@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from passes.fuse_residual import FuseResidual
+from passes.launches import FEW_ROWS
 from tests.passes.capture import module_graph, tensor
 from tests.passes.harness import apply, count, reasons
 from tests.passes.launches import LAYERS, layer_before
@@ -61,7 +62,7 @@ def test_either_order_and_a_norm_of_the_sum(twist):
     assert count(graph, dsv3.rms_norm) == (twist == "norm")
 
 
-@pytest.mark.parametrize(("tokens", "matches"), [(64, 1), (65, 0)])
+@pytest.mark.parametrize(("tokens", "matches"), [(FEW_ROWS, 1), (FEW_ROWS + 1, 0)])
 def test_before_a_norm_a_product_of_many_rows_stays(tokens, matches):
     graph = module_graph(Sum("norm"), tensor("x", 1, tokens, D))
     outcome = apply(FuseResidual(), graph)
@@ -70,7 +71,12 @@ def test_before_a_norm_a_product_of_many_rows_stays(tokens, matches):
 
 @pytest.mark.parametrize(
     ("twist", "tokens", "reason"),
-    [("", 64, ""), ("", 65, "linear has 65 rows"), ("", "S", "nothing says that linear has"), ("norm", 65, "65 rows")],
+    [
+        ("", FEW_ROWS, ""),
+        ("", FEW_ROWS + 1, f"linear has {FEW_ROWS + 1} rows"),
+        ("", "S", "nothing says that linear has"),
+        ("norm", FEW_ROWS + 1, f"{FEW_ROWS + 1} rows"),
+    ],
 )
 def test_sums_behind_products_of_many_rows_may_be_left_to_others(twist, tokens, reason):
     graph = module_graph(Sum(twist), tensor("x", 1, tokens, D))

@@ -1,0 +1,270 @@
+"""Ops whose launches are known beforehand: for arguments of a kind that has been seen, memory and launches only.
+
+What a launcher allocates, copies and launches depends on its arguments' kinds, never on their numbers. Finding it out
+takes the host several times as long as doing it, and that is what a step of few tokens waits for where no CUDA graph is
+replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.driver import driver
+
+from codegen.direct import Launched, note_launches, watched
+from codegen.kernels.layout import cdiv
+
+MOST_KINDS = 256  # of one op; where sizes go on changing, no plan is of use for long
+ROUNDED_TO = 256  # bytes: where memory of its own begins, for any copy engine
+
+aten = torch.ops.aten
+ALLOCATIONS = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.empty_like.default}
+
+
+class Planned:
+    """What runs in a launcher's place. The second call of a kind is watched, and later ones repeat what it did. All
+    kernels that it launches must be launched directly (`codegen.direct`): nobody hears of others.
+
+    Arguments are of a kind if they agree in all but the addresses and contents of tensors, and in these addresses up to
+    multiples of 16 bytes. A launcher that asks torch for anything but memory, views, and contiguous copies of arguments
+    in front of its launches is always run itself.
+    """
+
+    def __init__(self, launcher: Callable[..., Any]) -> None:
+        self.launcher = launcher
+        self.plans: dict[Any, Plan | None] = {}  # by kind; None where the launcher must run
+        self.met: set[Any] = set()
+
+    def __call__(self, *arguments: Any) -> Any:
+        device = driver.active.get_current_device()
+        kind: list[Any] = [device]
+        addresses = []
+        for value in arguments:
+            if isinstance(value, Tensor):
+                address = value.data_ptr()
+                kind.append((value.dtype, value.shape, value.stride(), address % 16, value.get_device()))
+                addresses.append(address)
+            else:
+                kind.append(value)
+                addresses.append(0)
+        key = tuple(kind)
+        plan = self.plans.get(key)
+        if plan is not None and not watched():
+            return plan(arguments, addresses, driver.active.get_current_stream(device))
+        if plan is None and key not in self.plans:
+            if key in self.met and _all_different(arguments):
+                result, plan = planned(self.launcher, arguments)
+                self._bound(self.plans)
+                self.plans[key] = plan
+                return result
+            self._bound(self.met)
+            self.met.add(key)
+        return self.launcher(*arguments)
+
+    @staticmethod
+    def _bound(known: Any) -> None:
+        if len(known) >= MOST_KINDS:
+            known.clear()
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One launch. given: what its code is run with behind blocks and stream. pointers: where among these an address
+    goes, which memory it is in, and how many bytes from its start; boxes: the same for tensor descriptors."""
+
+    run: Callable[..., Any]
+    blocks: tuple[int, int, int]
+    given: tuple[Any, ...]
+    pointers: tuple[tuple[int, int, int], ...]
+    boxes: tuple[tuple[int, int, int, Any], ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A tensor that is returned, in memory of its own."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def allocated(self, device: torch.device) -> Tensor:
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A view of an argument, to be copied into contiguous memory. offset: in elements, from the argument's start."""
+
+    argument: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, argument: Tensor) -> Tensor:
+        view = argument.as_strided(self.shape, self.strides, argument.storage_offset() + self.offset)
+        return view.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory is counted on: arguments, results, copies, and parts of one allocation; the last two end with the call."""
+
+    device: torch.device
+    launches: tuple[Repeated, ...]
+    results: tuple[Result, ...]
+    copies: tuple[Copied, ...]
+    parts: tuple[int, ...]  # where each begins
+    room: int  # bytes of all parts
+    many: bool  # returned as a tuple
+
+    def __call__(self, arguments: Sequence[Any], addresses: list[int], stream: Any) -> Any:
+        results = [one.allocated(self.device) for one in self.results]
+        addresses += [one.data_ptr() for one in results]
+        copies = [one.of(arguments[one.argument]) for one in self.copies]
+        addresses += [one.data_ptr() for one in copies]
+        if self.room:
+            parts = torch.empty(self.room, dtype=torch.uint8, device=self.device)
+            first = parts.data_ptr()
+            addresses += [first + part for part in self.parts]
+        for launch in self.launches:
+            given = list(launch.given)
+            for place, memory, offset in launch.pointers:
+                given[place] = addresses[memory] + offset
+            for place, memory, offset, box in launch.boxes:
+                given[place] = _moved(box, addresses[memory] + offset)
+            launch.run(*launch.blocks, stream, *given)
+        return tuple(results) if self.many else results[0] if results else None
+
+
+class _Address:
+    """What a tensor descriptor wants of a tensor."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _moved(box: Any, address: int) -> Any:
+    made = object.__new__(type(box))
+    made.__dict__.update(box.__dict__, base=_Address(address))
+    return made
+
+
+def planned(launcher: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Plan | None]:
+    """What the launcher returns, and how to do the same for other arguments of the kind; None where that is not known.
+
+    No two of the arguments may be one tensor: which of them a launch was given would be anyone's guess.
+    """
+    with note_launches() as launches, _Watch(arguments, launches) as watch:
+        result = launcher(*arguments)
+    return result, watch.plan(result)
+
+
+def _all_different(arguments: Sequence[Any]) -> bool:
+    tensors = [id(value) for value in arguments if isinstance(value, Tensor)]
+    return len(set(tensors)) == len(tensors)
+
+
+def _same_memory(view: Tensor, other: Tensor) -> bool:
+    """Not so where a view, such as reshape, had to copy."""
+    return view.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+class _Watch(TorchDispatchMode):
+    """Follows memory: which argument's, or which new one's, every tensor lies in."""
+
+    def __init__(self, arguments: Sequence[Any], launches: Sequence[Launched | None]) -> None:
+        super().__init__()
+        self.launches = launches
+        self.memory: list[Any] = list(arguments)
+        self.given = len(self.memory)
+        self.lies_in = {id(value): place for place, value in enumerate(arguments) if isinstance(value, Tensor)}
+        self.copies: dict[int, Copied] = {}  # by their place in memory
+        self.kept: list[Any] = []  # so that no other tensor gets the identity of one
+        self.repeatable = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.kept.append(out)
+        if func in ALLOCATIONS:
+            self._add(out)
+        elif func.is_view and all(_same_memory(one, args[0]) for one in tree_leaves(out)):
+            if id(args[0]) in self.lies_in:
+                self.lies_in.update(dict.fromkeys(map(id, tree_leaves(out)), self.lies_in[id(args[0])]))
+        elif (func.is_view or func is aten.clone.default) and self._copies(args[0], out):
+            source, home = args[0], self.lies_in[id(args[0])]
+            offset = (source.data_ptr() - self.memory[home].data_ptr()) // source.element_size()
+            self.copies[len(self.memory)] = Copied(home, tuple(source.shape), source.stride(), offset)
+            self._add(out)
+        else:
+            self.repeatable = False
+        return out
+
+    def _add(self, memory: Tensor) -> None:
+        self.lies_in[id(memory)] = len(self.memory)
+        self.memory.append(memory)
+
+    def _copies(self, source: Tensor, out: Any) -> bool:
+        """Has a part of an argument been copied, row after row, before anything was launched that may write there?"""
+        if self.launches or self.lies_in.get(id(source), self.given) >= self.given:
+            return False
+        same = isinstance(out, Tensor) and out.dtype == source.dtype and out.numel() == source.numel()
+        return same and out.is_contiguous()
+
+    def plan(self, result: Any) -> Plan | None:
+        many = isinstance(result, (tuple, list))
+        returned = tuple(result) if many else () if result is None else (result,)
+        homes = [self.lies_in.get(id(value), -1) for value in returned]
+        if not self.launches or not self.repeatable or len(set(homes)) < len(homes):
+            return None
+        if any(home < self.given or home in self.copies for home in homes):
+            return None
+        if not all(map(self._fills, returned, homes)):
+            return None
+        own = [place for place in range(self.given, len(self.memory)) if place not in (*homes, *self.copies)]
+        parts, room = [], 0
+        for place in own:
+            parts.append(room)
+            room += cdiv(self.memory[place].untyped_storage().nbytes(), ROUNDED_TO) * ROUNDED_TO
+        order = [*range(self.given), *homes, *self.copies, *own]
+        numbers = {place: number for number, place in enumerate(order)}
+        launches = [None if launch is None else self._repeated(launch, numbers) for launch in self.launches]
+        if any(launch is None for launch in launches):
+            return None
+        device = next(value.device for value in self.memory if isinstance(value, Tensor))
+        results = tuple(Result(tuple(one.shape), one.stride(), one.dtype) for one in returned)
+        copies = tuple(self.copies.values())
+        return Plan(device, tuple(filter(None, launches)), results, copies, tuple(parts), room, many)
+
+    def _fills(self, value: Tensor, home: int) -> bool:
+        """Could this have been allocated in place of the memory that it lies in?"""
+        memory = self.memory[home]
+        extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+        whole = extent * value.element_size() == memory.untyped_storage().nbytes()
+        return value.numel() > 0 and whole and value.data_ptr() == memory.data_ptr()
+
+    def _repeated(self, launch: Launched, numbers: dict[int, int]) -> Repeated | None:
+        given = [launch.code.function, launch.code.packed_metadata, None, None, None]
+        pointers, boxes = [], []
+        for value in launch.arguments:
+            tensor = value.base if hasattr(value, "block_shape") else value
+            if isinstance(tensor, Tensor):
+                home = self.lies_in.get(id(tensor))
+                if home is None:
+                    return None
+                at = (len(given), numbers[home], tensor.data_ptr() - self.memory[home].data_ptr())
+                if tensor is value:
+                    pointers.append(at)
+                else:
+                    boxes.append((*at, _moved(value, 0)))
+            given.append(None if isinstance(tensor, Tensor) else value)
+        given += launch.constants
+        return Repeated(launch.code.run, launch.blocks, tuple(given), tuple(pointers), tuple(boxes))
