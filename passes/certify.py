@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from passes.base import is_call, placeholders
 from passes.bisection import relative_error
-from passes.changes import Changes, Pair, Region, number
+from passes.changes import Changes, Pair, Region, Same, number
 from passes.cost import node_costs, stored_dims, traced_sizes
 from passes.inputs import draw_one, kind_of, number_of
 from passes.nodes import viewed
@@ -26,6 +27,7 @@ MOST_NUMBERS = 1 << 26  # in one region; half a gigabyte in float64
 MOST_FLOPS = 1e11
 FEW_NUMBERS = 1 << 20  # whose products take less than MOST_FLOPS in any case
 DEPTHS = (0, 6, 24, None)  # how much of a region's surroundings is run with it, until the two sides agree
+NEAR = DEPTHS[:2]  # of claims, and from them on
 COPYING = (aten.reshape, aten.flatten, aten.contiguous, aten.to)  # if strides or dtype want it
 SMALL = (3, 5, 11, 13, 7, 17, 19)  # free sizes of regions that would be too large as they were traced
 
@@ -34,6 +36,10 @@ Sizes = Mapping[sympy.Symbol, int]
 
 class TooLarge(Exception):
     """A region that is not run. One line: why."""
+
+
+class Differs(Exception):
+    """A region whose sides do not agree. One line: by how much, or why one cannot be run."""
 
 
 @dataclass
@@ -48,7 +54,8 @@ class RegionalSpecimen:
     module: fx.GraphModule
     given: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    known: dict[str, float] = field(default_factory=dict)  # errors of the regions that were run, by their text
+    known: dict[str, float | str] = field(default_factory=dict)  # by the text of a region: error, or why it stopped
+    digests: dict[str, str] = field(default_factory=dict)  # of what was given
 
     def snapshot(self) -> fx.Graph:
         """The graph as it is now, to be compared with what a pass makes of it."""
@@ -61,42 +68,74 @@ class RegionalSpecimen:
         """Compare `module`, just rewritten, with its snapshot. CertificateError names pass, value and error."""
         changes, traced = Changes(before, self.module.graph), traced_sizes(before)
         errors, skipped = [0.0], []
+        claimed = changes.follow(lambda claim, same: self._holds(changes, claim, same, traced))
         for root in changes.roots:
             try:
-                errors.append(self._certify(changes, root, traced, label))
+                errors.append(self._certify(changes, root, claimed, traced, label))
             except TooLarge as reason:
                 skipped.append(f"{root[0].name}: {reason}")
         sizes = {str(symbol): value for symbol, value in traced.items()}
         return Certificate(max(errors), sizes=sizes, skipped=tuple(skipped))
 
-    def _certify(self, changes: Changes, root: Pair, traced: Sizes, label: str) -> float:
-        failed = ""
-        for depth in DEPTHS:
-            region = changes.region(root, depth)
-            text = region.text()
+    def _holds(self, changes: Changes, claim: Pair, same: Same, traced: Sizes) -> bool:
+        try:
+            self._error(changes, claim, same, NEAR, traced)
+        except (TooLarge, Differs):
+            return False
+        return True
+
+    def _certify(self, changes: Changes, root: Pair, claimed: Same, traced: Sizes, label: str) -> float:
+        """The error of a root. CertificateError names it; TooLarge."""
+        try:
+            return self._error(changes, root, claimed, NEAR, traced)
+        except (TooLarge, Differs):  # what is claimed may be related by more than lies near
+            pass
+        try:
+            return self._error(changes, root, changes.same, DEPTHS, traced)
+        except Differs as reason:
+            raise CertificateError(f"{label}: {reason}") from reason
+
+    def _error(self, changes: Changes, pair: Pair, same: Same, depths: Sequence[int | None], traced: Sizes) -> float:
+        """How far apart the two nodes of a pair are, in the smallest region in which they agree. Raises Differs where
+        they agree in none that can be run; TooLarge where none can be run."""
+        differs = ""
+        for depth in depths:
+            region = changes.region(pair, depth, same)
+            text = region.text(self._kind)
             if text not in self.known:
                 try:
-                    error = compare(self.module, region, self._inputs(region, traced))
+                    self.known[text] = compare(self.module, region, self._inputs(region, traced))
                 except TooLarge:
-                    if failed:  # at a smaller depth, and nothing affordable shows that it is equal after all
+                    if differs:  # in a smaller region, and nothing affordable shows that they agree after all
                         break
                     raise
                 except NodeError as stopped:
-                    error, failed = float("inf"), f"the graph no longer runs: {stopped}"
-                else:
-                    failed = f"{region.root} differs by {error:.3g} (bound {EXACT:g})"
-                if not error <= EXACT:
-                    if region.whole:
-                        break
-                    continue
-                self.known[text] = error
-            return self.known[text]
-        raise CertificateError(f"{label}: {failed}")
+                    self.known[text] = f"the graph no longer runs: {stopped}"
+            error = self.known[text]
+            if isinstance(error, float) and error <= EXACT:
+                return error
+            differs = error if isinstance(error, str) else f"{region.root} differs by {error:.3g} (bound {EXACT:g})"
+            if region.whole:
+                break
+        raise Differs(differs)
 
     def _inputs(self, region: Region, traced: Sizes) -> dict[str, Any]:
         sizes = affordable_sizes(region, traced)
         generator = torch.Generator().manual_seed(self.seed)
         return {n.name: self._draw(n, sizes, generator) for n in placeholders(region.before)}
+
+    def _kind(self, node: fx.Node) -> str:
+        """Of an input: equal where the same is drawn, or was given. Layers have counters of their own, all alike."""
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return str(value)
+        drawn = f"{node.meta['role']} {value.dtype} {tuple(value.shape)}"
+        given = self.given.get(node.name)
+        if value.is_floating_point() or given is None:
+            return drawn
+        if node.name not in self.digests:
+            self.digests[node.name] = hashlib.sha256(given.contiguous().numpy().tobytes()).hexdigest()
+        return f"{drawn} {self.digests[node.name]}"
 
     def _draw(self, node: fx.Node, sizes: Sizes, generator: torch.Generator) -> Any:
         value = node.meta["val"]

@@ -3,6 +3,10 @@
 A graph of a whole model cannot be run twice after every pass, but what a pass changed can. `number` marks the nodes
 before the pass; `Changes` compares the marked copy with the result from the outputs upwards. Where both agree, node by
 node, equal inputs give equal results; each pair of nodes at which they part is the result of one region.
+
+Above such a pair the two graphs may go on alike, from other pairs at which they part, over and over: every layer of a
+model may read what a pass changed in the one before. That these are equal as well is no more than a claim, since a pass
+may change a value and undo it later. A claim that proves right is a place for regions to start at.
 """
 
 from __future__ import annotations
@@ -31,9 +35,20 @@ class Region:
     after: fx.Graph
     whole: bool  # reads nothing but inputs of the model
 
-    def text(self) -> str:
+    def text(self, kind: Callable[[fx.Node], str]) -> str:
         """Equal for regions that compute the same from inputs of the same kind."""
-        return f"{_canonical(self.before)}\n{_canonical(self.after)}"
+        return f"{_canonical(self.before, kind)}\n{_canonical(self.after, kind)}"
+
+
+class Same:
+    """Nodes before and after that hold the same value, by each other."""
+
+    def __init__(self) -> None:
+        self.after: dict[fx.Node, fx.Node] = {}  # by the node before
+        self.before: dict[fx.Node, fx.Node] = {}
+
+    def add(self, before: fx.Node, after: fx.Node) -> None:
+        self.after[before], self.before[after] = after, before
 
 
 def number(graph: fx.Graph) -> None:
@@ -48,8 +63,10 @@ class Changes:
     def __init__(self, before: fx.Graph, after: fx.Graph) -> None:
         self.before, self.after = before, after
         self.roots = self._find_roots()
-        self.same = self._find_same()
-        self.back = {two: one for one, two in self.same.items()}
+        marked = {node.meta[MARK]: node for node in after.nodes if MARK in node.meta}
+        pairs = [(node, marked.get(node.meta.get(MARK, -1))) for node in before.nodes]
+        self.alike = {one: two for one, two in pairs if two is not None and alike(one, two)}
+        self.same = self.follow()
         self.given = of_positions(before)
 
     def _find_roots(self) -> dict[Pair, None]:
@@ -67,41 +84,55 @@ class Changes:
             pairs += fresh
         return roots
 
-    def _find_same(self) -> dict[fx.Node, fx.Node]:
-        """Nodes before, and the nodes after that hold the same value if all roots are equal."""
-        marked = {node.meta[MARK]: node for node in self.after.nodes if MARK in node.meta}
-        same: dict[fx.Node, fx.Node] = {}
+    def follow(self, holds: Callable[[Pair, Same], bool] | None = None) -> Same:
+        """What is the same if all roots are equal, and all claims that hold.
+
+        holds: is a pair equal, given what is the same above it? None: nothing is claimed.
+        """
+        same, proven = Same(), set(self.roots)
+        claims = self._claims() if holds else {}
         for node in self.before.nodes:
-            other = marked.get(node.meta.get(MARK, -1))
-            if other is None or not alike(node, other):
+            proven.update(claim for claim in claims.get(node, ()) if holds and holds(claim, same))
+            other = self.alike.get(node)
+            if other is None:
                 continue
-            if all(same.get(one) is two or (one, two) in self.roots for one, two in inner_pairs(node, other)):
-                same[node] = other
+            if all(same.after.get(one) is two or (one, two) in proven for one, two in inner_pairs(node, other)):
+                same.add(node, other)
         return same
 
-    def region(self, root: Pair, depth: int | None) -> Region:
+    def _claims(self) -> dict[fx.Node, list[Pair]]:
+        """By the node before: what nodes that are alike read in one another's place, roots left out."""
+        claims: dict[fx.Node, dict[fx.Node, None]] = {}
+        for node, other in self.alike.items():
+            for one, two in inner_pairs(node, other):
+                claimed = self.alike.get(one) is not two and (one, two) not in self.roots
+                if claimed and _layout(one) is not None and _layout(one) == _layout(two):
+                    claims.setdefault(one, {})[two] = None
+        return {one: [(one, two) for two in others] for one, others in claims.items()}
+
+    def region(self, root: Pair, depth: int | None, same: Same) -> Region:
         """What computes one root, from floating-point values that did not change.
 
         depth: what lies between two inputs that are within so many steps of each other is computed rather than taken as
         an input of its own, because a rewrite may use how the two are related. None: start at the inputs of the model.
         """
         before, after = root
-        inputs = self._inputs(before, after, depth)
+        inputs = self._inputs(before, after, depth, same)
         return Region(
             before.name,
-            _cut(self.before, before, {node: node for node in inputs}),
-            _cut(self.after, after, {self.same[node]: node for node in inputs}),
+            _cut(before, {node: node for node in inputs}),
+            _cut(after, {same.after[node]: node for node in inputs}),
             all(node.op == "placeholder" for node in inputs),
         )
 
-    def _inputs(self, before: fx.Node, after: fx.Node, depth: int | None) -> list[fx.Node]:
+    def _inputs(self, before: fx.Node, after: fx.Node, depth: int | None, same: Same) -> list[fx.Node]:
         """Nodes of the graph before at which the region starts."""
-        back, between = self.back, set[fx.Node]()
+        back, between = same.before, set[fx.Node]()
 
         def starts(node: fx.Node) -> bool:
             if depth is None or node in between or node in self.given:
                 return node.op == "placeholder"
-            return node in self.same and _may_start(node)
+            return node in same.after and _may_start(node)
 
         while True:
             start = _reached(before, lambda n: n is not before and starts(n))
@@ -113,7 +144,13 @@ class Changes:
         # and every input of the model that is reached around them
         found = _reached(before, lambda n: n in start or n.op == "placeholder")
         found |= {back[n] for n in _reached(after, lambda n: back.get(n) in start or n.op == "placeholder")}
-        return [node for node in self.before.nodes if node in found]
+        return sorted(found)
+
+
+def _layout(node: fx.Node) -> tuple[Any, ...] | None:
+    """Shape and dtype of a tensor."""
+    value = node.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
 def alike(one: fx.Node, two: fx.Node) -> bool:
@@ -187,7 +224,7 @@ def _leading_to(node: fx.Node, others: set[fx.Node], depth: int) -> set[fx.Node]
     return found if node in found else set()
 
 
-def _cut(source: fx.Graph, root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.Graph:
+def _cut(root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.Graph:
     """The computation of `root` from `starts`; a placeholder bears the name of the node before that it stands for."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -201,22 +238,19 @@ def _cut(source: fx.Graph, root: fx.Node, starts: dict[fx.Node, fx.Node]) -> fx.
         if node not in needed:
             needed.add(node)
             stack += node.all_input_nodes
-    for node in source.nodes:
-        if node in needed and node not in copies:
+    for node in sorted(needed):
+        if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output((copies[root],))
     return graph
 
 
-def _canonical(graph: fx.Graph) -> str:
+def _canonical(graph: fx.Graph, kind: Callable[[fx.Node], str]) -> str:
     names: dict[fx.Node, str] = {}
     lines = []
     for node in graph.nodes:
-        value = node.meta.get("val")
         if node.op == "placeholder":
-            free = isinstance(value, torch.Tensor) and value.is_floating_point()
-            kind = f"{node.meta['role']} {value.dtype} {tuple(value.shape)}" if free else f"{node.target} {value}"
-            lines.append(f"{len(names)} {kind}")
+            lines.append(f"{len(names)} {kind(node)}")
         else:
             arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{names[n]}")
             lines.append(f"{len(names)} {node.target} {arguments}")

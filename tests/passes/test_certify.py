@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from codegen.targets import target
 from passes import certify
-from passes.base import Context, Outcome, Pass, Workload, call, calls, sweep
+from passes.base import Context, Outcome, Pass, Workload, call, calls, placeholders, sweep
 from passes.canonicalise import Canonicalise
 from passes.certify import RegionalSpecimen
 from passes.fuse_norm import FuseNorm
@@ -88,6 +88,63 @@ def test_a_changed_output_and_a_changed_start_are_regions_too(only: int) -> None
         Pipeline((Rescale(0.5, only),)).run(module, ANY, "tower", RegionalSpecimen(module))
 
 
+@dataclass(frozen=True)
+class Everywhere(Rescale):
+    """The same, and as much of the result: nothing reads it alike, so that all of a graph is one root."""
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        outcome = super().run(graph_module, context)
+        (last,) = graph_module.graph.output_node().all_input_nodes
+        with graph_module.graph.inserting_after(last):
+            scaled = call(graph_module.graph, aten.mul.Tensor, last, 1.0)
+        last.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        return outcome
+
+
+def test_equal_layers_above_a_changed_result_are_run_once_and_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify, "MOST_NUMBERS", 200)  # more than one layer's, fewer than two layers'
+    specimen = RegionalSpecimen(tower(layers=5))
+    (record,) = Pipeline((Everywhere(),)).run(specimen.module, ANY, "tower", specimen)
+    assert record.certificate is not None and not record.certificate.skipped
+    assert len(specimen.known) == 2
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_a_wrong_layer_above_a_changed_result_is_caught(layer: int) -> None:
+    specimen = RegionalSpecimen(tower())
+    with pytest.raises(CertificateError, match=r"everywhere on tower: \S+ differs by"):
+        Pipeline((Everywhere(1.0 + 1e-6, only=layer),)).run(specimen.module, ANY, "tower", specimen)
+
+
+@dataclass(frozen=True)
+class Undone(Pass):
+    """tanh(x W V) → tanh((2 x W) V / factor): the product with V reads another value than before."""
+
+    factor: float = 2.0
+
+    def run(self, graph_module: fx.GraphModule, context: Context) -> Outcome:
+        graph, outcome = graph_module.graph, Outcome()
+        for node in calls(graph, aten.tanh):
+            second = node.args[0]
+            with graph.inserting_before(second):
+                second.replace_input_with(second.args[0], call(graph, aten.mul.Tensor, second.args[0], 2.0))
+            with graph.inserting_before(node):
+                node.replace_input_with(second, call(graph, aten.div.Tensor, second, self.factor))
+            outcome.matches.append(node.name)
+        return outcome
+
+
+@pytest.mark.parametrize("factor", [2.0, 2.001])
+def test_what_is_changed_and_undone_need_not_be_equal_in_between(factor: float) -> None:
+    specimen = RegionalSpecimen(tower())
+    if factor != 2.0:
+        with pytest.raises(CertificateError):
+            Pipeline((Undone(factor),)).run(specimen.module, ANY, "tower", specimen)
+        return
+    (record,) = Pipeline((Undone(),)).run(specimen.module, ANY, "tower", specimen)
+    assert len(record.matches) == 3 and record.certificate is not None and not record.certificate.skipped
+
+
 class Residual(nn.Module):
     """The sum goes on, and so does its norm: the fused op computes both from the summands."""
 
@@ -154,6 +211,25 @@ def test_of_what_lies_above_related_values_only_what_relates_them_is_run(
         return
     (record,) = Pipeline((Turn(),)).run(found.module, ANY, "written", specimen)
     assert record.matches and record.certificate is not None and not record.certificate.skipped
+
+
+class Counted(nn.Module):
+    """Layers that read as much as counters of their own say."""
+
+    def forward(self, x: Tensor, *counters: Tensor) -> Tensor:
+        for counter in counters:
+            x = torch.where(torch.arange(6) <= counter, x.mT, 0.5).tanh()
+        return x
+
+
+@pytest.mark.parametrize(("counts", "run"), [((3, 3, 3), 1), ((3, 4, 3), 2)])
+def test_layers_are_equal_if_what_was_given_to_them_is(counts: tuple[int, ...], run: int) -> None:
+    counters = [torch.tensor([count]) for count in counts]
+    (found,) = graphs_of(Counted(), lambda f: f(torch.randn(6, 6), *counters))
+    inputs = [node for node in placeholders(found.module.graph) if node.meta["val"].dtype == torch.int64]
+    specimen = RegionalSpecimen(found.module, dict(zip([one.name for one in inputs], counters, strict=True)))
+    (record,) = Pipeline((Turn(),)).run(found.module, ANY, "counted", specimen)
+    assert len(record.matches) == 3 and len(specimen.known) == run
 
 
 class Router(nn.Module):
