@@ -1,6 +1,6 @@
-"""Compile time of models in which the passes find nothing: the backend beside Inductor alone, each in a fresh process.
+"""Compile time of the backend beside Inductor alone, each in a fresh process.
 
-    python benchmarks/cpu_compile.py             # a GQA transformer and a convolutional net
+    python benchmarks/cpu_compile.py             # two models in which the passes find nothing, and DeepSeek-V2
 
 CPU seconds of the first call, caches off, in turns; the table says medians and how much longer the backend takes.
 """
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODELS = ("gqa transformer", "convolutional net")
+MODELS = ("gqa transformer", "convolutional net", "deepseek-v2")
 BACKENDS = ("inductor", "dsv3")
 WORKER = "DSV3_COMPILE_TIME"  # names the model and the backend that a worker process times
 
@@ -34,6 +34,16 @@ def model(name: str):
             num_key_value_heads=2, use_cache=False,
         )  # fmt: skip
         return LlamaForCausalLM(config).eval(), (torch.randint(512, (2, 33)),)
+    if name == "deepseek-v2":
+        from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+        config = DeepseekV2Config(
+            vocab_size=512, hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=8,
+            num_attention_heads=8, num_key_value_heads=8, q_lora_rank=None, kv_lora_rank=64, qk_nope_head_dim=32,
+            qk_rope_head_dim=16, v_head_dim=32, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4,
+            first_k_dense_replace=1, use_cache=False,
+        )  # fmt: skip
+        return DeepseekV2ForCausalLM(config).eval(), (torch.randint(512, (2, 33)),)
     stages = [(3, 16), (16, 32), (32, 32), (32, 64)]
     layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in stages]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)).eval(), (

@@ -129,7 +129,7 @@ class RegionalSpecimen:
         value = node.meta["val"]
         if not isinstance(value, Tensor):
             return str(value)
-        drawn = f"{node.meta['role']} {value.dtype} {tuple(value.shape)}"
+        drawn = f"{node.meta['role']} {value.dtype} {tuple(value.shape)} {value.stride()}"
         given = self.given.get(node.name)
         if value.is_floating_point() or given is None:
             return drawn
@@ -143,12 +143,24 @@ class RegionalSpecimen:
             return number_of(value, sizes)
         shape = tuple(number_of(size, sizes) for size in value.shape)
         if value.is_floating_point():
-            return draw_one(kind_of(node), shape, 0, generator)
+            strides = tuple(number_of(stride, sizes) for stride in value.stride())
+            return laid_out(draw_one(kind_of(node), shape, 0, generator), strides)
         given = self.given.get(node.name)
         if given is None:
             upper = 2 if value.dtype is torch.bool else min((*shape, *sizes.values()), default=2)
             return torch.randint(0, upper, shape, generator=generator).to(value.dtype)
         return given[tuple(slice(size) for size in shape)]
+
+
+def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """x with these strides, on which depends what can be viewed; as it is where they leave gaps or overlap."""
+    together = 1
+    for stride, size in sorted(zip(strides, x.shape, strict=True)):
+        if size > 1:
+            if stride != together:
+                return x
+            together *= size
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 
 def compare(module: fx.GraphModule, region: Region, inputs: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -218,7 +219,7 @@ class Counted(nn.Module):
 
     def forward(self, x: Tensor, *counters: Tensor) -> Tensor:
         for counter in counters:
-            x = torch.where(torch.arange(6) <= counter, x.mT, 0.5).tanh()
+            x = torch.where(torch.arange(6) <= counter, x.mT, 0.5) @ x
         return x
 
 
@@ -230,6 +231,34 @@ def test_layers_are_equal_if_what_was_given_to_them_is(counts: tuple[int, ...], 
     specimen = RegionalSpecimen(found.module, dict(zip([one.name for one in inputs], counters, strict=True)))
     (record,) = Pipeline((Turn(),)).run(found.module, ANY, "counted", specimen)
     assert len(record.matches) == 3 and len(specimen.known) == run
+
+
+class Turned(nn.Module):
+    """A view that only numbers which lie as they did can be given."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = x.mT + y.mT
+        return torch.tanh(z.mT.view(24)) + 1
+
+
+def test_values_are_drawn_as_they_lie() -> None:
+    (found,) = graphs_of(Turned(), lambda f: f(torch.randn(4, 6), torch.randn(4, 6)))
+    specimen = RegionalSpecimen(found.module)
+    (record,) = Pipeline((Rescale(),)).run(found.module, ANY, "turned", specimen)
+    assert record.certificate is not None and not record.certificate.skipped
+    assert [isinstance(error, float) for error in specimen.known.values()] == [True]
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (3, 1, 5), (1,), ()])
+def test_a_drawn_value_has_the_strides_asked_for(shape: tuple[int, ...]) -> None:
+    for axes in itertools.permutations(range(len(shape))):
+        like = torch.randn([shape[axis] for axis in axes]).permute(sorted(range(len(axes)), key=axes.__getitem__))
+        drawn = torch.randn(shape)
+        laid = certify.laid_out(drawn, like.stride())
+        assert laid.stride() == like.stride() and torch.equal(laid, drawn)
+    gaps = torch.randn(4, 6)[:, ::2]
+    assert certify.laid_out(torch.randn(4, 3), gaps.stride()).is_contiguous()
+    assert certify.laid_out(torch.randn(4, 3), (0, 1)).is_contiguous()
 
 
 class Router(nn.Module):
