@@ -67,8 +67,9 @@ class RegionalSpecimen:
     def certify(self, before: fx.Graph, label: str) -> Certificate:
         """Compare `module`, just rewritten, with its snapshot. CertificateError names pass, value and error."""
         changes, traced = Changes(before, self.module.graph), traced_sizes(before)
-        errors, skipped = [0.0], []
-        claimed = changes.follow(lambda claim, same: self._holds(changes, claim, same, traced))
+        errors, skipped, claimed = [0.0], [], changes.same
+        if changes.roots:
+            claimed = changes.follow(lambda claim, same: self._holds(changes, claim, same, traced))
         for root in changes.roots:
             try:
                 errors.append(self._certify(changes, root, claimed, traced, label))
