@@ -43,6 +43,12 @@ def note_launches() -> Iterator[list[Launched | None]]:
         _NOTED.reset(token)
 
 
+def _note(known: tuple[CompiledKernel, list[Any]] | None, grid: Any, arguments: tuple[Any, ...]) -> None:
+    noted = _NOTED.get()
+    if noted is not None:
+        noted.append(Launched(known[0], (*grid, 1, 1)[:3], arguments, known[1]) if known else None)
+
+
 class DirectLaunches:
     """What runs in a kernel's place: the first launch of a kind goes through triton, later ones do not.
 
@@ -62,20 +68,18 @@ class DirectLaunches:
         device = active.get_current_device()
         kinds, given = zip(*map(kind_of, arguments), strict=True)
         key = (device, kinds, *options, *options.values())
-        known, noted = self.known.get(key), _NOTED.get()
+        known = self.known.get(key)
         if known is None or warmup or watched():
             code = self.through_triton(*arguments, grid=grid, warmup=warmup, **options)
             by_name = any(name in options for name in self.variable)
             if not warmup and not by_name and len(arguments) == len(self.variable):
                 self.known[key] = known = code, [options[name] for name in self.constant]
                 self.layouts += [value.layout for value in arguments if hasattr(value, "block_shape")]
-            if noted is not None:
-                noted.append(Launched(code, (*grid, 1, 1)[:3], arguments, known[1]) if known else None)
+            _note(known, grid, arguments)
             return code
+        _note(known, grid, arguments)
         code, constants = known
         blocks = (*grid, 1, 1)[:3]
-        if noted is not None:
-            noted.append(Launched(code, blocks, arguments, constants))
         stream = active.get_current_stream(device)
         code.run(*blocks, stream, code.function, code.packed_metadata, None, None, None, *given, *constants)
         return code

@@ -57,7 +57,7 @@ class Planned:
         plan = self.plans.get(key)
         if plan is not None and not watched():
             return plan(arguments, addresses, driver.active.get_current_stream(device))
-        if plan is None and key not in self.plans:
+        if key not in self.plans:
             if key in self.met and _all_different(arguments):
                 result, plan = planned(self.launcher, arguments)
                 self._bound(self.plans)

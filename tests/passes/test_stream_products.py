@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from codegen.kernels.sm_90.linear import SKINNY_ROWS
 from passes.launches import FEW_ROWS
 from passes.stream_products import StreamProducts
 from tests.passes.capture import module_graph, tensor
@@ -57,6 +58,10 @@ def test_a_float32_product_of_narrow_factors_reads_them_as_they_are(shape):
     (product,) = (node for node in graph.graph.nodes if node.target is dsv3.linear.default)
     assert product.args[4] is True and product.meta["val"].dtype is torch.float32
     assert count(graph, aten._to_copy) == 0
+
+
+def test_few_rows_are_those_that_the_kernel_streams():
+    assert FEW_ROWS == SKINNY_ROWS
 
 
 def test_decode_has_few_rows_whatever_the_batch():
