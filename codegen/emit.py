@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ def compile_kernels(kernels: Iterable[KernelSource], target: Target) -> list[Emi
     kernels may be an iterator that writes one when it is asked: others are compiled meanwhile. ValueError for a kernel
     that does not fit the target.
     """
-    with ExitStack() as modules, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _uncollected(), ExitStack() as modules, ThreadPoolExecutor(os.cpu_count()) as pool:
         started: list[tuple[KernelSource, list[Future[Built]]]] = []
         try:
             for kernel in kernels:
@@ -78,6 +79,22 @@ def compile_kernels(kernels: Iterable[KernelSource], target: Target) -> list[Emi
         except BaseException:
             pool.shutdown(cancel_futures=True)  # the others would be waited for
             raise
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected meanwhile.
+
+    CPython 3.11 counts the depth of syntax trees for all threads in one place. Collecting garbage while one thread
+    reads a kernel's source can run code that lets another do so, and then both counts are off: a SystemError.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _emitted(kernel: KernelSource, target: Target, built: Sequence[Built]) -> EmittedKernel:

@@ -1,8 +1,10 @@
 """Emitted kernels: readable text, usable without this project, machine code for every target."""
 
+import ast
 import dataclasses
 import subprocess
 import sys
+import time
 from importlib import import_module
 
 import pytest
@@ -70,6 +72,30 @@ def test_every_emitted_kernel_runs_without_this_project(tmp_path):
 @pytest.mark.parametrize("op", ["add_rms_norm", "route", "mla_attention", "routed_swiglu"])
 def test_emitted_text(op, golden):
     golden(write_kernel(op, operands(op), target("sm_80")).source, f"kernels/{op}.py")
+
+
+class Garbage:
+    """What keeps itself alive until it is collected, and lets another thread run then."""
+
+    def __init__(self):
+        self.own = self
+
+    def __del__(self):
+        time.sleep(0)
+
+
+def test_sources_are_read_by_several_threads_among_garbage(monkeypatch):
+    read = ast.parse
+
+    def among_garbage(*arguments, **named):
+        for _ in range(50):
+            Garbage()
+        return read(*arguments, **named)
+
+    written = [write_kernel(op, operands(op), target("sm_80")) for op in ("routed_swiglu", "mla_attention", "route")]
+    monkeypatch.setattr(ast, "parse", among_garbage)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert len(compile_kernels(written, target("sm_80"))) == 3
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name.split()[0])
