@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import dsv3_compile
 from codegen import dispatch
@@ -105,6 +105,18 @@ def test_generate_works_unchanged_and_gives_the_same_tokens(cache: str, without_
     assert model.generate(ids, **options).tolist() == expected.tolist()
     assert any(matches(report)["order-contractions"] == 4 for report in dsv3_compile.reports())
     assert len(dsv3_compile.reports()) <= 4
+
+
+def test_generate_compiles_its_own_steps_by_the_backend_where_it_is_asked_to(without_inductor: None) -> None:
+    model = deepseek_v3(num_hidden_layers=2)
+    ids = torch.randint(1, 97, (2, 5), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, cache_implementation="static")
+    expected = model.generate(ids, disable_compile=True, **options)
+    by = CompileConfig(backend="dsv3")
+    by._compile_all_devices = True  # transformers does so on a GPU alone
+    assert model.generate(ids, compile_config=by, **options).tolist() == expected.tolist()
+    assert any(matches(report)["order-contractions"] == 4 for report in dsv3_compile.reports())
+    assert not any(report["fallback"] for report in dsv3_compile.reports())
 
 
 def test_all_sizes_free_from_the_start_change_nothing(without_inductor: None) -> None:
