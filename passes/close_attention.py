@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +11,8 @@ from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
 from passes.lifting import is_product, lift
-from passes.masks import counts_to, is_minus_infinity
-from passes.nodes import CASTS, dtype_of
+from passes.masks import counts_to
+from passes.nodes import CASTS, constant_of, dtype_of
 from passes.open_attention import Arguments
 
 aten = torch.ops.aten
@@ -90,7 +91,7 @@ def _inside(node: fx.Node) -> fx.Node:
 def read_mask(softmax: fx.Node) -> tuple[fx.Node, fx.Node | None, bool]:
     """(scaled scores, mask, whether it is the causal one)."""
     node = softmax.args[0]
-    if is_call(node, aten.where) and is_minus_infinity(node.args[2]):
+    if is_call(node, aten.where) and constant_of(node.args[2]) == -math.inf:
         mask, scores, _ = _inside(node).args
         return (scores, None, True) if is_causal(mask, scores) else (scores, mask, False)
     if is_call(node, aten.add) and not is_product(lift(node.args[1])):

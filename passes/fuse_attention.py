@@ -31,6 +31,9 @@ from passes.writing import Product, Writer
 
 aten = torch.ops.aten
 
+# Of a factor between mask and softmax: with less, what the lowest number of float16 hides would keep a share.
+LEAST_BEHIND = 2**-10
+
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
@@ -91,9 +94,12 @@ def read_core(softmax: fx.Node) -> Core:
         raise NotAttention(
             f"the shares are used by {', '.join(u.name for u in users) or 'nothing'}, not by one product"
         )
-    masked = strip_casts(softmax.args[0])
+    masked, behind = read_scale(strip_casts(softmax.args[0]))
     scores, visible = read_mask(masked)
     scores, scale = read_scale(strip_casts(scores))
+    if visible != Visible() and not behind >= LEAST_BEHIND:
+        raise NotAttention(f"what {masked.name} hides is multiplied by {behind:g} before the softmax", masked)
+    scale *= behind
     for node in (masked, scores):
         if len(node.users) != 1:
             raise NotAttention(f"{node.name} is used outside the attention as well", node)

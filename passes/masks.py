@@ -101,19 +101,20 @@ def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
 
 def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
     """(scores, what they let through) of the input of a softmax. Raises NotAttention."""
-    if is_call(node, aten.masked_fill) and is_minus_infinity(node.args[2]):
+    dtype = dtype_of(node)
+    if is_call(node, aten.masked_fill) and is_lowest(node.args[2], node, dtype):
         return node.args[0], read_comparison(node.args[1], False)
     if is_call(node, aten.where):
         condition, yes, no = node.args
-        if is_minus_infinity(no):
+        if is_lowest(no, node, dtype):
             return yes, read_comparison(condition, True)
-        if is_minus_infinity(yes):
+        if is_lowest(yes, node, dtype):
             return no, read_comparison(condition, False)
         raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     if is_call(node, aten.add) and not node.kwargs:
         for scores, mask in (node.args[:2], node.args[1::-1]):
             if isinstance(mask, fx.Node) and is_mask(mask):
-                return scores, read_additive(mask, dtype_of(node))
+                return scores, read_additive(mask, dtype)
     if is_call(node, *MASKING):
         raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     return node, Visible()
@@ -122,10 +123,6 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
 JOINTS = (aten.bitwise_and, aten.logical_and, aten.__and__, aten.bitwise_or, aten.logical_or, aten.__or__, aten.mul)
 COUNTING = (torch.int32, torch.int64, torch.float32, torch.float64)  # in narrower ones positions wrap or are rounded
 MASKING = (aten.masked_fill, aten.where, aten.masked_scatter)
-
-
-def is_minus_infinity(node: object) -> bool:
-    return constant_of(node) == -inf
 
 
 def is_mask(node: fx.Node) -> bool:
@@ -160,7 +157,8 @@ def read_additive(mask: fx.Node, scores: torch.dtype) -> Visible:
 
 
 def is_lowest(value: Any, mask: fx.Node, scores: torch.dtype) -> bool:
-    """−∞, or the lowest number of the mask's dtype: no score that is added to it leaves anything of its share.
+    """−∞, or the lowest number of the mask's dtype: no score that is added to it, or in its place, leaves anything of
+    its share.
 
     That of float16 only among its own: scores of other dtypes reach as far.
     """

@@ -267,6 +267,34 @@ class ScaledApart(HeadFirst):
         return torch.matmul(scores.masked_fill(~mask, -math.inf).softmax(-1), v)
 
 
+class ScaledBehindMask(HeadFirst):
+    """As textbooks have it: what is hidden is masked before all is scaled."""
+
+    hidden = -math.inf
+    divisor = WIDTH**0.5
+
+    def attend(self, q, k, v, mask):
+        scores = (q @ k.mT).masked_fill(~mask, self.hidden)
+        return (scores / self.divisor).softmax(-1) @ v
+
+
+class LowestBehindMask(ScaledBehindMask):
+    hidden = torch.finfo(torch.float32).min
+
+
+class NegativeBehindMask(ScaledBehindMask):
+    """What is masked comes out highest: no attention."""
+
+    hidden = torch.finfo(torch.float32).min
+    divisor = -(WIDTH**0.5)
+
+
+class HiddenByLittle(ScaledBehindMask):
+    """A number that scores may reach."""
+
+    hidden = -20.0
+
+
 class TriangularMask(Eager):
     """A square float mask with −∞ above its diagonal, over as many queries as there are rows."""
 
