@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any
 
 import torch
@@ -123,6 +122,7 @@ def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
 JOINTS = (aten.bitwise_and, aten.logical_and, aten.__and__, aten.bitwise_or, aten.logical_or, aten.__or__, aten.mul)
 COUNTING = (torch.int32, torch.int64, torch.float32, torch.float64)  # in narrower ones positions wrap or are rounded
 MASKING = (aten.masked_fill, aten.where, aten.masked_scatter)
+FAR_BELOW = -1e9  # what textbooks write for −∞: scores, products of two rows of a head, come nowhere near
 
 
 def is_mask(node: fx.Node) -> bool:
@@ -157,15 +157,15 @@ def read_additive(mask: fx.Node, scores: torch.dtype) -> Visible:
 
 
 def is_lowest(value: Any, mask: fx.Node, scores: torch.dtype) -> bool:
-    """−∞, or the lowest number of the mask's dtype: no score that is added to it, or in its place, leaves anything of
-    its share.
+    """−∞, FAR_BELOW, or the lowest number of the mask's dtype: no score that is added to it, or in its place, leaves
+    anything of its share.
 
     That of float16 only among its own: scores of other dtypes reach as far.
     """
     number, dtype = constant_of(value), dtype_of(mask)
     if number is None or not dtype.is_floating_point:
         return False
-    return number == -inf or (number == torch.finfo(dtype).min and (dtype is not torch.float16 or scores is dtype))
+    return number <= FAR_BELOW or (number == torch.finfo(dtype).min and (dtype is not torch.float16 or scores is dtype))
 
 
 def behind(node: fx.Node, dims: Dims, positions: bool = False) -> tuple[fx.Node, Dims]:

@@ -282,6 +282,10 @@ class LowestBehindMask(ScaledBehindMask):
     hidden = torch.finfo(torch.float32).min
 
 
+class FarBelowBehindMask(ScaledBehindMask):
+    hidden = -1e9
+
+
 class NegativeBehindMask(ScaledBehindMask):
     """What is masked comes out highest: no attention."""
 

@@ -37,6 +37,7 @@ ABSORBED = [
     zoo.BiasedQueries, zoo.BiasedOutput, zoo.OneDownProjection, zoo.OneCache, zoo.WideValues,
     zoo.ComplexRotation, zoo.HalfSplitRotation, zoo.Eager, zoo.ScaledApart, zoo.NoMask, zoo.RepeatedRopeKey,
     zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent, zoo.ScaledBehindMask, zoo.LowestBehindMask,
+    zoo.FarBelowBehindMask,
 ]  # fmt: skip
 
 
