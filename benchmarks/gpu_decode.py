@@ -5,16 +5,15 @@
     python benchmarks/gpu_decode.py --model toy --target cpu --context 64    # the same path without a GPU
     python benchmarks/gpu_decode.py --dry-run                                # what sm_90 would launch, without a GPU
 
-The model is compiled without weights; every bound tensor is then drawn at random on the device, so that some experts
-are chosen far more often than others: by a prompt of 1024 tokens V2-Lite's 5 to 420 times, 96 on average.
-A step is embedding, every layer, head and the most likely token. Times are medians of CUDA-graph replays
-(of plain calls on the CPU). Floor: the weights a step must read (of the experts, those that this step's tokens chose)
-and the cached context, over the bandwidth of reading, measured in the same run. With --peer, transformers with
-a StaticCache under torch.compile runs beside it, with the faster of its grouped expert forms: in a CUDA graph, and
-`called`, kernel by kernel; compiling it takes half a minute a batch. `memory` is the most that was allocated, beside
-weights and cached context. `error`: every distinct block's kernels against the references of the vocabulary on the same
-inputs and with the same experts, the largest relative error; `rerouted`: tokens that the references' own routers would
-have sent to other experts.
+The model is compiled without weights; every bound tensor is then drawn at random on the device, and some experts are
+chosen far more often than others. A step is embedding, every layer, head and the most likely token. Times are medians
+of CUDA-graph replays (of plain calls on the CPU). Floor: the weights a step must read (of the experts, those that this
+step's tokens chose) and the cached context, over the bandwidth of reading, measured in the same run. With --peer,
+transformers with a StaticCache under torch.compile runs beside it, with the faster of its grouped expert forms: in
+a CUDA graph, and `called`, kernel by kernel; compiling it takes half a minute a batch. `memory` is the most that was
+allocated, beside weights and cached context. `error`: every distinct block's kernels against the references of the
+vocabulary on the same inputs and with the same experts, the largest relative error; `rerouted`: tokens that the
+references' own routers would have sent to other experts.
 """
 
 from __future__ import annotations

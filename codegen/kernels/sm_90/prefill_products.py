@@ -8,10 +8,10 @@ warp loads, one tells other programs what has been stored.
 192 tokens times 256 weight rows are the largest tile whose sums fit into registers, and so read the least. Then the
 matrix units are the limit, at a clock that the chip lowers for its power: fetching each box of tokens once for two
 multiprocessors (multicast) was tried and gained nothing. Tokens stand on the M side: groups without tokens multiply
-nothing, and at most 63 rows of a tile are empty. On the N side hardly one would be. That was tried twice, with
-widths that are powers of two, as gluon's tensors are, and with wgmma written out for every multiple of 16 (192 weight
-rows by up to 224 tokens). The second was 3 % faster for 2048 tokens that choose all experts alike, and 4 to 10 % slower
-where they prefer some, or are 8192.
+nothing, and at most 63 rows of a tile are empty. On the N side hardly one would be. That was tried twice, with widths
+that are powers of two, as gluon's tensors are, and with wgmma written out for every multiple of 16 (192 weight rows by
+up to 224 tokens). The second was 3 % faster for 2048 tokens that choose all experts alike, and 4 to 10 % slower where
+they prefer some, or are 8192.
 
 Where an item ends, nothing waits that need not. Its halves of 128 weight rows, each with gate and up of the same
 columns, end apart: SwiGLU and stores of the first are done under the last products of the second, those of the second
