@@ -23,9 +23,9 @@ TILE = 64  # cached positions, and the page size
 # outweighs reading the cache more often.
 SHORT = 8192
 SHORT_ROWS = 256
-# One request, a warp of them, and four; contexts on both sides of SHORT: a single long request takes another form than
-# a short one. Other batches are compiled when they come.
-TRIED_SIZES = {"B": (1, 23, 100), "T": (1, 4099, 40009)}
+# Every form of up to 128 requests: decode kernels differ by `padded` and by contexts on both sides of SHORT, the merge
+# also by how many programs a request may have. More requests are compiled when they come.
+TRIED_SIZES = {"B": (1, 2, 3, 5, 8, 13, 23, 100), "T": (1, 300, 500, 700, 1500, 2100, 4099, 40009)}
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def decode(
     parts = torch.empty((programs, 2, part_rows, rank), dtype=q_latent.dtype, device=device)
     stats = torch.empty((programs, 2, part_rows, 8 if form.groups else 2), dtype=torch.float32, device=device)
     positions = positions.contiguous()
-    # A warp of them or more: then the schedule is known to be the same in all threads and takes few registers.
-    padded = 1 if requests == 1 else max(32, next_power_of_2(requests))
+    padded = padded_requests(requests)
     arguments = (
         in_boxes(aligned(q_latent.reshape(-1, rank)), form.rows, form.width),
         in_boxes(aligned(q_rope.reshape(rows * requests, -1)), form.rows, rope),
@@ -217,6 +216,12 @@ def decode(
             launch_pdl=True,
         )
     return out
+
+
+def padded_requests(requests: int) -> int:
+    """For how many a schedule is compiled: one; a warp of them, which is then known to be the same in all threads and
+    takes few registers; or four, in as few steps as two."""
+    return 1 if requests == 1 else 32 if requests <= 32 else max(128, next_power_of_2(requests))
 
 
 def joining(programs: int, requests: int, tiles: int, rank: int) -> tuple[int, int, bool, int]:
