@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from codegen.direct import Launched, note_launches, watched
 from codegen.kernels.layout import cdiv
 
 MOST_KINDS = 256  # of one op; where sizes go on changing, no plan is of use for long
+MOST_ADDRESSES = 256  # of one descriptor: weights of many layers, and what a caching allocator gives again
 ROUNDED_TO = 256  # bytes: where memory of its own begins, for any copy engine
 
 aten = torch.ops.aten
@@ -75,14 +78,31 @@ class Planned:
 
 @dataclass(frozen=True)
 class Repeated:
-    """One launch. given: what its code is run with behind blocks and stream. pointers: where among these an address
-    goes, which memory it is in, and how many bytes from its start; boxes: the same for tensor descriptors."""
+    """One launch. given: picks what its code is run with behind blocks and stream from all that a plan knows."""
 
     run: Callable[..., Any]
     blocks: tuple[int, int, int]
-    given: tuple[Any, ...]
-    pointers: tuple[tuple[int, int, int], ...]
-    boxes: tuple[tuple[int, int, int, Any], ...]
+    given: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+class Box:
+    """A tensor descriptor, whatever address it is at."""
+
+    def __init__(self, pointer: int, box: Any) -> None:
+        self.pointer = pointer  # in what a plan knows
+        self.type = type(box)
+        self.rest = {name: value for name, value in vars(box).items() if name != "base"}
+        self.known: dict[int, Any] = {}  # the descriptor by its address
+
+    def at(self, address: int) -> Any:
+        made = self.known.get(address)
+        if made is None:
+            made = object.__new__(self.type)
+            made.__dict__.update(self.rest, base=_Address(address))
+            if len(self.known) >= MOST_ADDRESSES:
+                self.known.clear()
+            self.known[address] = made
+        return made
 
 
 @dataclass(frozen=True)
@@ -113,32 +133,34 @@ class Copied:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory is counted on: arguments, results, copies, and parts of one allocation; the last two end with the call."""
+    """What is known at a call, in this order: addresses of arguments, results, copies and one more allocation, which
+    ends with the call as copies do; all that is no address; addresses in these memories; descriptors.
+
+    inner: which of the memories, and how many bytes from its start.
+    """
 
     device: torch.device
     launches: tuple[Repeated, ...]
     results: tuple[Result, ...]
     copies: tuple[Copied, ...]
-    parts: tuple[int, ...]  # where each begins
-    room: int  # bytes of all parts
+    room: int  # bytes of the allocation
+    fixed: tuple[Any, ...]
+    inner: tuple[tuple[int, int], ...]
+    boxes: tuple[Box, ...]
     many: bool  # returned as a tuple
 
-    def __call__(self, arguments: Sequence[Any], addresses: list[int], stream: Any) -> Any:
+    def __call__(self, arguments: Sequence[Any], known: list[Any], stream: Any) -> Any:
         results = [one.allocated(self.device) for one in self.results]
-        addresses += [one.data_ptr() for one in results]
+        known += [one.data_ptr() for one in results]
         copies = [one.of(arguments[one.argument]) for one in self.copies]
-        addresses += [one.data_ptr() for one in copies]
-        if self.room:
-            parts = torch.empty(self.room, dtype=torch.uint8, device=self.device)
-            first = parts.data_ptr()
-            addresses += [first + part for part in self.parts]
+        known += [one.data_ptr() for one in copies]
+        room = torch.empty(self.room, dtype=torch.uint8, device=self.device) if self.room else None
+        known.append(0 if room is None else room.data_ptr())
+        known += self.fixed
+        known += [known[memory] + offset for memory, offset in self.inner]
+        known += [box.at(known[box.pointer]) for box in self.boxes]
         for launch in self.launches:
-            given = list(launch.given)
-            for place, memory, offset in launch.pointers:
-                given[place] = addresses[memory] + offset
-            for place, memory, offset, box in launch.boxes:
-                given[place] = _moved(box, addresses[memory] + offset)
-            launch.run(*launch.blocks, stream, *given)
+            launch.run(*launch.blocks, stream, *launch.given(known))
         return tuple(results) if self.many else results[0] if results else None
 
 
@@ -150,12 +172,6 @@ class _Address:
 
     def data_ptr(self) -> int:
         return self.address
-
-
-def _moved(box: Any, address: int) -> Any:
-    made = object.__new__(type(box))
-    made.__dict__.update(box.__dict__, base=_Address(address))
-    return made
 
 
 def planned(launcher: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Any, Plan | None]:
@@ -230,19 +246,49 @@ class _Watch(TorchDispatchMode):
         if not all(map(self._fills, returned, homes)):
             return None
         own = [place for place in range(self.given, len(self.memory)) if place not in (*homes, *self.copies)]
-        parts, room = [], 0
+        order = [*range(self.given), *homes, *self.copies]
+        begins = {place: (number, 0) for number, place in enumerate(order)}
+        room = 0
         for place in own:
-            parts.append(room)
+            begins[place] = len(order), room
             room += cdiv(self.memory[place].untyped_storage().nbytes(), ROUNDED_TO) * ROUNDED_TO
-        order = [*range(self.given), *homes, *self.copies, *own]
-        numbers = {place: number for number, place in enumerate(order)}
-        launches = [None if launch is None else self._repeated(launch, numbers) for launch in self.launches]
-        if any(launch is None for launch in launches):
+        launches = [launch for launch in self.launches if launch is not None]
+        values = [value for launch in launches for value in _given(launch)]
+        tensors = [tensor for value in values if (tensor := _tensor_of(value)) is not None]
+        if len(launches) < len(self.launches) or any(id(tensor) not in self.lies_in for tensor in tensors):
             return None
-        device = next(value.device for value in self.memory if isinstance(value, Tensor))
-        results = tuple(Result(tuple(one.shape), one.stride(), one.dtype) for one in returned)
-        copies = tuple(self.copies.values())
-        return Plan(device, tuple(filter(None, launches)), results, copies, tuple(parts), room, many)
+        fixed = [value for value in values if _tensor_of(value) is None]
+        numbers, pointers = count(len(order) + 1), count(len(order) + 1 + len(fixed))
+        descriptors = count(len(order) + 1 + len(fixed) + len(tensors))
+        boxes = []
+
+        def place_of(value: Any) -> int:
+            if _tensor_of(value) is None:
+                return next(numbers)
+            pointer = next(pointers)
+            if isinstance(value, Tensor):
+                return pointer
+            boxes.append(Box(pointer, value))
+            return next(descriptors)
+
+        repeated = [Repeated(one.code.run, one.blocks, itemgetter(*map(place_of, _given(one)))) for one in launches]
+        return Plan(
+            device=next(value.device for value in self.memory if isinstance(value, Tensor)),
+            launches=tuple(repeated),
+            results=tuple(Result(tuple(one.shape), one.stride(), one.dtype) for one in returned),
+            copies=tuple(self.copies.values()),
+            room=room,
+            fixed=tuple(fixed),
+            inner=tuple(self._place(tensor, begins) for tensor in tensors),
+            boxes=tuple(boxes),
+            many=many,
+        )
+
+    def _place(self, tensor: Tensor, begins: dict[int, tuple[int, int]]) -> tuple[int, int]:
+        """Which of a plan's memories a tensor lies in, and how many bytes from its start."""
+        home = self.lies_in[id(tensor)]
+        memory, begin = begins[home]
+        return memory, begin + tensor.data_ptr() - self.memory[home].data_ptr()
 
     def _fills(self, value: Tensor, home: int) -> bool:
         """Could this have been allocated in place of the memory that it lies in?"""
@@ -251,20 +297,14 @@ class _Watch(TorchDispatchMode):
         whole = extent * value.element_size() == memory.untyped_storage().nbytes()
         return value.numel() > 0 and whole and value.data_ptr() == memory.data_ptr()
 
-    def _repeated(self, launch: Launched, numbers: dict[int, int]) -> Repeated | None:
-        given = [launch.code.function, launch.code.packed_metadata, None, None, None]
-        pointers, boxes = [], []
-        for value in launch.arguments:
-            tensor = value.base if hasattr(value, "block_shape") else value
-            if isinstance(tensor, Tensor):
-                home = self.lies_in.get(id(tensor))
-                if home is None:
-                    return None
-                at = (len(given), numbers[home], tensor.data_ptr() - self.memory[home].data_ptr())
-                if tensor is value:
-                    pointers.append(at)
-                else:
-                    boxes.append((*at, _moved(value, 0)))
-            given.append(None if isinstance(tensor, Tensor) else value)
-        given += launch.constants
-        return Repeated(launch.code.run, launch.blocks, tuple(given), tuple(pointers), tuple(boxes))
+
+def _given(launch: Launched) -> tuple[Any, ...]:
+    """What the code of a launch is run with, behind blocks and stream."""
+    code = launch.code
+    return code.function, code.packed_metadata, None, None, None, *launch.arguments, *launch.constants
+
+
+def _tensor_of(value: Any) -> Tensor | None:
+    """The tensor that an argument of a launch points to or describes."""
+    tensor = value.base if hasattr(value, "block_shape") else value
+    return tensor if isinstance(tensor, Tensor) else None

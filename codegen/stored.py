@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from codegen.build import EXTENSIONS
 from codegen.direct import DirectLaunches
+from codegen.planned import Planned
 from codegen.record import ALIGNMENT
 
 LOGGER = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ Compile = Callable[..., Any]
 
 
 def use_stored(module: ModuleType, metadata: Mapping[str, Any], folder: Path) -> None:
-    """Let the kernels of an emitted file find their machine code in `folder` where it fits a launch.
+    """Let the kernels of an emitted file find their machine code in `folder` where it fits a launch. NVIDIA's are
+    launched directly, and calls of a kind that has been seen are planned.
 
     metadata: what was written beside the file. Code of another triton than this one is not touched: the kernels are
     then compiled from their source, as they are for launches that no stored code fits.
@@ -36,11 +38,15 @@ def use_stored(module: ModuleType, metadata: Mapping[str, Any], folder: Path) ->
     if metadata.get("triton") != triton.__version__:
         LOGGER.info("%s: machine code of triton %s is left alone", module.__name__, metadata.get("triton"))
         return
-    for name, own in _entries(module, metadata).items():
+    entries = _entries(module, metadata)
+    for name, own in entries.items():
         kernel = getattr(module, name)
         kernel.device_caches = defaultdict(_binder(kernel, own, folder))
-        if all(entry["file"].endswith(".cubin") for entry in own):
-            kernel.run = DirectLaunches(kernel)
+    if entries and all(entry["file"].endswith(".cubin") for entry in metadata["binaries"]):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                kernel.run = DirectLaunches(kernel)
+        setattr(module, metadata["op"], Planned(getattr(module, metadata["op"])))
 
 
 def _entries(module: ModuleType, metadata: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:

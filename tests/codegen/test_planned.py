@@ -305,6 +305,19 @@ def test_plans_are_bounded(monkeypatch):
         assert len(op.plans) <= 3 and len(op.met) <= 3
 
 
+def test_descriptors_are_kept_by_address_and_bounded(monkeypatch):
+    monkeypatch.setattr(planned, "MOST_ADDRESSES", 2)
+    op = Planned(chain)
+    given = [arguments() for _ in range(5)]  # all alive, so at addresses of their own
+    for x, y in given * 3:
+        torch.testing.assert_close(op(x, y), expected(x, y))
+    (plan,) = op.plans.values()
+    (box,) = plan.boxes
+    assert 0 < len(box.known) <= 2
+    made = box.at(next(iter(box.known)))
+    assert box.at(made.base.data_ptr()) is made
+
+
 def test_threads_share_plans():
     op, wrong = Planned(chain), []
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 import triton
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from codegen import stored
 from codegen.build import imported
+from codegen.direct import DirectLaunches
+from codegen.planned import Planned
 from codegen.record import TensorSpec
 from codegen.stored import make_launchers, stored_first, use_stored
 from codegen.targets import target
@@ -107,6 +110,22 @@ def test_code_of_another_triton_is_left_alone(emitted, monkeypatch, caplog):
     assert kernel.metadata["triton"] == triton.__version__
     use_stored(module, kernel.metadata, folder)
     assert function.device_caches is not before and not function.device_caches
+
+
+@pytest.mark.parametrize("suffix", ["cubin", "hsaco"])
+def test_launches_of_nvidias_code_are_direct_and_its_calls_planned(emitted, suffix):
+    kernel, _, folder = emitted
+    entries = [{**one, "file": one["file"].replace("cubin", suffix)} for one in kernel.metadata["binaries"]]
+    with imported(kernel.source) as module:
+        plain = getattr(module, kernel.op)
+        use_stored(module, {**kernel.metadata, "binaries": entries}, folder)
+        kernels = [one for one in vars(module).values() if isinstance(one, JITFunction)]
+        assert {type(one.run) is DirectLaunches for one in kernels} == {suffix == "cubin"}
+        launcher = getattr(module, kernel.op)
+        if suffix == "cubin":
+            assert isinstance(launcher, Planned) and launcher.launcher is plain
+        else:
+            assert launcher is plain
 
 
 @pytest.fixture
