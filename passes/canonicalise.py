@@ -20,6 +20,7 @@ class Canonicalise(Pass):
     """clone(x), x.to(same dtype), x.view(same shape), expand(same shape), x + 0, dropout(eval)  →  x
     _unsafe_view, view of a permuted tensor                                                     →  reshape
     x.type_as(y)                                                                                →  x.to(dtype of y)
+    x[0] along a dim of size one                                                                →  x.squeeze(dim)
     mm(x, Wᵀ), matmul(x, Wᵀ), addmm(bias, x, Wᵀ)                                                →  linear(x, W[, bias])
     cat([empty, x]), copy(x, y), slice(cat) at its seams                                        →  the part
     x + a product that sums over no index                                                       →  x
@@ -45,6 +46,9 @@ class Canonicalise(Pass):
                 with graph.inserting_before(node):
                     new = call(graph, aten._to_copy.default, node.args[0], dtype=node.meta["val"].dtype, like=node)
                 node.replace_all_uses_with(new)
+        for node in calls(graph, aten.select):
+            if same_size(shape_of(node.args[0])[node.args[1]], 1):
+                node.target, node.args = aten.squeeze.dim, node.args[:2]
         for node in calls(graph, aten.mm, aten.matmul, aten.addmm):
             if as_linear(graph, node):
                 outcome.matches.append(f"{node.name} is linear")

@@ -132,6 +132,14 @@ def _swap(dims: tuple[tuple[Axis, ...], ...], old: Axis, new: Sequence[Axis]) ->
     return tuple(tuple(a for axis in group for a in (new if axis is old else (axis,))) for group in dims)
 
 
+def times(large: Size, small: Size) -> Size | None:
+    """How many times the larger size is the smaller; None unless that is a whole number, whatever free sizes are."""
+    if isinstance(large, int) and isinstance(small, int):
+        return large // small if large > small > 0 and large % small == 0 else None
+    quotient = large / small
+    return None if not quotient.is_integer else int(quotient) if quotient.is_Integer else quotient
+
+
 def unify(a: Value, b: Value, dim_a: int, dim_b: int) -> tuple[Value, Value]:
     """Give dim_a of a and dim_b of b the same axes, splitting the coarser side."""
     i = 0
@@ -154,18 +162,14 @@ def unify(a: Value, b: Value, dim_a: int, dim_b: int) -> tuple[Value, Value]:
                     a = a.substitute(x, (y,))
                 else:
                     b = b.substitute(y, (x,))
-            elif isinstance(x.size, int) and isinstance(y.size, int):
-                large, small = (x, y) if x.size > y.size else (y, x)
-                if large.size % small.size:
-                    raise NotLinear("sizes do not match")
-                parts = (Axis(small.size, small.label), Axis(large.size // small.size, large.label))
-                if large is x:
-                    a = a.substitute(x, parts)
-                else:
-                    b = b.substitute(y, parts)
+            elif (rest := times(x.size, y.size)) is not None:
+                a = a.substitute(x, (Axis(y.size, y.label), Axis(rest, x.label)))
+                continue
+            elif (rest := times(y.size, x.size)) is not None:
+                b = b.substitute(y, (Axis(x.size, x.label), Axis(rest, y.label)))
                 continue
             else:
-                raise NotLinear("symbolic sizes do not match")
+                raise NotLinear("sizes do not match")
         i += 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -13,10 +13,11 @@ from codegen.tuning import own_form
 from passes.base import Context, Outcome, Pass, call, calls, is_call, shape_of
 from passes.contraction import CONTRACTIONS, Axis, NotLinear, Operand, Term, Value
 from passes.fuse_rotary import last_axis_of_result
-from passes.lifting import is_product_throughout, lift
-from passes.masks import NotAttention, Visible, read_mask
+from passes.lifting import is_product, is_product_throughout, lift
+from passes.masks import SCORES, NotAttention, Visible, read_mask, unfold
 from passes.nodes import (
     CASTS,
+    RESHAPES,
     SOFTMAX,
     dtype_of,
     is_division,
@@ -24,9 +25,10 @@ from passes.nodes import (
     is_rounding,
     steps_between,
     vocabulary_op,
+    weights_only,
 )
 from passes.products import REARRANGEMENTS
-from passes.score_axes import Axes, dims_of, identity, is_one
+from passes.score_axes import Axes, dims_of, identity, is_batch_alone, is_one, unfolded
 from passes.writing import Product, Writer
 
 aten = torch.ops.aten
@@ -41,7 +43,8 @@ class FuseAttention(Pass):
        out = P · latent                        →   mla_attention(q̃, qR, latent, rope_key, positions, scale)
        out = P · v   with one product q · kᵀ   →   attention(q, k, v, positions, scale)
 
-    The mask must be "cached position ≤ query position", or none; scores and shares must have no other users. Cores
+    The mask must be "cached position ≤ query position", or none; scores and shares must have no other users. Heads may
+    be folded into the batch, and one query per request left out, so that the softmax has three dims. Cores
     whose keys and values are multiplied out for every head are, unless `expanded`, for the target's own kernel alone,
     and only where torch's attention was not called, or keys would have to be put together for it from parts.
     """
@@ -86,17 +89,19 @@ class Core:
 
 def read_core(softmax: fx.Node) -> Core:
     rank = len(shape_of(softmax))
-    if softmax.args[1] % rank != rank - 1 or rank != 4:
-        raise NotAttention("not a softmax over the last of four dims")
+    if softmax.args[1] % rank != rank - 1 or rank not in SCORES:
+        raise NotAttention("not a softmax over the last of three or four dims")
     shares = only_path(softmax, *CASTS, *REARRANGEMENTS)
     users = list(shares.users)
     if len(users) != 1 or not is_call(users[0], *CONTRACTIONS):
         raise NotAttention(
             f"the shares are used by {', '.join(u.name for u in users) or 'nothing'}, not by one product"
         )
-    masked, behind = read_scale(strip_casts(softmax.args[0]))
+    masked, behind = read_scale(strip_folding(strip_casts(softmax.args[0])))
     scores, visible = read_mask(masked)
     scores, scale = read_scale(strip_casts(scores))
+    if rank == 3 and not is_product(lift(scores)):  # of three dims are most softmaxes that choose among anything
+        raise NotAttention(f"{scores.name} before the softmax is no product")
     if visible != Visible() and not behind >= LEAST_BEHIND:
         raise NotAttention(f"what {masked.name} hides is multiplied by {behind:g} before the softmax", masked)
     scale *= behind
@@ -121,6 +126,16 @@ def strip_casts(node: fx.Node) -> fx.Node:
     while is_rounding(node):
         node = node.args[0]
     return node
+
+
+def strip_folding(node: fx.Node) -> fx.Node:
+    """Scores [B, H, S, T] where they are folded to [B·H, S, T] for the softmax alone."""
+    found = unfold(node) if is_call(node, *RESHAPES) else None
+    if found is None:
+        return node
+    if len(node.users) != 1:
+        raise NotAttention(f"{node.name} is used outside the attention as well", node)
+    return found[0]
 
 
 def read_scale(node: fx.Node) -> tuple[fx.Node, float]:
@@ -165,9 +180,18 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool, target: Target) -> f
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands", core.scores)
     shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
-    groups = core.scores_value.dims
-    queries = core.visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
-    axes, out_axes = Axes.of(groups, queries), Axes.of(dims_of(shares), queries)
+    groups: Sequence[Sequence[Axis]] = core.scores_value.dims
+    share_groups: Sequence[Sequence[Axis]] = dims_of(shares)
+    visible = core.visible
+    if 3 in (len(groups), len(share_groups)):
+        batched = is_batch_alone(core.scores_value)
+        groups, share_groups = unfolded(groups, batched), unfolded(share_groups, batched)
+        visible = visible.unfolded(batched)
+    queries = visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
+    axes, out_axes = Axes.of(groups, queries), Axes.of(share_groups, queries)
+    if not visible.fits(axes.b.size):
+        raise NotAttention("the mask has rows for another batch", core.scores)
+    core = replace(core, visible=visible)
     if is_probability(values.node) or out_axes.s in values.axes and out_axes.s.size != 1:
         raise NotAttention(f"the values {values.node.name} differ from query to query", values.node)
     sides = [query_and_key(term, axes) for term in score_terms]
@@ -233,6 +257,9 @@ Side = tuple[Operand, Operand, float]
 def query_and_key(term: Term, axes: Axes) -> Side:
     query = [o for o in term.operands if axes.t not in o.axes]
     key = [o for o in term.operands if axes.t in o.axes]
+    for operand in key:
+        if weights_only(operand.node):
+            raise NotAttention(f"the keys {operand.node.name} are weights, no positions", operand.node)
     wanted = {axis for axis in (axes.s, *axes.h) if axis.size != 1}
     if len(query) != 1 or len(key) != 1 or not wanted <= set(query[0].axes) or axes.s in wanted & set(key[0].axes):
         raise NotAttention("the scores are not products of a query [B, S, H] and a key [B, T]", term.operands[0].node)

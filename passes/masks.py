@@ -10,11 +10,13 @@ import torch
 from torch import fx
 
 from passes.base import call, is_call, same_size, shape_of
-from passes.nodes import CASTS, constant_of, counts_up, dtype_of, is_tensor
-from passes.products import sources_of_dims
+from passes.nodes import CASTS, RESHAPES, constant_of, counts_up, dtype_of, is_tensor
+from passes.products import REARRANGEMENTS, sources_of_dims
 
 aten = torch.ops.aten
 BATCH, CACHED = 0, 3  # dims of scores [B, H, S, T] or [B, S, H, T]
+FOLDED = -1  # the first dim of scores [B·H, S, T]
+SCORES = {3: (FOLDED, 2, 3), 4: (0, 1, 2, 3)}  # the dims of scores of so many
 Dims = tuple[int | None, ...]  # for every dim of a tensor the dim of the scores that it lies along; None: of size one
 
 
@@ -38,6 +40,18 @@ class Visible:
     def queries(self) -> int | None:
         """The dim of the scores along which the queries lie, where the mask tells."""
         return next((dim for dim in self.dims if dim in (1, 2)), None)
+
+    def fits(self, batch: Any) -> bool:
+        """Are its rows, where it has several, those of a batch of so many?"""
+        return BATCH not in self.dims or same_size(shape_of(self.last)[self.dims.index(BATCH)], batch)
+
+    def unfolded(self, batched: bool) -> Visible:
+        """The same of scores [B, H, S, T], which are folded to three dims; batched: the first of them is B alone."""
+        if FOLDED in self.dims and not batched:
+            raise NotAttention("the mask differs between the rows that batch and heads are folded to")
+        if 1 in self.dims:
+            raise NotAttention("the mask differs from head to head")
+        return replace(self, dims=tuple(BATCH if dim == FOLDED else dim for dim in self.dims))
 
     def write(self, graph: fx.Graph, queries: fx.Node, keys: fx.Node) -> fx.Node:
         """positions [B, S] int64, of queries [B, S, H, A] and keys [B, T, …], at the graph's insertion point."""
@@ -99,21 +113,21 @@ def size_of(graph: fx.Graph, node: fx.Node, dim: int) -> Any:
 
 
 def read_mask(node: fx.Node) -> tuple[fx.Node, Visible]:
-    """(scores, what they let through) of the input of a softmax. Raises NotAttention."""
-    dtype = dtype_of(node)
+    """(scores, what they let through) of the input of a softmax, of three or four dims. Raises NotAttention."""
+    dtype, full = dtype_of(node), SCORES[len(shape_of(node))]
     if is_call(node, aten.masked_fill) and is_lowest(node.args[2], node, dtype):
-        return node.args[0], read_comparison(node.args[1], False)
+        return node.args[0], read_comparison(node.args[1], False, full)
     if is_call(node, aten.where):
         condition, yes, no = node.args
         if is_lowest(no, node, dtype):
-            return yes, read_comparison(condition, True)
+            return yes, read_comparison(condition, True, full)
         if is_lowest(yes, node, dtype):
-            return no, read_comparison(condition, False)
+            return no, read_comparison(condition, False, full)
         raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     if is_call(node, aten.add) and not node.kwargs:
         for scores, mask in (node.args[:2], node.args[1::-1]):
             if isinstance(mask, fx.Node) and is_mask(mask):
-                return scores, read_additive(mask, dtype)
+                return scores, read_additive(mask, dtype, full)
     if is_call(node, *MASKING):
         raise NotAttention(f"{node.name} before the softmax is not a mask with −∞", node)
     return node, Visible()
@@ -135,14 +149,17 @@ def is_mask(node: fx.Node) -> bool:
 
 def through(node: fx.Node) -> fx.Node:
     """The tensor behind casts, views and slices of a mask."""
-    while is_call(node, *CASTS, aten.slice) or (node.op == "call_function" and sources_of_dims(node) is not None):
+    while is_call(node, *CASTS, *REARRANGEMENTS, aten.slice, aten.repeat_interleave):
         node = node.args[0]
     return node
 
 
-def read_additive(mask: fx.Node, scores: torch.dtype) -> Visible:
-    """A mask of zero where a query sees and −∞ (or the lowest number of its dtype) where it does not."""
-    node, dims = behind(mask, tuple(range(4 - len(shape_of(mask)), 4)))
+def read_additive(mask: fx.Node, scores: torch.dtype, full: Dims) -> Visible:
+    """A mask of zero where a query sees and −∞ (or the lowest number of its dtype) where it does not.
+
+    full: the dims of the scores.
+    """
+    node, dims = behind(mask, last_dims(full, mask))
     if is_call(node, aten.triu) and is_lowest(node.args[0], node, scores) and _is_diagonal(node, dims, 1):
         return Visible(dims=(dims[0],), diagonal=True)
     if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node, scores):
@@ -175,7 +192,9 @@ def behind(node: fx.Node, dims: Dims, positions: bool = False) -> tuple[fx.Node,
     """
     while True:
         sources = None if node.op != "call_function" else sources_of_dims(node)
-        if is_call(node, *CASTS) and not (positions and _changes_positions(node)):
+        if dims[:1] == (FOLDED,) and (unfolded := unfold(node)) is not None:
+            node, dims = unfolded[0], (*unfolded[1], *dims[1:])
+        elif is_call(node, *CASTS) and not (positions and _changes_positions(node)):
             node = node.args[0]
         elif sources is not None:
             before: list[int | None] = [None] * len(shape_of(node.args[0]))
@@ -187,15 +206,30 @@ def behind(node: fx.Node, dims: Dims, positions: bool = False) -> tuple[fx.Node,
             return node, dims
 
 
+def unfold(node: fx.Node) -> tuple[fx.Node, Dims] | None:
+    """Of a tensor [B·H, S, T] the one [B, H, S, T] or [B, S, T] behind it, and which dims of scores lie folded in the
+    first; None if neither is there."""
+    if is_call(node, *RESHAPES):
+        before, after = shape_of(node.args[0]), shape_of(node)
+        if len(before) == 4 and len(after) == 3 and all(map(same_size, before[2:], after[1:])):
+            return node.args[0], (BATCH, 1)
+    if is_call(node, aten.repeat_interleave) and isinstance(node.args[1], int) and node.args[2:] == (0,):
+        return node.args[0], (BATCH,)
+    return None
+
+
+def last_dims(full: Dims, node: fx.Node) -> Dims:
+    """Where the dims of something that is broadcast to scores of these dims lie."""
+    return full[len(full) - len(shape_of(node)) :]
+
+
 def _changes_positions(cast: fx.Node) -> bool:
     return dtype_of(cast) not in COUNTING or dtype_of(cast.args[0]).is_floating_point
 
 
-def read_comparison(condition: fx.Node, kept: bool, dims: Dims | None = None) -> Visible:
-    """What a bool tensor lets through where it is `kept` (or its opposite)."""
-    node = condition
-    dims = tuple(range(4 - len(shape_of(node)), 4)) if dims is None else dims[len(dims) - len(shape_of(node)) :]
-    node, dims = behind(node, dims)
+def read_comparison(condition: fx.Node, kept: bool, dims: Dims) -> Visible:
+    """What a bool tensor, broadcast to these dims, lets through where it is `kept` (or its opposite)."""
+    node, dims = behind(condition, last_dims(dims, condition))
     while is_call(node, aten.bitwise_not, aten.logical_not):
         node, dims = behind(node.args[0], dims)
         kept = not kept

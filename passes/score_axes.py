@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from passes.base import shape_of
-from passes.contraction import Axis, Operand
+from passes.contraction import Axis, Operand, Value
 from passes.masks import NotAttention
 
 
@@ -37,6 +37,30 @@ class Axes:
         """The fewest leading axes of the heads that hold all that the operands have."""
         held = {axis for operand in operands for axis in operand.axes if axis.size != 1}
         return self.h[: max((k + 1 for k, axis in enumerate(self.h) if axis in held), default=0)]
+
+
+def unfolded(groups: Sequence[Sequence[Axis]], batched: bool) -> list[Sequence[Axis]]:
+    """Of scores [B·H, S, T], or shares, the axes as if they were [B, H, S, T].
+
+    batched: is a first axis that stands alone the batch? Else it is the heads of one request.
+    """
+    if len(groups) == 4:
+        return list(groups)
+    folded, *rest = groups
+    batch = 1 if batched or len(folded) > 1 else 0
+    return [folded[:batch], folded[batch:], *rest]
+
+
+def is_batch_alone(scores: Value) -> bool:
+    """Of scores [X, S, T] or [B, H, S, T] that the softmax has in three dims: is their first one no more than a batch?
+
+    All keys have rows of their own for every request.
+    """
+    groups = scores.dims
+    if len(groups) == 4:
+        return is_one(groups[1])
+    keys = [one for term in scores.terms for one in term.operands if set(groups[2]) & set(one.axes)]
+    return len(groups[0]) <= 1 and all(set(groups[0]) <= set(key.axes) for key in keys)
 
 
 def _single(group: Sequence[Axis]) -> Axis:

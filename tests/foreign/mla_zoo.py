@@ -306,6 +306,87 @@ class TriangularMask(Eager):
         return torch.full((positions_BS.shape[1], latent_BTC.shape[1]), -math.inf).triu(1)
 
 
+class HeadsInBatch(HeadFirst):
+    """Heads folded into the batch for `bmm`, scores unfolded to be masked."""
+
+    def attend(self, q, k, v, mask):
+        batch, _, queries, _ = q.shape
+        q, k, v = (one.reshape(batch * HEADS, *one.shape[2:]) for one in (q * WIDTH**-0.5, k, v))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if mask is not None:
+            scores = self.masked(scores, mask, batch)
+        return torch.bmm(scores.softmax(-1), v).view(batch, HEADS, queries, -1)
+
+    def masked(self, scores, mask, batch):
+        unfolded = scores.view(batch, HEADS, *scores.shape[1:]).masked_fill(~mask, -math.inf)
+        return unfolded.view(scores.shape)
+
+
+class RepeatedMask(HeadsInBatch):
+    """A mask for every head of the batch, as torch's own multi-head attention wants it."""
+
+    def masked(self, scores, mask, batch):
+        return scores.masked_fill(~mask[:, 0].repeat_interleave(HEADS, 0), -math.inf)
+
+
+class ExpandedMask(HeadsInBatch):
+    def masked(self, scores, mask, batch):
+        lowest = torch.finfo(scores.dtype).min
+        added = torch.where(mask, 0.0, lowest).expand(-1, HEADS, -1, -1).reshape(scores.shape)
+        return scores + added
+
+
+class HeadsInBatchUnmasked(HeadsInBatch):
+    def mask(self, positions_BS, latent_BTC):
+        return None
+
+
+class MasksOfRows(HeadsInBatch):
+    """Rows of the folded batch have masks of their own."""
+
+    def masked(self, scores, mask, batch):
+        last = torch.arange(batch * HEADS)[:, None, None]
+        return scores.masked_fill(torch.arange(scores.shape[2]) > last, -math.inf)
+
+
+class MasksOfHeads(HeadsInBatch):
+    """Each head sees as far as its number says."""
+
+    def masked(self, scores, mask, batch):
+        last = torch.arange(HEADS)[None, :, None, None].expand(batch, -1, *scores.shape[1:]).reshape(scores.shape)
+        return scores.masked_fill(torch.arange(scores.shape[2]) > last, -math.inf)
+
+
+class MasksOfAnotherBatch(HeadsInBatch):
+    """Folded in the same number of rows from others: three requests of two heads where scores have two of three."""
+
+    def masked(self, scores, mask, batch):
+        last = torch.arange(HEADS)[:, None, None].repeat_interleave(batch, 0)
+        return scores.masked_fill(torch.arange(scores.shape[2]) > last, -math.inf)
+
+
+class OneQuery(HeadFirst):
+    """A decode step that knows of no queries: [B, H, N], [B, T, C], scores [B, H, T]."""
+
+    def forward(self, x_BSD, positions_BS, latent_BTC, rope_key_BTR):
+        q_nope_BHN, q_rope_BHR = (part[:, :, 0] for part in self.queries(x_BSD))
+        up_HYC = self.kv_b_proj.weight.view(HEADS, NOPE + VALUE, RANK)
+        q_BHC = torch.einsum("bhn,hnc->bhc", q_nope_BHN, up_HYC[:, :NOPE])
+        scores_BHT = q_BHC @ latent_BTC.mT + q_rope_BHR @ rope_key_BTR.mT
+        scores_BHT = self.masked(scores_BHT * WIDTH**-0.5, positions_BS)
+        mixed_BHC = scores_BHT.softmax(-1) @ latent_BTC
+        return self.o_proj(torch.einsum("bhc,hvc->bhv", mixed_BHC, up_HYC[:, NOPE:]).flatten(1))[:, None]
+
+    def masked(self, scores_BHT, positions_BS):
+        hidden_BT = torch.arange(scores_BHT.shape[2]) > positions_BS
+        return scores_BHT.masked_fill(hidden_BT[:, None], -math.inf)
+
+
+class OneQueryUnmasked(OneQuery):
+    def masked(self, scores_BHT, positions_BS):
+        return scores_BHT
+
+
 class NoMask(HeadFirst):
     def mask(self, positions_BS, latent_BTC):
         return None

@@ -37,7 +37,7 @@ ABSORBED = [
     zoo.BiasedQueries, zoo.BiasedOutput, zoo.OneDownProjection, zoo.OneCache, zoo.WideValues,
     zoo.ComplexRotation, zoo.HalfSplitRotation, zoo.Eager, zoo.ScaledApart, zoo.NoMask, zoo.RepeatedRopeKey,
     zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent, zoo.ScaledBehindMask, zoo.LowestBehindMask,
-    zoo.FarBelowBehindMask,
+    zoo.FarBelowBehindMask, zoo.HeadsInBatch, zoo.RepeatedMask, zoo.ExpandedMask, zoo.HeadsInBatchUnmasked,
 ]  # fmt: skip
 
 
@@ -55,8 +55,9 @@ def test_without_a_rope_key_the_latent_is_key_and_value(variant):
     assert ops(graph) == ["attention"], reasons(records, "fuse-attention")
 
 
-def test_what_is_absorbed_already_needs_no_other_order():
-    graph, records = compiled(zoo.AlreadyAbsorbed())
+@pytest.mark.parametrize("variant", [zoo.AlreadyAbsorbed, zoo.OneQuery, zoo.OneQueryUnmasked])
+def test_what_is_absorbed_already_needs_no_other_order(variant):
+    graph, records = compiled(variant())
     assert not records["order-contractions"].matches
     assert ops(graph) == ["mla_attention"], reasons(records, "fuse-attention")
 
@@ -68,6 +69,9 @@ def test_what_is_absorbed_already_needs_no_other_order():
         (zoo.FloatMask, "_safe_softmax", "not a mask of zero and −∞"),
         (zoo.NegativeBehindMask, "softmax", "is multiplied by -0.2"),
         (zoo.HiddenByLittle, "softmax", "before the softmax is not a mask with −∞"),
+        (zoo.MasksOfRows, "softmax", "differs between the rows that batch and heads are folded to"),
+        (zoo.MasksOfHeads, "softmax", "differs from head to head"),
+        (zoo.MasksOfAnotherBatch, "softmax", "has rows for another batch"),
     ],
 )
 def test_other_masks_are_absorbed_as_products(variant, softmax, reason):
@@ -93,10 +97,20 @@ def test_near_misses_stay_closed(variant, reason):
 LONG = Context("decode", target("sm_90"), Workload(1, 1, 4096))
 
 
-@pytest.mark.parametrize("variant", [zoo.HeadFirst, zoo.SequenceFirst])
+@pytest.mark.parametrize(
+    "variant", [zoo.HeadFirst, zoo.SequenceFirst, zoo.HeadsInBatch, zoo.RepeatedMask, zoo.OneQuery]
+)
 def test_free_sizes_are_no_obstacle(variant):
     graph, records = compiled(variant(), LONG, batch="B", cached="T")
-    assert len(records["order-contractions"].matches) == 2
+    assert len(records["order-contractions"].matches) == (0 if variant is zoo.OneQuery else 2)
+    assert ops(graph) == ["mla_attention"], reasons(records, "fuse-attention")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("variant", [zoo.HeadsInBatch, zoo.RepeatedMask, zoo.ExpandedMask])
+def test_heads_are_found_in_a_batch_of_any_size(variant, queries, batch):
+    graph, records = compiled(variant(), queries=queries, batch=batch)
     assert ops(graph) == ["mla_attention"], reasons(records, "fuse-attention")
 
 

@@ -202,6 +202,26 @@ def test_the_nearest_miss_is_the_softmax_that_is_nearly_attention():
         check_required(records, ["fuse-attention"])
 
 
+class Codebook(nn.Module):
+    """A choice among rows of a weight, of which another weight has the values."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(heads, 12, 8))
+        self.values = nn.Parameter(torch.empty(heads, 12, 6))
+
+    def forward(self, x):
+        keys, values = (self.keys, self.values) if x.dim() == 4 else (self.keys[0], self.values[0])
+        return (x @ keys.mT).softmax(-1) @ values
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 8), (2, 5, 8)])
+def test_rows_of_a_weight_are_no_positions(shape):
+    graph = module_graph(Codebook(3), tensor("x", *shape))
+    outcome = apply(FuseAttention(), graph)
+    assert not outcome.matches and "are weights, no positions" in reasons(outcome)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_definition_decodes_on_its_latent(dtype):
     graph = model_layer(PRESETS["toy"], 0, dtype)
