@@ -161,7 +161,7 @@ def read_additive(mask: fx.Node, scores: torch.dtype, full: Dims) -> Visible:
     """
     node, dims = behind(mask, last_dims(full, mask))
     if is_call(node, aten.triu) and is_lowest(node.args[0], node, scores) and _is_diagonal(node, dims, 1):
-        return Visible(dims=(dims[0],), diagonal=True)
+        return Visible(dims=(dims[-2],), diagonal=True)
     if is_call(node, aten.masked_fill) and constant_of(node.args[0]) == 0 and is_lowest(node.args[2], node, scores):
         return read_comparison(node.args[1], False, dims)
     if is_call(node, aten.where):
@@ -234,9 +234,9 @@ def read_comparison(condition: fx.Node, kept: bool, dims: Dims) -> Visible:
         node, dims = behind(node.args[0], dims)
         kept = not kept
     if is_call(node, aten.tril) and kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 0):
-        return Visible(dims=(dims[0],), diagonal=True)
+        return Visible(dims=(dims[-2],), diagonal=True)
     if is_call(node, aten.triu) and not kept and constant_of(node.args[0]) == 1 and _is_diagonal(node, dims, 1):
-        return Visible(dims=(dims[0],), diagonal=True)
+        return Visible(dims=(dims[-2],), diagonal=True)
     if is_call(node, *JOINTS):
         raise NotAttention(
             f"the mask {node.name} is not a comparison of positions alone: it joins several conditions", node
@@ -276,4 +276,5 @@ def _counts_cached(node: fx.Node, along: Dims) -> bool:
 
 
 def _is_diagonal(node: fx.Node, dims: Dims, diagonal: int) -> bool:
-    return dims in ((1, CACHED), (2, CACHED)) and (*node.args[1:], 0)[0] == diagonal
+    alone = all(same_size(size, 1) for size in shape_of(node)[:-2])
+    return alone and dims[-2:] in ((1, CACHED), (2, CACHED)) and (*node.args[1:], 0)[0] == diagonal

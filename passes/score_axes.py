@@ -24,7 +24,7 @@ class Axes:
     def of(cls, groups: Sequence[Sequence[Axis]], queries: int) -> Axes:
         """Of four dims, the queries along dim `queries`."""
         b, s, t = (_single(groups[dim]) for dim in (0, queries, 3))
-        return cls(b, tuple(groups[3 - queries]), s, t)
+        return cls(b, tuple(groups[3 - queries]) or (Axis(1),), s, t)
 
     def width(self, operand: Operand) -> Axis:
         known = (self.b, *self.h, self.s, self.t)

@@ -302,8 +302,14 @@ class HiddenByLittle(ScaledBehindMask):
 class TriangularMask(Eager):
     """A square float mask with −∞ above its diagonal, over as many queries as there are rows."""
 
+    leading: tuple[int, ...] = ()
+
     def mask(self, positions_BS, latent_BTC):
-        return torch.full((positions_BS.shape[1], latent_BTC.shape[1]), -math.inf).triu(1)
+        return torch.full((*self.leading, positions_BS.shape[1], latent_BTC.shape[1]), -math.inf).triu(1)
+
+
+class TriangularMaskOfFourDims(TriangularMask):
+    leading = (1, 1)
 
 
 class HeadsInBatch(HeadFirst):

@@ -126,8 +126,9 @@ def test_prefill_of_a_fresh_prompt_stays_expanded():
     assert ops(graph) == ["scaled_dot_product_attention"]
 
 
-def test_a_triangular_mask_is_a_comparison_of_positions():
-    few, records = compiled(zoo.TriangularMask(), queries=3)
+@pytest.mark.parametrize("variant", [zoo.TriangularMask, zoo.TriangularMaskOfFourDims])
+def test_a_triangular_mask_is_a_comparison_of_positions(variant):
+    few, records = compiled(variant(), queries=3)
     assert ops(few) == ["mla_attention"], reasons(records, "fuse-attention")
 
 
