@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import Context, Outcome, Pass, call, calls, is_call, same_size, shape_of
-from passes.nodes import CASTS, COPIES, VIEWS, is_division, is_random, is_tensor, same_shape
+from passes.nodes import CASTS, COPIES, VIEWS, constant_of, is_division, is_random, is_tensor, same_shape
 from passes.products import part_of, product_of, sources_of_dims
 
 aten = torch.ops.aten
@@ -22,6 +22,7 @@ class Canonicalise(Pass):
     x.type_as(y)                                                                                →  x.to(dtype of y)
     x[0] along a dim of size one                                                                →  x.squeeze(dim)
     mm(x, Wᵀ), matmul(x, Wᵀ), addmm(bias, x, Wᵀ)                                                →  linear(x, W[, bias])
+    baddbmm(nothing, x, y, alpha)                                                               →  bmm(x, y) · alpha
     cat([empty, x]), copy(x, y), slice(cat) at its seams                                        →  the part
     x + a product that sums over no index                                                       →  x
     two equal nodes                                                                             →  one
@@ -49,6 +50,14 @@ class Canonicalise(Pass):
         for node in calls(graph, aten.select):
             if same_size(shape_of(node.args[0])[node.args[1]], 1):
                 node.target, node.args = aten.squeeze.dim, node.args[:2]
+        for node in calls(graph, aten.baddbmm):
+            if adds_nothing(node):
+                with graph.inserting_before(node):
+                    new = call(graph, aten.bmm.default, *node.args[1:3], like=node)
+                    if (alpha := node.kwargs.get("alpha", 1)) != 1:
+                        new = call(graph, aten.mul.Tensor, new, alpha, like=node)
+                node.replace_all_uses_with(new)
+                outcome.matches.append(f"{node.name} adds nothing")
         for node in calls(graph, aten.mm, aten.matmul, aten.addmm):
             if as_linear(graph, node):
                 outcome.matches.append(f"{node.name} is linear")
@@ -132,6 +141,11 @@ def sums_nothing(node: fx.Node) -> bool:
         return False
     sizes = {c: size for operand, own in product.operands for c, size in zip(own, shape_of(operand), strict=True)}
     return any(same_size(sizes[c], 0) for c in product.summed())
+
+
+def adds_nothing(baddbmm: fx.Node) -> bool:
+    """Is all that is added to the product zero, or multiplied by zero, which torch does not read then?"""
+    return baddbmm.kwargs.get("beta", 1) == 0 or constant_of(baddbmm.args[0]) == 0
 
 
 def as_linear(graph: fx.Graph, node: fx.Node) -> bool:

@@ -317,11 +317,14 @@ class HeadsInBatch(HeadFirst):
 
     def attend(self, q, k, v, mask):
         batch, _, queries, _ = q.shape
-        q, k, v = (one.reshape(batch * HEADS, *one.shape[2:]) for one in (q * WIDTH**-0.5, k, v))
-        scores = torch.bmm(q, k.transpose(1, 2))
+        q, k, v = (one.reshape(batch * HEADS, *one.shape[2:]) for one in (q, k, v))
+        scores = self.scores(q, k)
         if mask is not None:
             scores = self.masked(scores, mask, batch)
         return torch.bmm(scores.softmax(-1), v).view(batch, HEADS, queries, -1)
+
+    def scores(self, q, k):
+        return torch.bmm(q * WIDTH**-0.5, k.transpose(1, 2))
 
     def masked(self, scores, mask, batch):
         unfolded = scores.view(batch, HEADS, *scores.shape[1:]).masked_fill(~mask, -math.inf)
@@ -340,6 +343,20 @@ class ExpandedMask(HeadsInBatch):
         lowest = torch.finfo(scores.dtype).min
         added = torch.where(mask, 0.0, lowest).expand(-1, HEADS, -1, -1).reshape(scores.shape)
         return scores + added
+
+
+class ScaledByProduct(HeadsInBatch):
+    """As Megatron-LM has it: scaled by `baddbmm`, which adds nothing of an empty buffer."""
+
+    beta = 0.0
+
+    def scores(self, q, k):
+        empty = torch.zeros if self.beta else torch.empty
+        return torch.baddbmm(empty(*q.shape[:2], k.shape[1]), q, k.mT, beta=self.beta, alpha=WIDTH**-0.5)
+
+
+class ScaledByProductOntoZeros(ScaledByProduct):
+    beta = 1.0
 
 
 class HeadsInBatchUnmasked(HeadsInBatch):

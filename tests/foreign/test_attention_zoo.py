@@ -38,6 +38,7 @@ ABSORBED = [
     zoo.ComplexRotation, zoo.HalfSplitRotation, zoo.Eager, zoo.ScaledApart, zoo.NoMask, zoo.RepeatedRopeKey,
     zoo.InterleavedRopeKey, zoo.ScaledLatent, zoo.NormalisedLatent, zoo.ScaledBehindMask, zoo.LowestBehindMask,
     zoo.FarBelowBehindMask, zoo.HeadsInBatch, zoo.RepeatedMask, zoo.ExpandedMask, zoo.HeadsInBatchUnmasked,
+    zoo.ScaledByProduct, zoo.ScaledByProductOntoZeros,
 ]  # fmt: skip
 
 

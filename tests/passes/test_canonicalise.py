@@ -60,6 +60,37 @@ def test_near_misses_stay():
     assert count(graph, aten._to_copy, aten.to) == 1
 
 
+class BatchedProducts(nn.Module):
+    """Products onto nothing, scaled or not, one onto something, and one onto a half of it."""
+
+    def forward(self, x):
+        square = x.mT @ x
+        return [
+            torch.baddbmm(torch.full_like(square, torch.nan), x.mT, x, beta=0, alpha=0.5),
+            torch.baddbmm(torch.zeros_like(square), x.mT, x),
+            torch.baddbmm(square, x.mT, x),
+            torch.baddbmm(torch.ones_like(square), x.mT, x, beta=0.5),
+        ]
+
+
+def test_a_batched_product_that_adds_nothing_is_one():
+    graph = module_graph(BatchedProducts(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.baddbmm) == 2
+    assert count(graph, aten.bmm) == count(graph, aten.mul) == 1  # both products are the same one
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x.unsqueeze(1).tanh()[:, 0], x.tanh()[:, 0]
+
+
+def test_the_first_of_one_is_a_squeeze():
+    graph = module_graph(First(), X)
+    apply(Canonicalise(), graph)
+    assert count(graph, aten.squeeze) == count(graph, aten.select) == 1
+
+
 class Parts(nn.Module):
     """The first rows of a cache, a slice that was just put there, and a copy over old content."""
 
