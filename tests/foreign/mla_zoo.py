@@ -351,7 +351,7 @@ class ScaledByProduct(HeadsInBatch):
     beta = 0.0
 
     def scores(self, q, k):
-        empty = torch.zeros if self.beta else torch.empty
+        empty = q.new_zeros if self.beta else q.new_empty
         return torch.baddbmm(empty(*q.shape[:2], k.shape[1]), q, k.mT, beta=self.beta, alpha=WIDTH**-0.5)
 
 
