@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -245,49 +244,46 @@ class _Watch(TorchDispatchMode):
             return None
         if not all(map(self._fills, returned, homes)):
             return None
-        own = [place for place in range(self.given, len(self.memory)) if place not in (*homes, *self.copies)]
-        order = [*range(self.given), *homes, *self.copies]
-        begins = {place: (number, 0) for number, place in enumerate(order)}
-        room = 0
-        for place in own:
-            begins[place] = len(order), room
-            room += cdiv(self.memory[place].untyped_storage().nbytes(), ROUNDED_TO) * ROUNDED_TO
         launches = [launch for launch in self.launches if launch is not None]
-        values = [value for launch in launches for value in _given(launch)]
-        tensors = [tensor for value in values if (tensor := _tensor_of(value)) is not None]
-        if len(launches) < len(self.launches) or any(id(tensor) not in self.lies_in for tensor in tensors):
+        given = [_given(launch) for launch in launches]
+        every = {id(value): value for values in given for value in values}
+        fixed = [value for value in every.values() if _tensor_of(value) is None]
+        boxes = [value for value in every.values() if hasattr(value, "block_shape")]
+        tensors = {id(one): one for value in every.values() if (one := _tensor_of(value)) is not None}
+        if len(launches) < len(self.launches) or not tensors.keys() <= self.lies_in.keys():
             return None
-        fixed = [value for value in values if _tensor_of(value) is None]
-        numbers, pointers = count(len(order) + 1), count(len(order) + 1 + len(fixed))
-        descriptors = count(len(order) + 1 + len(fixed) + len(tensors))
-        boxes = []
-
-        def place_of(value: Any) -> int:
-            if _tensor_of(value) is None:
-                return next(numbers)
-            pointer = next(pointers)
-            if isinstance(value, Tensor):
-                return pointer
-            boxes.append(Box(pointer, value))
-            return next(descriptors)
-
-        repeated = [Repeated(one.code.run, one.blocks, itemgetter(*map(place_of, _given(one)))) for one in launches]
+        memories, room = self._layout(homes)
+        before = self.given + len(homes) + len(self.copies) + 1
+        places = {id(value): place for place, value in enumerate((*fixed, *tensors.values(), *boxes), before)}
         return Plan(
             device=next(value.device for value in self.memory if isinstance(value, Tensor)),
-            launches=tuple(repeated),
+            launches=tuple(
+                Repeated(launch.code.run, launch.blocks, itemgetter(*(places[id(value)] for value in values)))
+                for launch, values in zip(launches, given, strict=True)
+            ),
             results=tuple(Result(tuple(one.shape), one.stride(), one.dtype) for one in returned),
             copies=tuple(self.copies.values()),
             room=room,
             fixed=tuple(fixed),
-            inner=tuple(self._place(tensor, begins) for tensor in tensors),
-            boxes=tuple(boxes),
+            inner=tuple(self._place(tensor, memories) for tensor in tensors.values()),
+            boxes=tuple(Box(places[id(box.base)], box) for box in boxes),
             many=many,
         )
 
-    def _place(self, tensor: Tensor, begins: dict[int, tuple[int, int]]) -> tuple[int, int]:
-        """Which of a plan's memories a tensor lies in, and how many bytes from its start."""
+    def _layout(self, homes: Sequence[int]) -> tuple[dict[int, tuple[int, int]], int]:
+        """Which of a plan's memories each one here is or lies in, and how many bytes from its start; and the bytes of
+        the last, which holds all that are neither arguments, results nor copies."""
+        first = [*range(self.given), *homes, *self.copies]
+        found, room = {place: (number, 0) for number, place in enumerate(first)}, 0
+        for place, memory in enumerate(self.memory):
+            if place not in found:
+                found[place] = len(first), room
+                room += cdiv(memory.untyped_storage().nbytes(), ROUNDED_TO) * ROUNDED_TO
+        return found, room
+
+    def _place(self, tensor: Tensor, memories: dict[int, tuple[int, int]]) -> tuple[int, int]:
         home = self.lies_in[id(tensor)]
-        memory, begin = begins[home]
+        memory, begin = memories[home]
         return memory, begin + tensor.data_ptr() - self.memory[home].data_ptr()
 
     def _fills(self, value: Tensor, home: int) -> bool:
