@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from torch import nn
 
 from dsv3_compile.tracing import Input
 from passes.base import Role, calls
-from passes.contraction import CONTRACTIONS, NotLinear
+from passes.contraction import CONTRACTIONS, NotLinear, times
 from passes.lifting import lift
 from passes.verify import Specimen, clone
 from passes.writing import Writer
@@ -46,6 +47,16 @@ STEPS = {
     "round": lambda y: torch.div(y, 0.1, rounding_mode="floor"),
 }
 X = Input("x_BSD", Role.ACTIVATION, ("B", "S", 5), torch.float32)
+B, S = sympy.symbols("B S", positive=True, integer=True)
+
+
+@pytest.mark.parametrize(
+    "large, small, expected",
+    [(12, 3, 4), (12, 5, None), (3, 12, None), (3, 3, None), (0, 3, None), (3, 0, None)]
+    + [(3 * B, B, 3), (3 * B, 3, B), (B * S, S, B), (B, S, None), (B, 3, None), (3, B, None), (B, 3 * B, None)],
+)
+def test_a_size_divides_another_whatever_is_free(large, small, expected):
+    assert times(large, small) == expected
 
 
 def rewrite_left_to_right(graph) -> int:
