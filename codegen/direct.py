@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -83,6 +84,13 @@ class DirectLaunches:
         stream = active.get_current_stream(device)
         code.run(*blocks, stream, code.function, code.packed_metadata, None, None, None, *given, *constants)
         return code
+
+
+def not_direct(module: ModuleType) -> Iterator[JITFunction]:
+    """What a module's launchers launch, as far as it is not launched directly yet."""
+    for kernel in vars(module).values():
+        if isinstance(kernel, JITFunction) and not isinstance(kernel.run, DirectLaunches):
+            yield kernel
 
 
 def watched() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from triton.runtime.jit import JITFunction
 
-from codegen.direct import DirectLaunches
+from codegen.direct import DirectLaunches, not_direct
 from codegen.ops.registry import COMPOSITE, OPAQUE, one_call, serve
 from codegen.planned import Planned
 from codegen.targets import Target
@@ -35,12 +35,10 @@ def register(target: Target) -> None:
 
 
 def _kernels() -> Iterator[JITFunction]:
-    """What launchers launch, as far as it is not launched directly yet."""
+    """Of all kernel files that have been imported."""
     for name, module in list(sys.modules.items()):
         if name.startswith("codegen.kernels."):
-            for kernel in vars(module).values():
-                if isinstance(kernel, JITFunction) and not isinstance(kernel.run, DirectLaunches):
-                    yield kernel
+            yield from not_direct(module)
 
 
 def call_kernels(graph: fx.Graph, target: Target) -> None:

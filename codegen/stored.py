@@ -19,7 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from codegen.build import EXTENSIONS
-from codegen.direct import DirectLaunches
+from codegen.direct import DirectLaunches, not_direct
 from codegen.planned import Planned
 from codegen.record import ALIGNMENT
 
@@ -43,9 +43,8 @@ def use_stored(module: ModuleType, metadata: Mapping[str, Any], folder: Path) ->
         kernel = getattr(module, name)
         kernel.device_caches = defaultdict(_binder(kernel, own, folder))
     if entries and all(entry["file"].endswith(".cubin") for entry in metadata["binaries"]):
-        for kernel in vars(module).values():
-            if isinstance(kernel, JITFunction):
-                kernel.run = DirectLaunches(kernel)
+        for kernel in not_direct(module):
+            kernel.run = DirectLaunches(kernel)
         setattr(module, metadata["op"], Planned(getattr(module, metadata["op"])))
 
 

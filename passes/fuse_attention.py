@@ -44,9 +44,9 @@ class FuseAttention(Pass):
        out = P · v   with one product q · kᵀ   →   attention(q, k, v, positions, scale)
 
     The mask must be "cached position ≤ query position", or none; scores and shares must have no other users. Heads may
-    be folded into the batch, and one query per request left out, so that the softmax has three dims. Cores
-    whose keys and values are multiplied out for every head are, unless `expanded`, for the target's own kernel alone,
-    and only where torch's attention was not called, or keys would have to be put together for it from parts.
+    be folded into the batch, and one query per request left out, so that the softmax has three dims. Cores whose keys
+    and values are multiplied out for every head are, unless `expanded`, for the target's own kernel alone, and only
+    where torch's attention was not called, or keys would have to be put together for it from parts.
     """
 
     expanded: bool = True
@@ -180,18 +180,7 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool, target: Target) -> f
     if len(out_terms) != 1 or not plain or out_terms[0].scale != 1.0:
         raise NotAttention("the products around the softmax are not plain products of two operands", core.scores)
     shares, values = sorted(out_terms[0].operands, key=lambda operand: not is_probability(operand.node))
-    groups: Sequence[Sequence[Axis]] = core.scores_value.dims
-    share_groups: Sequence[Sequence[Axis]] = dims_of(shares)
-    visible = core.visible
-    if 3 in (len(groups), len(share_groups)):
-        batched = is_batch_alone(core.scores_value)
-        groups, share_groups = unfolded(groups, batched), unfolded(share_groups, batched)
-        visible = visible.unfolded(batched)
-    queries = visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
-    axes, out_axes = Axes.of(groups, queries), Axes.of(share_groups, queries)
-    if not visible.fits(axes.b.size):
-        raise NotAttention("the mask has rows for another batch", core.scores)
-    core = replace(core, visible=visible)
+    core, axes, out_axes = read_axes(core, shares)
     if is_probability(values.node) or out_axes.s in values.axes and out_axes.s.size != 1:
         raise NotAttention(f"the values {values.node.name} differ from query to query", values.node)
     sides = [query_and_key(term, axes) for term in score_terms]
@@ -213,6 +202,22 @@ def write_core(graph: fx.Graph, core: Core, expanded: bool, target: Target) -> f
         else:
             node = grouped_core(writer, core, sides, values, axes, out_axes)
         return arrange_output(writer, node, core, values, out_axes)
+
+
+def read_axes(core: Core, shares: Operand) -> tuple[Core, Axes, Axes]:
+    """The core with its mask as of scores [B, H, S, T], and the axes of its scores and of its shares."""
+    groups: Sequence[Sequence[Axis]] = core.scores_value.dims
+    share_groups: Sequence[Sequence[Axis]] = dims_of(shares)
+    visible = core.visible
+    if 3 in (len(groups), len(share_groups)):
+        batched = is_batch_alone(core.scores_value)
+        groups, share_groups = unfolded(groups, batched), unfolded(share_groups, batched)
+        visible = visible.unfolded(batched)
+    queries = visible.queries or (1 if is_one(groups[1]) and not is_one(groups[2]) else 2)
+    axes = Axes.of(groups, queries)
+    if not visible.fits(axes.b.size):
+        raise NotAttention("the mask has rows for another batch", core.scores)
+    return replace(core, visible=visible), axes, Axes.of(share_groups, queries)
 
 
 def why_left_to_torch(
